@@ -25,7 +25,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = compiler.file_descriptor_set();
 
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    fs::write(out.join("sandmesh.bin"), compiler.encode_file_descriptor_set())?;
+    fs::write(
+        out.join("sandmesh.bin"),
+        compiler.encode_file_descriptor_set(),
+    )?;
     tonic_prost_build::configure()
         .bytes(".sandmesh.envd.v1.ProcessOutput.data")
         .bytes(".sandmesh.envd.v1.ReadResponse.data")

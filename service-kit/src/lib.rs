@@ -1,1 +1,18 @@
-//! (being written)
+//! What every Sandmesh service needs and none of them is about.
+//!
+//! - [`ids`]: session IDs and the other names that travel between services; parsed once, valid ever after.
+//! - [`errors`]: [`Failure`](errors::Failure), the one way a domain error becomes a gRPC status with `google.rpc` details.
+//! - [`address`], [`config`]: where a service listens, and how its settings are read (flags, environment, TOML file).
+//! - [`mesh`]: trust between services: the mesh token, who the caller is, and channels that carry both.
+//! - [`serve`]: bind first, then serve gRPC with health, reflection, telemetry, and drain on shutdown.
+//! - [`telemetry`]: logs, traces, metrics, and the admin listener that shows them.
+//! - [`request_id`]: the ID a person can quote, carried through every hop.
+
+pub mod address;
+pub mod config;
+pub mod errors;
+pub mod ids;
+pub mod mesh;
+pub mod request_id;
+pub mod serve;
+pub mod telemetry;
