@@ -229,6 +229,6 @@ pub fn extract_trace_context(headers: &HeaderMap) -> Context {
 pub fn inject_trace_context(headers: &mut HeaderMap) {
     let context = tracing::Span::current().context();
     global::get_text_map_propagator(|propagator| {
-        propagator.inject_context(&context, &mut HeadersMut(headers))
+        propagator.inject_context(&context, &mut HeadersMut(headers));
     });
 }
