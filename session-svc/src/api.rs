@@ -1,0 +1,7 @@
+//! The gRPC services: conversion and nothing else.
+
+mod registry;
+mod session;
+
+pub use registry::Registry;
+pub use session::SessionApi;

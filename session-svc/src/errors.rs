@@ -1,0 +1,171 @@
+//! What can go wrong with sessions, and how it is said.
+
+use std::time::Duration;
+
+use service_kit::{
+    errors::{Failure, Reason},
+    ids::SessionId,
+};
+use tonic::{Code, Status};
+
+use crate::{lifecycle::State, placement::Free, session::EndReason, store::StoreError};
+
+/// A request about a session cannot be done.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// No such session, or another team's.
+    #[error("no session {0}")]
+    Unknown(SessionId),
+    /// It is in a state that does not allow the request.
+    #[error("session {id} is {state:?}")]
+    WrongState {
+        /// Which.
+        id: SessionId,
+        /// Its state.
+        state: State,
+    },
+    /// It ended while it was being started.
+    #[error("session {id} did not start: {}", end.message)]
+    DidNotStart {
+        /// Which.
+        id: SessionId,
+        /// Why.
+        end: EndReason,
+    },
+    /// No node has room.
+    #[error("no node has room")]
+    NoCapacity {
+        /// The most any node has left.
+        most: Free,
+    },
+    /// The template cannot be used.
+    #[error("template: {0}")]
+    Template(Status),
+    /// The node does not answer.
+    #[error("the node of session {id} does not answer")]
+    NodeUnreachable {
+        /// Which.
+        id: SessionId,
+    },
+    /// Another request with the same ID is still being worked on.
+    #[error("the first request with this request_id is still being worked on")]
+    StillStarting(SessionId),
+    /// A field makes no sense.
+    #[error("{field}: {description}")]
+    Invalid {
+        /// Which.
+        field: &'static str,
+        /// What it must be.
+        description: String,
+    },
+    /// The database.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    /// Others kept changing the session.
+    #[error("session {0} changes too fast")]
+    Contended(SessionId),
+    /// The service is stopping.
+    #[error("shutting down")]
+    ShuttingDown,
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Database(
+                cause @ (sqlx::Error::Io(_)
+                | sqlx::Error::PoolTimedOut
+                | sqlx::Error::PoolClosed
+                | sqlx::Error::WorkerCrashed
+                | sqlx::Error::Tls(_)
+                | sqlx::Error::Protocol(_)),
+            ) => {
+                tracing::warn!(error = %cause, "database unavailable");
+                unavailable()
+            }
+            // Classes 08 (connection), 53 (resources) and 57 (operator intervention) pass by themselves.
+            StoreError::Database(sqlx::Error::Database(cause))
+                if cause.code().is_some_and(|code| {
+                    code.starts_with("08") || code.starts_with("53") || code.starts_with("57")
+                }) =>
+            {
+                tracing::warn!(error = %cause, "database unavailable");
+                unavailable()
+            }
+            other => {
+                tracing::error!(error = %other, "database statement failed");
+                Self::new(
+                    Code::Internal,
+                    Reason::INTERNAL,
+                    "something went wrong inside; quote the request ID",
+                )
+            }
+        }
+    }
+}
+
+fn unavailable() -> Failure {
+    Failure::unavailable(
+        Reason::DATABASE_UNAVAILABLE,
+        "the database cannot be reached right now; try again",
+    )
+}
+
+impl From<SessionError> for Failure {
+    fn from(error: SessionError) -> Self {
+        let message = error.to_string();
+        match error {
+            SessionError::Unknown(id) => {
+                Self::new(Code::NotFound, Reason::SESSION_UNKNOWN, message).with("sessionId", id)
+            }
+            SessionError::WrongState { id, state } => {
+                let reason = match state {
+                    State::Stopped | State::Stopping => Reason::SESSION_STOPPED,
+                    State::Failed => Reason::SESSION_FAILED,
+                    State::Lost => Reason::SESSION_LOST,
+                    _ => Reason::WRONG_STATE,
+                };
+                let code = if state.is_final() { Code::NotFound } else { Code::FailedPrecondition };
+                Self::new(code, reason, message).with("sessionId", id).with("state", format!("{state:?}"))
+            }
+            SessionError::DidNotStart { id, end } => {
+                Self::new(Code::Aborted, Reason::SESSION_FAILED, message).with("sessionId", id).with("cause", end.reason)
+            }
+            SessionError::NoCapacity { most } => Self::new(
+                Code::ResourceExhausted,
+                Reason::NO_CAPACITY,
+                format!(
+                    "no node has room; the most any node has free: {} sessions, {} bytes of memory, {} vCPUs, {} bytes of disk",
+                    most.sessions, most.memory_bytes, most.vcpus, most.disk_bytes
+                ),
+            )
+            .with("freeSessions", most.sessions)
+            .with("freeMemoryBytes", most.memory_bytes)
+            .with("freeVcpus", most.vcpus)
+            .with("freeDiskBytes", most.disk_bytes)
+            .retry_after(Duration::from_secs(5)),
+            SessionError::NodeUnreachable { id } => {
+                Self::unavailable(Reason::NODE_UNREACHABLE, message).with("sessionId", id)
+            }
+            SessionError::StillStarting(id) => {
+                Self::unavailable(Reason::SESSION_STARTING, message).with("sessionId", id)
+            }
+            SessionError::Invalid { field, description } => Self::field_invalid(field, description),
+            SessionError::Store(error) => error.into(),
+            SessionError::Contended(id) => {
+                Self::new(Code::Aborted, Reason::WRONG_STATE, message).with("sessionId", id).retry_after(Duration::from_millis(100))
+            }
+            SessionError::Template(_) | SessionError::ShuttingDown => Self::unavailable(Reason::SERVICE_UNAVAILABLE, message),
+        }
+    }
+}
+
+impl From<SessionError> for Status {
+    fn from(error: SessionError) -> Self {
+        match error {
+            // template-svc has said it well: TEMPLATE_UNKNOWN with the closest names.
+            SessionError::Template(status) if status.code() != Code::Unavailable => status,
+            other => Failure::from(other).into_status(),
+        }
+    }
+}
