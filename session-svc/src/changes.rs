@@ -71,7 +71,7 @@ impl Changes {
                     Err(error) => tracing::debug!(%error, "cannot subscribe to changes"),
                 },
                 Err(error) => {
-                    tracing::debug!(%error, "redis is away; changes are found by looking")
+                    tracing::debug!(%error, "redis is away; changes are found by looking");
                 }
             }
             tokio::time::sleep(RECONNECT).await;

@@ -250,7 +250,7 @@ impl Sessions {
                     let next = choose(&candidates, need, &tried, (rand::random(), rand::random()));
                     match next {
                         Some(node) if tried.len() < PLACEMENT_TRIES => {
-                            session = self.move_to(session, node).await?
+                            session = self.move_to(session, node).await?;
                         }
                         _ => {
                             let most = most_free(&candidates);

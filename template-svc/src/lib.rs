@@ -1,1 +1,16 @@
-//! (being written)
+//! template-svc: what sessions start from. Names and versions in Postgres, files by digest on its disk.
+//!
+//! A source is uploaded ([`api`]), a build is queued, [`builds`] takes it: [`rootfs`] unpacks and packs it, [`artifact`] keeps the
+//! image under its digest, [`store`] publishes the version. Nodes fetch artifacts by digest. [`names`] parses references.
+
+pub mod api;
+mod app;
+pub mod artifact;
+pub mod builds;
+mod config;
+pub mod names;
+pub mod rootfs;
+pub mod store;
+
+pub use app::{App, AppError};
+pub use config::Config;

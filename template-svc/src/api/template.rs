@@ -1,0 +1,394 @@
+//! `sandmesh.template.v1.TemplateService`.
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use futures::Stream;
+use proto::template::v1::{
+    BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
+    CancelBuildResponse, DeleteTemplateRequest, DeleteTemplateResponse, GetBuildRequest,
+    GetBuildResponse, GetTemplateRequest, GetTemplateResponse, ListTemplatesRequest,
+    ListTemplatesResponse, StreamBuildLogsRequest, StreamBuildLogsResponse, TagTemplateRequest,
+    TagTemplateResponse, Template, UploadSourceRequest, UploadSourceResponse, build_source::Source,
+    template_service_server::TemplateService,
+};
+use service_kit::{
+    errors::{Failure, Reason},
+    mesh::Caller,
+};
+use tokio::sync::{Notify, Semaphore};
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use crate::{
+    artifact::{ArtifactDigest, Artifacts},
+    names::{self, TemplateRef, Which},
+    store::{Store, StoredBuild},
+};
+
+const FOLLOW_EVERY: Duration = Duration::from_millis(200);
+const UPLOADS_AT_ONCE: usize = 8;
+
+/// Serves templates.
+#[derive(Debug)]
+pub struct TemplateApi {
+    store: Store,
+    uploads: Artifacts,
+    max_upload: u64,
+    wake: Arc<Notify>,
+    uploading: Semaphore,
+}
+
+impl TemplateApi {
+    /// `wake` tells the builder of a new build.
+    pub fn new(store: Store, uploads: Artifacts, max_upload: u64, wake: Arc<Notify>) -> Self {
+        Self {
+            store,
+            uploads,
+            max_upload,
+            wake,
+            uploading: Semaphore::new(UPLOADS_AT_ONCE),
+        }
+    }
+
+    async fn find(&self, caller: &Caller, text: &str) -> Result<Template, Status> {
+        let reference = TemplateRef::parse(text)
+            .map_err(|error| Failure::field_invalid("template", error.to_string()).into_status())?;
+        if let Some(template) = self.store.find(caller.team.as_str(), &reference).await? {
+            return Ok(template);
+        }
+        let names = self.store.names(caller.team.as_str()).await?;
+        let closest = names::closest(&reference.name, &names);
+        let hint = if closest.is_empty() {
+            String::new()
+        } else {
+            format!("; the closest are {}", closest.join(", "))
+        };
+        Err(Failure::new(
+            Code::NotFound,
+            Reason::TEMPLATE_UNKNOWN,
+            format!("no template {text}{hint}"),
+        )
+        .with("template", text)
+        .with("closest", closest.join(","))
+        .into())
+    }
+
+    async fn build_of(&self, caller: &Caller, id: &str) -> Result<StoredBuild, Status> {
+        let stored = self
+            .store
+            .build(id)
+            .await?
+            .filter(|stored| stored.team == caller.team.as_str());
+        stored.ok_or_else(|| {
+            Failure::new(
+                Code::NotFound,
+                Reason::BUILD_UNKNOWN,
+                format!("no build {id}"),
+            )
+            .with("buildId", id)
+            .into()
+        })
+    }
+}
+
+/// Whose templates a caller may change.
+fn owned<'a>(caller: &'a Caller, template: &Template) -> Result<&'a str, Status> {
+    if template.team == caller.team.as_str() {
+        Ok(caller.team.as_str())
+    } else if caller.operator {
+        Ok("")
+    } else {
+        Err(Failure::new(
+            Code::PermissionDenied,
+            Reason::NOT_ALLOWED,
+            "shared templates are changed by operators only",
+        )
+        .into())
+    }
+}
+
+#[tonic::async_trait]
+impl TemplateService for TemplateApi {
+    async fn upload_source(
+        &self,
+        request: Request<Streaming<UploadSourceRequest>>,
+    ) -> Result<Response<UploadSourceResponse>, Status> {
+        Caller::of(&request)?;
+        let _place = self.uploading.try_acquire().map_err(|_| {
+            Failure::new(
+                Code::ResourceExhausted,
+                Reason::new("TOO_MANY_UPLOADS"),
+                "too many uploads at once; try again",
+            )
+            .retry_after(Duration::from_secs(5))
+            .into_status()
+        })?;
+        let mut stream = request.into_inner();
+        let mut incoming = self.uploads.begin().map_err(disk_error)?;
+        while let Some(part) = stream.message().await? {
+            if incoming.size() + part.data.len() as u64 > self.max_upload {
+                let message = format!("a source is at most {} bytes", self.max_upload);
+                return Err(Failure::new(
+                    Code::InvalidArgument,
+                    Reason::new("SOURCE_TOO_LARGE"),
+                    message,
+                )
+                .into());
+            }
+            // Page-cache writes of at most 1 MiB: not worth a thread.
+            incoming.write(&part.data).map_err(disk_error)?;
+        }
+        let source = tokio::task::spawn_blocking(move || incoming.finish())
+            .await
+            .map_err(|_| Status::internal("upload"))?
+            .map_err(disk_error)?;
+        Ok(Response::new(UploadSourceResponse {
+            source: Some(source),
+        }))
+    }
+
+    async fn build_template(
+        &self,
+        request: Request<BuildTemplateRequest>,
+    ) -> Result<Response<BuildTemplateResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        if !names::is_name(&request.name) {
+            return Err(
+                Failure::field_invalid("name", "must be 1-63 characters [a-z0-9._-]").into(),
+            );
+        }
+        if request.tags.len() > 16 || !request.tags.iter().all(|tag| names::is_name(tag)) {
+            return Err(Failure::field_invalid(
+                "tags",
+                "must be at most 16, each 1-63 characters [a-z0-9._-]",
+            )
+            .into());
+        }
+        if request.shared && !caller.operator {
+            return Err(Failure::new(
+                Code::PermissionDenied,
+                Reason::NOT_ALLOWED,
+                "only operators make shared templates",
+            )
+            .into());
+        }
+        match request
+            .source
+            .as_ref()
+            .and_then(|source| source.source.as_ref())
+        {
+            Some(Source::RootfsTarball(digest)) => {
+                if ArtifactDigest::parse(digest)
+                    .and_then(|digest| self.uploads.find(&digest))
+                    .is_none()
+                {
+                    return Err(Failure::new(
+                        Code::NotFound,
+                        Reason::new("SOURCE_UNKNOWN"),
+                        "no such uploaded source; upload it first",
+                    )
+                    .with("digest", digest)
+                    .into());
+                }
+            }
+            Some(Source::OciImage(_)) => {
+                return Err(Failure::not_yet("building from an OCI image").into());
+            }
+            Some(Source::Dockerfile(_)) => {
+                return Err(Failure::not_yet("building from a Dockerfile").into());
+            }
+            None => return Err(Failure::field_invalid("source", "is required").into()),
+        }
+        let template_team = if request.shared {
+            ""
+        } else {
+            caller.team.as_str()
+        };
+        let id = uuid::Uuid::now_v7().to_string();
+        let stored = self
+            .store
+            .insert_build(&id, caller.team.as_str(), template_team, &request)
+            .await?;
+        self.wake.notify_one();
+        Ok(Response::new(BuildTemplateResponse {
+            build: Some(stored.build),
+        }))
+    }
+
+    async fn get_build(
+        &self,
+        request: Request<GetBuildRequest>,
+    ) -> Result<Response<GetBuildResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let stored = self.build_of(&caller, &request.get_ref().build_id).await?;
+        let template = if stored.build.version > 0 {
+            let reference = TemplateRef {
+                name: stored.build.name.clone(),
+                which: Which::Version(stored.build.version),
+            };
+            self.store.find(&stored.template_team, &reference).await?
+        } else {
+            None
+        };
+        Ok(Response::new(GetBuildResponse {
+            build: Some(stored.build),
+            template,
+        }))
+    }
+
+    type StreamBuildLogsStream =
+        Pin<Box<dyn Stream<Item = Result<StreamBuildLogsResponse, Status>> + Send>>;
+
+    async fn stream_build_logs(
+        &self,
+        request: Request<StreamBuildLogsRequest>,
+    ) -> Result<Response<Self::StreamBuildLogsStream>, Status> {
+        let caller = Caller::of(&request)?;
+        let id = self
+            .build_of(&caller, &request.get_ref().build_id)
+            .await?
+            .build
+            .build_id;
+        let store = self.store.clone();
+        // State: the number of the last line sent, and whether the build had ended before the last look.
+        let lines = futures::stream::try_unfold((0_i64, false), move |(after, ended)| {
+            let (store, id) = (store.clone(), id.clone());
+            async move {
+                let mut ended = ended;
+                loop {
+                    let lines = store.log_after(&id, after).await?;
+                    if let Some((last, _)) = lines.last() {
+                        let last = *last;
+                        let lines = futures::stream::iter(
+                            lines.into_iter().map(|(_, line)| Ok::<_, Status>(line)),
+                        );
+                        return Ok::<_, Status>(Some((lines, (last, ended))));
+                    }
+                    if ended {
+                        return Ok(None);
+                    }
+                    let state = store.build(&id).await?.map(|stored| stored.build.state());
+                    // Lines may have been written between the two looks; one more look comes first.
+                    ended = !matches!(state, Some(BuildState::Queued | BuildState::Running));
+                    if !ended {
+                        tokio::time::sleep(FOLLOW_EVERY).await;
+                    }
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(futures::TryStreamExt::try_flatten(
+            lines,
+        ))))
+    }
+
+    async fn cancel_build(
+        &self,
+        request: Request<CancelBuildRequest>,
+    ) -> Result<Response<CancelBuildResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let stored = self.build_of(&caller, &request.get_ref().build_id).await?;
+        self.store
+            .end_build(
+                &stored.build.build_id,
+                BuildState::Cancelled,
+                "CANCELLED",
+                "cancelled by its owner",
+            )
+            .await?;
+        let stored = self.build_of(&caller, &stored.build.build_id).await?;
+        Ok(Response::new(CancelBuildResponse {
+            build: Some(stored.build),
+        }))
+    }
+
+    async fn get_template(
+        &self,
+        request: Request<GetTemplateRequest>,
+    ) -> Result<Response<GetTemplateResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let template = self.find(&caller, &request.get_ref().template).await?;
+        Ok(Response::new(GetTemplateResponse {
+            template: Some(template),
+        }))
+    }
+
+    async fn list_templates(
+        &self,
+        request: Request<ListTemplatesRequest>,
+    ) -> Result<Response<ListTemplatesResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        let limit = if request.page_size == 0 {
+            100
+        } else {
+            i64::from(request.page_size.min(1000))
+        };
+        let templates = self
+            .store
+            .list(caller.team.as_str(), &request.page_token, limit)
+            .await?;
+        let full = i64::try_from(templates.len()).is_ok_and(|count| count == limit);
+        let next_page_token = templates
+            .last()
+            .filter(|_| full)
+            .map(|last| last.name.clone())
+            .unwrap_or_default();
+        Ok(Response::new(ListTemplatesResponse {
+            templates,
+            next_page_token,
+        }))
+    }
+
+    async fn tag_template(
+        &self,
+        request: Request<TagTemplateRequest>,
+    ) -> Result<Response<TagTemplateResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        if !names::is_name(&request.tag) {
+            return Err(
+                Failure::field_invalid("tag", "must be 1-63 characters [a-z0-9._-]").into(),
+            );
+        }
+        let template = self.find(&caller, &request.template).await?;
+        owned(&caller, &template)?;
+        self.store.tag(&template, &request.tag).await?;
+        let template = self
+            .find(&caller, &format!("{}@{}", template.name, template.version))
+            .await?;
+        Ok(Response::new(TagTemplateResponse {
+            template: Some(template),
+        }))
+    }
+
+    async fn delete_template(
+        &self,
+        request: Request<DeleteTemplateRequest>,
+    ) -> Result<Response<DeleteTemplateResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let text = &request.get_ref().template;
+        let template = self.find(&caller, text).await?;
+        let team = owned(&caller, &template)?;
+        let version = text.contains('@').then_some(template.version);
+        self.store.delete(team, &template.name, version).await?;
+        Ok(Response::new(DeleteTemplateResponse {}))
+    }
+}
+
+fn disk_error(error: std::io::Error) -> Status {
+    if error.kind() == std::io::ErrorKind::StorageFull {
+        return Failure::new(
+            Code::ResourceExhausted,
+            Reason::new("DISK_FULL"),
+            "the disk of template-svc is full",
+        )
+        .into();
+    }
+    tracing::error!(%error, "upload failed");
+    Failure::new(
+        Code::Internal,
+        Reason::INTERNAL,
+        "the upload could not be stored; quote the request ID",
+    )
+    .into()
+}

@@ -1,0 +1,174 @@
+//! Puts template-svc together: bind, migrate, take the kernel in, serve and build.
+
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
+
+use proto::template::v1::{
+    artifact_service_server::ArtifactServiceServer, template_service_server::TemplateServiceServer,
+};
+use service_kit::{
+    address::Address,
+    mesh::{MeshToken, TokenError},
+    serve::{Bound, Grpc, ServeError},
+};
+use tokio::sync::Notify;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+
+use crate::{
+    api::{ArtifactApi, TemplateApi},
+    artifact::Artifacts,
+    builds::{Builder, Kernel},
+    config::Config,
+    store::{Store, StoreError},
+};
+
+const MIGRATION_RETRY: Duration = Duration::from_millis(500);
+const UPLOADS_KEPT: Duration = Duration::from_hours(24);
+const SWEEP_EVERY: Duration = Duration::from_mins(10);
+
+/// template-svc cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// The listener.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The mesh token.
+    #[error("--mesh-token-file: {0}")]
+    Token(#[from] TokenError),
+    /// The database.
+    #[error("--database-url: {0}")]
+    Database(#[from] StoreError),
+    /// A folder.
+    #[error("{setting} {path}: {source}")]
+    Folder {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A bound template-svc.
+#[derive(Debug)]
+pub struct App {
+    bound: Bound,
+    token: MeshToken,
+    store: Store,
+    artifacts: Artifacts,
+    uploads: Artifacts,
+    work: PathBuf,
+    kernel: Kernel,
+    config: Config,
+    shutdown: CancellationToken,
+}
+
+impl App {
+    /// Takes the kernel in and binds; nothing is served yet.
+    pub async fn build(config: Config, shutdown: CancellationToken) -> Result<Self, AppError> {
+        let token = MeshToken::load(&config.mesh_token_file)?;
+        let state = |source| AppError::Folder {
+            setting: "--state",
+            path: config.state.clone(),
+            source,
+        };
+        let artifacts = Artifacts::open(config.state.join("artifacts")).map_err(state)?;
+        let uploads = Artifacts::open(config.state.join("uploads")).map_err(state)?;
+        let work = config.state.join("work");
+        std::fs::create_dir_all(&work).map_err(state)?;
+        let kernel =
+            Kernel::ingest(&config.kernel_dir, &artifacts).map_err(|source| AppError::Folder {
+                setting: "--kernel-dir",
+                path: config.kernel_dir.clone(),
+                source,
+            })?;
+        let store = Store::new(&config.database_url, config.database_connections)?;
+        let bound = Bound::bind(&config.listen).await?;
+        Ok(Self {
+            bound,
+            token,
+            store,
+            artifacts,
+            uploads,
+            work,
+            kernel,
+            config,
+            shutdown,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &Address {
+        self.bound.address()
+    }
+
+    /// Serves until shutdown.
+    pub async fn run(self) -> Result<(), AppError> {
+        let Self {
+            bound,
+            token,
+            store,
+            artifacts,
+            uploads,
+            work,
+            kernel,
+            config,
+            shutdown,
+        } = self;
+        loop {
+            let migrated = tokio::select! {
+                () = shutdown.cancelled() => return Ok(()),
+                migrated = store.migrate() => migrated,
+            };
+            match migrated {
+                Ok(()) => break,
+                Err(error) => tracing::warn!(%error, "waiting for the database"),
+            }
+            tokio::time::sleep(MIGRATION_RETRY).await;
+        }
+        let wake = Arc::new(Notify::new());
+        let builder = Builder {
+            store: store.clone(),
+            artifacts: artifacts.clone(),
+            uploads: uploads.clone(),
+            work,
+            kernel,
+            max_rootfs: config.max_rootfs,
+            wake: Arc::clone(&wake),
+        };
+        let background = TaskTracker::new();
+        background.spawn(builder.run(shutdown.clone()));
+        background.spawn(sweep(uploads.clone(), shutdown.clone()));
+        let templates =
+            TemplateServiceServer::new(TemplateApi::new(store, uploads, config.max_upload, wake))
+                .max_decoding_message_size(8 << 20);
+        let routes = Routes::new(templates)
+            .add_service(ArtifactServiceServer::new(ArtifactApi { artifacts }));
+        let served = Grpc::new("template-svc")
+            .mesh_only(token)
+            .reflect(&["sandmesh.template.v1"])
+            .serve(bound, routes, shutdown.clone())
+            .await;
+        shutdown.cancel();
+        background.close();
+        background.wait().await;
+        Ok(served?)
+    }
+}
+
+async fn sweep(uploads: Artifacts, shutdown: CancellationToken) {
+    let mut ticks = tokio::time::interval(SWEEP_EVERY);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let uploads = uploads.clone();
+        match tokio::task::spawn_blocking(move || uploads.sweep(UPLOADS_KEPT)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "old uploads are not removed"),
+            Err(error) => tracing::warn!(%error, "old uploads are not removed"),
+        }
+    }
+}

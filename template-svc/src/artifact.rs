@@ -1,0 +1,177 @@
+//! Files named by what they hold: root filesystems, kernels, modules, and uploads on their way to become one.
+//!
+//! A file appears under its digest whole or not at all: it is written under another name, synced, then renamed.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
+};
+
+use proto::template::v1::Artifact;
+
+const COPY_BUFFER: usize = 1 << 20;
+
+/// A folder of artifacts.
+#[derive(Debug, Clone)]
+pub struct Artifacts {
+    folder: PathBuf,
+}
+
+/// A BLAKE3 digest as 64 hexadecimal characters: safe as a file name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ArtifactDigest(String);
+
+impl ArtifactDigest {
+    /// Accepts 64 lower-case hexadecimal characters.
+    pub fn parse(text: &str) -> Option<Self> {
+        let fits = text.len() == 64
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        fits.then(|| Self(text.to_owned()))
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// An artifact being written.
+#[derive(Debug)]
+pub struct Incoming {
+    folder: PathBuf,
+    file: tempfile::NamedTempFile,
+    hasher: blake3::Hasher,
+    size: u64,
+}
+
+impl Artifacts {
+    /// Makes the folder if it is missing.
+    pub fn open(folder: PathBuf) -> io::Result<Self> {
+        fs::create_dir_all(&folder)?;
+        Ok(Self { folder })
+    }
+
+    /// Begins a new artifact.
+    pub fn begin(&self) -> io::Result<Incoming> {
+        let file = tempfile::Builder::new()
+            .prefix(".incoming-")
+            .tempfile_in(&self.folder)?;
+        Ok(Incoming {
+            folder: self.folder.clone(),
+            file,
+            hasher: blake3::Hasher::new(),
+            size: 0,
+        })
+    }
+
+    /// Copies a file in.
+    pub fn ingest(&self, path: &Path) -> io::Result<Artifact> {
+        let mut source = File::open(path)?;
+        let mut incoming = self.begin()?;
+        let mut buffer = vec![0; COPY_BUFFER];
+        loop {
+            let count = source.read(&mut buffer)?;
+            if count == 0 {
+                return incoming.finish();
+            }
+            incoming.write(buffer.get(..count).unwrap_or_default())?;
+        }
+    }
+
+    /// Where an artifact is, if it is here.
+    pub fn find(&self, digest: &ArtifactDigest) -> Option<PathBuf> {
+        let path = self.folder.join(digest.as_str());
+        path.is_file().then_some(path)
+    }
+
+    /// Removes uploads and half-written files older than `age`.
+    pub fn sweep(&self, age: std::time::Duration) -> io::Result<()> {
+        for entry in fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            if entry
+                .metadata()?
+                .modified()?
+                .elapsed()
+                .is_ok_and(|elapsed| elapsed > age)
+            {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Incoming {
+    /// Appends.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hasher.update(bytes);
+        self.size += bytes.len() as u64;
+        self.file.write_all(bytes)
+    }
+
+    /// Bytes so far.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Makes it appear under its digest.
+    pub fn finish(self) -> io::Result<Artifact> {
+        let digest = self.hasher.finalize().to_hex().to_string();
+        self.file.as_file().sync_all()?;
+        self.file
+            .persist(self.folder.join(&digest))
+            .map_err(|error| error.error)?;
+        // The name must survive a crash as well as the bytes.
+        File::open(&self.folder)?.sync_all()?;
+        Ok(Artifact {
+            digest,
+            size_bytes: self.size,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_artifact_appears_whole_under_its_digest() {
+        let folder = tempfile::tempdir().unwrap();
+        let artifacts = Artifacts::open(folder.path().into()).unwrap();
+        let mut incoming = artifacts.begin().unwrap();
+        incoming.write(b"hello ").unwrap();
+        incoming.write(b"world").unwrap();
+        let artifact = incoming.finish().unwrap();
+        assert_eq!(
+            artifact.digest,
+            blake3::hash(b"hello world").to_hex().to_string()
+        );
+        let path = artifacts
+            .find(&ArtifactDigest::parse(&artifact.digest).unwrap())
+            .unwrap();
+        assert_eq!(fs::read(path).unwrap(), b"hello world");
+
+        drop(artifacts.begin().unwrap());
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "a given-up upload leaves nothing"
+        );
+    }
+
+    #[test]
+    fn only_digests_are_file_names() {
+        for text in [
+            "",
+            "../../etc/passwd",
+            &"A".repeat(64),
+            &"g".repeat(64),
+            &"a".repeat(63),
+        ] {
+            assert_eq!(ArtifactDigest::parse(text), None);
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Settings of template-svc.
+
+use std::path::PathBuf;
+
+use service_kit::{address::Address, config::parse_bytes};
+
+/// Settings of template-svc.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Config {
+    /// Where the internal gRPC listener is (host:port or unix:/path).
+    #[arg(
+        long,
+        env = "SANDMESH_TEMPLATE_LISTEN",
+        default_value = "127.0.0.1:10102"
+    )]
+    pub listen: Address,
+    /// Postgres: postgres://user@host/database, or with ?host=/socket/folder.
+    #[arg(long, env = "SANDMESH_DATABASE_URL")]
+    pub database_url: String,
+    /// Connections to Postgres at most.
+    #[arg(
+        long,
+        env = "SANDMESH_TEMPLATE_DATABASE_CONNECTIONS",
+        default_value_t = 8
+    )]
+    pub database_connections: u32,
+    /// File of the mesh token, mode 0600.
+    #[arg(long, env = "SANDMESH_MESH_TOKEN_FILE")]
+    pub mesh_token_file: PathBuf,
+    /// Folder of artifacts, uploads and build work; shared by all replicas.
+    #[arg(
+        long,
+        env = "SANDMESH_TEMPLATE_STATE",
+        default_value = "/var/lib/sandmesh/templates"
+    )]
+    pub state: PathBuf,
+    /// Folder of the guest kernel: vmlinux, modules.cpio and version.
+    #[arg(long, env = "SANDMESH_KERNEL_DIR")]
+    pub kernel_dir: PathBuf,
+    /// Largest upload.
+    #[arg(long, env = "SANDMESH_TEMPLATE_MAX_UPLOAD", value_parser = parse_bytes, default_value = "8GiB")]
+    pub max_upload: u64,
+    /// Largest root filesystem after unpacking.
+    #[arg(long, env = "SANDMESH_TEMPLATE_MAX_ROOTFS", value_parser = parse_bytes, default_value = "32GiB")]
+    pub max_rootfs: u64,
+}

@@ -1,0 +1,457 @@
+//! All SQL of template-svc.
+
+use std::time::Duration;
+
+use prost::Message as _;
+use proto::template::v1::{
+    Build, BuildState, BuildTemplateRequest, StreamBuildLogsResponse, Template,
+};
+use sqlx::{
+    FromRow, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+
+use crate::names::{TemplateRef, Which};
+
+const SCHEMA: &str = "sandmesh_template";
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
+
+/// A statement failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Postgres cannot be reached or refused.
+    #[error("database: {0}")]
+    Database(#[from] sqlx::Error),
+    /// The schema could not be brought up to date.
+    #[error("database migration: {0}")]
+    Migration(#[from] sqlx::migrate::MigrateError),
+    /// A stored row does not parse.
+    #[error("stored row of {0} does not parse")]
+    Malformed(String),
+}
+
+/// The tables of template-svc.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: PgPool,
+}
+
+/// Microseconds since 1970, now.
+pub fn now() -> i64 {
+    jiff::Timestamp::now().as_microsecond()
+}
+
+/// As on the wire.
+pub fn timestamp(micros: i64) -> prost_types::Timestamp {
+    let nanos = i32::try_from(micros.rem_euclid(1_000_000)).unwrap_or_default() * 1000;
+    prost_types::Timestamp {
+        seconds: micros.div_euclid(1_000_000),
+        nanos,
+    }
+}
+
+/// A build as it is stored.
+#[derive(Debug, Clone)]
+pub struct StoredBuild {
+    /// As on the wire.
+    pub build: Build,
+    /// Who asked.
+    pub team: String,
+    /// Whose template it makes; empty for shared.
+    pub template_team: String,
+    /// What was asked.
+    pub request: BuildTemplateRequest,
+}
+
+#[derive(FromRow)]
+struct BuildRow {
+    build_id: String,
+    team: String,
+    template_team: String,
+    name: String,
+    state: i16,
+    request: Vec<u8>,
+    create_time: i64,
+    end_time: Option<i64>,
+    version: Option<i64>,
+    error_reason: String,
+    error_message: String,
+}
+
+impl TryFrom<BuildRow> for StoredBuild {
+    type Error = StoreError;
+
+    fn try_from(row: BuildRow) -> Result<Self, StoreError> {
+        let request = BuildTemplateRequest::decode(&*row.request)
+            .map_err(|_| StoreError::Malformed(row.build_id.clone()))?;
+        let micros = row
+            .end_time
+            .unwrap_or_else(now)
+            .saturating_sub(row.create_time)
+            .max(0)
+            .unsigned_abs();
+        let build = Build {
+            build_id: row.build_id,
+            name: row.name,
+            state: row.state.into(),
+            create_time: Some(timestamp(row.create_time)),
+            end_time: row.end_time.map(timestamp),
+            version: row.version.unwrap_or_default().unsigned_abs(),
+            error_reason: row.error_reason,
+            error_message: row.error_message,
+            elapsed: prost_types::Duration::try_from(Duration::from_micros(micros)).ok(),
+        };
+        Ok(Self {
+            build,
+            team: row.team,
+            template_team: row.template_team,
+            request,
+        })
+    }
+}
+
+const BUILD_COLUMNS: &str = "build_id, team, template_team, name, state, request, create_time, end_time, version, \
+     error_reason, error_message";
+
+#[derive(FromRow)]
+struct VersionRow {
+    team: String,
+    name: String,
+    version: i64,
+    create_time: i64,
+    spec: Vec<u8>,
+    tags: Vec<String>,
+}
+
+impl TryFrom<VersionRow> for Template {
+    type Error = StoreError;
+
+    fn try_from(row: VersionRow) -> Result<Self, StoreError> {
+        let spec = Self::decode(&*row.spec).map_err(|_| StoreError::Malformed(row.name.clone()))?;
+        Ok(Self {
+            name: row.name,
+            version: row.version.unsigned_abs(),
+            tags: row.tags,
+            create_time: Some(timestamp(row.create_time)),
+            team: row.team,
+            ..spec
+        })
+    }
+}
+
+const VERSION_COLUMNS: &str = "v.team, v.name, v.version, v.create_time, v.spec, \
+     array(select tag from template_tags t where t.team = v.team and t.name = v.name and t.version = v.version order by tag) as tags";
+
+impl Store {
+    /// Connects lazily.
+    pub fn new(url: &str, connections: u32) -> Result<Self, StoreError> {
+        let options: PgConnectOptions = url.parse()?;
+        let pool = PgPoolOptions::new()
+            .max_connections(connections)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_lazy_with(
+                options
+                    .options([("search_path", SCHEMA)])
+                    .application_name("template-svc"),
+            );
+        Ok(Self { pool })
+    }
+
+    /// Makes the schema and brings it up to date; safe when several replicas do so at once.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        let mut connection = self.pool.acquire().await?;
+        sqlx::query("select pg_advisory_lock(hashtext($1))")
+            .bind(SCHEMA)
+            .execute(&mut *connection)
+            .await?;
+        let made = sqlx::query("create schema if not exists sandmesh_template")
+            .execute(&mut *connection)
+            .await;
+        sqlx::query("select pg_advisory_unlock(hashtext($1))")
+            .bind(SCHEMA)
+            .execute(&mut *connection)
+            .await?;
+        made?;
+        MIGRATIONS.run(&mut *connection).await?;
+        Ok(())
+    }
+
+    /// A version by reference: the team's own before the shared one.
+    pub async fn find(
+        &self,
+        team: &str,
+        reference: &TemplateRef,
+    ) -> Result<Option<Template>, StoreError> {
+        let (tag, version) = match &reference.which {
+            Which::Tag(tag) => (Some(tag.clone()), None),
+            Which::Version(version) => (None, Some(i64::try_from(*version).unwrap_or(i64::MAX))),
+        };
+        let sql = format!(
+            "select {VERSION_COLUMNS} from template_versions v where v.team in ($1, '') and v.name = $2 and \
+             (v.version = $3 or exists (select 1 from template_tags g where g.team = v.team and g.name = v.name \
+             and g.version = v.version and g.tag = $4)) order by v.team desc limit 1"
+        );
+        let row = sqlx::query_as::<_, VersionRow>(sqlx::AssertSqlSafe(sql))
+            .bind(team)
+            .bind(&reference.name)
+            .bind(version)
+            .bind(tag)
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(Template::try_from).transpose()
+    }
+
+    /// All names a team may use.
+    pub async fn names(&self, team: &str) -> Result<Vec<String>, StoreError> {
+        let rows: Vec<(String,)> =
+            sqlx::query_as("select distinct name from template_versions where team in ($1, '') order by name limit 10000")
+                .bind(team)
+                .fetch_all(&self.pool)
+                .await?;
+        Ok(rows.into_iter().map(|(name,)| name).collect())
+    }
+
+    /// The newest version of each name, by name, after one.
+    pub async fn list(
+        &self,
+        team: &str,
+        after: &str,
+        limit: i64,
+    ) -> Result<Vec<Template>, StoreError> {
+        let sql = format!(
+            "select distinct on (v.name) {VERSION_COLUMNS} from template_versions v where v.team in ($1, '') and v.name > $2 \
+             order by v.name, v.team desc, v.version desc limit $3"
+        );
+        let rows = sqlx::query_as::<_, VersionRow>(sqlx::AssertSqlSafe(sql))
+            .bind(team)
+            .bind(after)
+            .bind(limit)
+            .fetch_all(&self.pool)
+            .await?;
+        rows.into_iter().map(Template::try_from).collect()
+    }
+
+    /// Points a tag at a version.
+    pub async fn tag(&self, template: &Template, tag: &str) -> Result<(), StoreError> {
+        sqlx::query(
+            "insert into template_tags (team, name, tag, version) values ($1, $2, $3, $4) \
+             on conflict (team, name, tag) do update set version = $4",
+        )
+        .bind(&template.team)
+        .bind(&template.name)
+        .bind(tag)
+        .bind(i64::try_from(template.version).unwrap_or(i64::MAX))
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Removes all versions of a name, or one.
+    pub async fn delete(
+        &self,
+        team: &str,
+        name: &str,
+        version: Option<u64>,
+    ) -> Result<u64, StoreError> {
+        let done = sqlx::query(
+            "delete from template_versions where team = $1 and name = $2 and ($3::bigint is null or version = $3)",
+        )
+        .bind(team)
+        .bind(name)
+        .bind(version.map(|version| i64::try_from(version).unwrap_or(i64::MAX)))
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected())
+    }
+
+    /// Stores a new build, or finds the one the team made with this request ID.
+    pub async fn insert_build(
+        &self,
+        build_id: &str,
+        team: &str,
+        template_team: &str,
+        request: &BuildTemplateRequest,
+    ) -> Result<StoredBuild, StoreError> {
+        let request_id = Some(&request.request_id).filter(|id| !id.is_empty());
+        sqlx::query(
+            "insert into builds (build_id, team, template_team, name, request_id, state, request, create_time) \
+             values ($1, $2, $3, $4, $5, $6, $7, $8) on conflict (team, request_id) where request_id is not null do nothing",
+        )
+        .bind(build_id)
+        .bind(team)
+        .bind(template_team)
+        .bind(&request.name)
+        .bind(request_id)
+        .bind(BuildState::Queued as i16)
+        .bind(request.encode_to_vec())
+        .bind(now())
+        .execute(&self.pool)
+        .await?;
+        let sql = format!(
+            "select {BUILD_COLUMNS} from builds where build_id = $1 or (team = $2 and request_id = $3) limit 1"
+        );
+        let row = sqlx::query_as::<_, BuildRow>(sqlx::AssertSqlSafe(sql))
+            .bind(build_id)
+            .bind(team)
+            .bind(request_id)
+            .fetch_one(&self.pool)
+            .await?;
+        row.try_into()
+    }
+
+    /// One build.
+    pub async fn build(&self, build_id: &str) -> Result<Option<StoredBuild>, StoreError> {
+        let sql = format!("select {BUILD_COLUMNS} from builds where build_id = $1");
+        let row = sqlx::query_as::<_, BuildRow>(sqlx::AssertSqlSafe(sql))
+            .bind(build_id)
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(StoredBuild::try_from).transpose()
+    }
+
+    /// Takes the oldest build that waits, or whose builder has not renewed its lease; no two replicas get the same.
+    pub async fn take_build(&self, lease: Duration) -> Result<Option<StoredBuild>, StoreError> {
+        let until = now().saturating_add(i64::try_from(lease.as_micros()).unwrap_or(i64::MAX));
+        let sql = format!(
+            "update builds set state = 2, lease_until = $1 where build_id = (select build_id from builds \
+             where state = 1 or (state = 2 and lease_until < $2) order by create_time limit 1 for update skip locked) \
+             returning {BUILD_COLUMNS}"
+        );
+        let row = sqlx::query_as::<_, BuildRow>(sqlx::AssertSqlSafe(sql))
+            .bind(until)
+            .bind(now())
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(StoredBuild::try_from).transpose()
+    }
+
+    /// Keeps a build; `false` if it was cancelled.
+    pub async fn renew_build(&self, build_id: &str, lease: Duration) -> Result<bool, StoreError> {
+        let until = now().saturating_add(i64::try_from(lease.as_micros()).unwrap_or(i64::MAX));
+        let done =
+            sqlx::query("update builds set lease_until = $2 where build_id = $1 and state = 2")
+                .bind(build_id)
+                .bind(until)
+                .execute(&self.pool)
+                .await?;
+        Ok(done.rows_affected() > 0)
+    }
+
+    /// Ends a build that has not ended; `false` if it has.
+    pub async fn end_build(
+        &self,
+        build_id: &str,
+        state: BuildState,
+        reason: &str,
+        message: &str,
+    ) -> Result<bool, StoreError> {
+        let done = sqlx::query(
+            "update builds set state = $2, end_time = $3, error_reason = $4, error_message = $5, lease_until = null \
+             where build_id = $1 and state < 3",
+        )
+        .bind(build_id)
+        .bind(state as i16)
+        .bind(now())
+        .bind(reason)
+        .bind(message)
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected() > 0)
+    }
+
+    /// Stores what a build made as the next version, tags it, and ends the build: all or nothing.
+    pub async fn publish(
+        &self,
+        stored: &StoredBuild,
+        spec: &Template,
+    ) -> Result<Option<u64>, StoreError> {
+        let mut transaction = self.pool.begin().await?;
+        let (team, name) = (&stored.template_team, &stored.build.name);
+        // Two builds of one name must not take the same number.
+        sqlx::query("select pg_advisory_xact_lock(hashtext($1))")
+            .bind(format!("{team}/{name}"))
+            .execute(&mut *transaction)
+            .await?;
+        let (version,): (i64,) = sqlx::query_as(
+            "insert into template_versions (team, name, version, create_time, spec) \
+             select $1, $2, coalesce(max(version), 0) + 1, $3, $4 from template_versions where team = $1 and name = $2 \
+             returning version",
+        )
+        .bind(team)
+        .bind(name)
+        .bind(now())
+        .bind(spec.encode_to_vec())
+        .fetch_one(&mut *transaction)
+        .await?;
+        for tag in stored
+            .request
+            .tags
+            .iter()
+            .map(String::as_str)
+            .chain(["latest"])
+        {
+            sqlx::query(
+                "insert into template_tags (team, name, tag, version) values ($1, $2, $3, $4) \
+                 on conflict (team, name, tag) do update set version = $4",
+            )
+            .bind(team)
+            .bind(name)
+            .bind(tag)
+            .bind(version)
+            .execute(&mut *transaction)
+            .await?;
+        }
+        let ended = sqlx::query(
+            "update builds set state = 3, end_time = $2, version = $3, lease_until = null where build_id = $1 and state = 2",
+        )
+        .bind(&stored.build.build_id)
+        .bind(now())
+        .bind(version)
+        .execute(&mut *transaction)
+        .await?;
+        if ended.rows_affected() == 0 {
+            // Cancelled meanwhile: nothing of it is kept.
+            return Ok(None);
+        }
+        transaction.commit().await?;
+        Ok(Some(version.unsigned_abs()))
+    }
+
+    /// Adds a line to a build's log.
+    pub async fn log(&self, build_id: &str, message: &str) -> Result<(), StoreError> {
+        sqlx::query("insert into build_logs (build_id, time, message) values ($1, $2, $3)")
+            .bind(build_id)
+            .bind(now())
+            .bind(message)
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+
+    /// Lines of a build's log after a number, with their numbers.
+    pub async fn log_after(
+        &self,
+        build_id: &str,
+        after: i64,
+    ) -> Result<Vec<(i64, StreamBuildLogsResponse)>, StoreError> {
+        let rows: Vec<(i64, i64, String)> = sqlx::query_as(
+            "select number, time, message from build_logs where build_id = $1 and number > $2 order by number limit 1000",
+        )
+        .bind(build_id)
+        .bind(after)
+        .fetch_all(&self.pool)
+        .await?;
+        let line = |(number, time, message)| {
+            (
+                number,
+                StreamBuildLogsResponse {
+                    time: Some(timestamp(time)),
+                    message,
+                },
+            )
+        };
+        Ok(rows.into_iter().map(line).collect())
+    }
+}
