@@ -3,7 +3,7 @@
 //! Every error a client can see says what was wrong, which ID, and what to do. [`Reason`] is the stable word programs match
 //! on; the message is for people and may change.
 
-use std::{borrow::Cow, collections::HashMap, fmt, time::Duration};
+use std::{collections::HashMap, fmt, time::Duration};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
@@ -13,29 +13,34 @@ pub const DOMAIN: &str = "sandmesh.dev";
 
 /// A stable word for what went wrong, in `UPPER_SNAKE_CASE`.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct Reason(Cow<'static, str>);
+pub struct Reason(&'static str);
 
 impl Reason {
     /// For a reason that only one service knows.
     pub const fn new(word: &'static str) -> Self {
-        Self(Cow::Borrowed(word))
+        Self(word)
     }
 
     /// As text.
     pub fn as_str(&self) -> &str {
-        &self.0
+        self.0
+    }
+
+    /// As text that lives for good, for metric labels.
+    pub fn word(&self) -> &'static str {
+        self.0
     }
 }
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.0)
     }
 }
 
 impl fmt::Debug for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.0)
     }
 }
 

@@ -1,0 +1,451 @@
+//! Puts node-svc together: lock, reap, bind, serve, register, drain.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _, Seek as _, Write as _},
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::{Router, body::Body, extract::Request};
+use nix::fcntl::{Flock, FlockArg};
+use proto::node::v1::{
+    Capacity, Node, node_registry_service_client::NodeRegistryServiceClient,
+    node_service_server::NodeServiceServer,
+};
+use service_kit::{
+    address::Address,
+    ids::NodeId,
+    mesh::{self, MeshToken, TokenError},
+    serve::{self, Bound, Grpc, ServeError},
+};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+use tower::ServiceExt as _;
+
+use crate::{
+    api::NodeApi,
+    artifact::Artifacts,
+    catalog::Catalog,
+    config::{Config, VmmChoice},
+    disk::Disks,
+    driver::{self, Workshop},
+    guest_image::GuestImages,
+    hosted::Hosted,
+    ingress::{self, HOP_HEADER, Ingress},
+    register::Registrar,
+    slot::{SlotConfig, SlotError, SlotPool},
+    vmm::{
+        Vmm,
+        fake::Fake,
+        qemu::{Qemu, QemuError},
+    },
+};
+
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+
+/// node-svc cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// A listener.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The ingress listens on TCP only.
+    #[error("--ingress and --internal must be host:port")]
+    NotTcp,
+    /// The mesh token.
+    #[error("--mesh-token-file: {0}")]
+    Token(#[from] TokenError),
+    /// The Redis address.
+    #[error("--redis-url: {0}")]
+    Redis(#[from] redis::RedisError),
+    /// A folder or file.
+    #[error("{setting} {path}: {source}")]
+    File {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another node-svc has the state folder.
+    #[error("--state {path} is in use by node-svc with PID {pid}")]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+        /// Who has it.
+        pid: String,
+    },
+    /// Network slots.
+    #[error("{0}")]
+    Slot(#[from] SlotError),
+    /// QEMU.
+    #[error("--qemu: {0}")]
+    Qemu(#[from] QemuError),
+}
+
+/// A bound node-svc.
+#[derive(Debug)]
+pub struct App {
+    ingress_listener: TcpListener,
+    internal: Bound,
+    node: Node,
+    token: MeshToken,
+    redis: redis::Client,
+    workshop: Arc<Workshop>,
+    hosted: Arc<Hosted>,
+    config: Config,
+    registered: watch::Sender<Option<String>>,
+    shutdown: CancellationToken,
+    _lock: Flock<File>,
+}
+
+impl App {
+    /// Locks the state folder, ends what an earlier node-svc left there, and binds.
+    pub async fn build(config: Config, shutdown: CancellationToken) -> Result<Self, AppError> {
+        let state = |source| AppError::File {
+            setting: "--state",
+            path: config.state.clone(),
+            source,
+        };
+        fs::create_dir_all(&config.state).map_err(state)?;
+        let lock = lock(&config.state)?;
+        let sessions = config.state.join("s");
+        let reaped = driver::reap(&sessions).map_err(state)?;
+        if reaped > 0 {
+            tracing::warn!(
+                sessions = reaped,
+                "sessions of an earlier node-svc were ended"
+            );
+        }
+        let token = MeshToken::load(&config.mesh_token_file)?;
+        let redis = redis::Client::open(config.redis_url.as_str())?;
+        let vmm = tokio::task::block_in_place(|| vmm(&config))?;
+        let (slots, images) = if vmm.needs_place() {
+            let slots = SlotConfig {
+                owner: config.state.clone(),
+                ready: config.ready_slots,
+            };
+            let envd = |source| AppError::File {
+                setting: "--envd",
+                path: config.envd.clone(),
+                source,
+            };
+            let images =
+                GuestImages::open(config.state.join("images"), &config.envd).map_err(envd)?;
+            (
+                Some(tokio::task::block_in_place(|| SlotPool::open(&slots))?),
+                Some(images),
+            )
+        } else {
+            (None, None)
+        };
+        let total = capacity(&config);
+        let hosted = Arc::new(Hosted::new(total));
+        let parallel = config.parallel_boots.unwrap_or_else(cpus);
+        let boots = if vmm.needs_place() {
+            parallel.max(1)
+        } else {
+            Semaphore::MAX_PERMITS
+        };
+        let workshop = Workshop {
+            artifacts: Artifacts::open(
+                config.state.join("artifacts"),
+                mesh::connect(&config.template_addresses, &token),
+            )
+            .map_err(state)?,
+            disks: Disks::open(config.state.join("disks")).map_err(state)?,
+            slots,
+            images,
+            sessions,
+            boots: Semaphore::new(boots),
+            boot_timeout: config.boot_timeout,
+            nameservers: nameservers(&config.nameservers)
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            hosted: Arc::clone(&hosted),
+            vmm: Arc::clone(&vmm),
+        };
+        let ingress_bound = Bound::bind(&config.ingress).await?;
+        let internal = Bound::bind(&config.internal).await?;
+        let (Address::Tcp(ingress_address), Address::Tcp(internal_address)) =
+            (ingress_bound.address().clone(), internal.address().clone())
+        else {
+            return Err(AppError::NotTcp);
+        };
+        let node = Node {
+            node_id: node_id(&config.state).map_err(state)?.to_string(),
+            ingress_address: config.advertise_ingress.clone().unwrap_or(ingress_address),
+            internal_address: config
+                .advertise_internal
+                .clone()
+                .unwrap_or(internal_address),
+            total: Some(total),
+            vmm: vmm.kind().into(),
+            vmm_version: vmm.version().to_owned(),
+            cpu_model: cpu_model(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            incarnation: uuid::Uuid::new_v4().to_string(),
+            ..Node::default()
+        };
+        Ok(Self {
+            ingress_listener: ingress_bound.into_tcp().map_err(|_| AppError::NotTcp)?,
+            internal,
+            node,
+            token,
+            redis,
+            workshop: Arc::new(workshop),
+            hosted,
+            config,
+            registered: watch::Sender::new(None),
+            shutdown,
+            _lock: lock,
+        })
+    }
+
+    /// What this node says of itself.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Hears the home tag once the registry knows this node.
+    pub fn registered(&self) -> watch::Receiver<Option<String>> {
+        self.registered.subscribe()
+    }
+
+    /// Serves until shutdown. Sessions are stopped or left running, as configured.
+    pub async fn run(self) -> Result<(), AppError> {
+        let Self {
+            ingress_listener,
+            internal,
+            node,
+            token,
+            redis,
+            workshop,
+            hosted,
+            config,
+            registered,
+            shutdown,
+            _lock,
+        } = self;
+        let drivers = TaskTracker::new();
+        let connections = TaskTracker::new();
+        let background = TaskTracker::new();
+        let catalog = Catalog::new(redis, &config.redis_prefix);
+        let ingress = Arc::new(Ingress::new(
+            Arc::clone(&hosted),
+            catalog,
+            &token,
+            &config.domain,
+            connections.clone(),
+        ));
+        if let Some(slots) = &workshop.slots {
+            background.spawn(slots.clone().run(shutdown.clone()));
+        }
+        let registrar = Registrar {
+            registry: NodeRegistryServiceClient::new(mesh::connect(
+                &config.session_addresses,
+                &token,
+            )),
+            node,
+            hosted: Arc::clone(&hosted),
+            tasks: connections.clone(),
+            registered,
+        };
+        background.spawn(registrar.run(shutdown.clone()));
+        background.spawn(Arc::clone(&ingress).serve(ingress_listener, shutdown.clone()));
+
+        let api = NodeApi {
+            hosted: Arc::clone(&hosted),
+            workshop: Arc::clone(&workshop),
+            drivers: drivers.clone(),
+        };
+        let grpc = Grpc::new("node-svc")
+            .mesh_only(token.clone())
+            .reflect(&["sandmesh.node.v1"]);
+        let own = grpc
+            .router(Routes::new(NodeServiceServer::new(api)))
+            .await?;
+        let served =
+            serve::serve_router(internal, with_peers(own, ingress, token), shutdown.clone()).await;
+        shutdown.cancel();
+        if config.stop_sessions_on_exit {
+            stop_all(&hosted).await;
+        }
+        background.close();
+        background.wait().await;
+        connections.close();
+        if tokio::time::timeout(serve::DRAIN_DEADLINE, connections.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!("connections through this node were cut");
+        }
+        if config.stop_sessions_on_exit
+            && let Some(slots) = &workshop.slots
+        {
+            tokio::task::block_in_place(|| slots.remove_all())?;
+        }
+        Ok(served?)
+    }
+}
+
+/// Requests that another node sends on share the internal listener with the node's own API.
+fn with_peers(own: Router, ingress: Arc<Ingress>, token: MeshToken) -> Router {
+    Router::new().fallback_service(tower::service_fn(move |request: Request| {
+        let (own, ingress, token) = (own.clone(), Arc::clone(&ingress), token.clone());
+        async move {
+            if request.headers().contains_key(&HOP_HEADER) && token.is_in(request.headers()) {
+                return Ok(ingress.answer(request, ingress::From::Peer).await);
+            }
+            own.oneshot(request.map(Body::new)).await
+        }
+    }))
+}
+
+async fn stop_all(hosted: &Hosted) {
+    let sessions = hosted.all();
+    for session in &sessions {
+        session.stop.cancel();
+    }
+    let ended = futures::future::join_all(sessions.iter().map(|session| session.ended()));
+    if tokio::time::timeout(STOP_LIMIT, ended).await.is_err() {
+        tracing::error!("some sessions did not stop in time");
+    }
+}
+
+/// Removes everything a node-svc that was killed left behind: VMMs, folders, slots, firewall. Blocking.
+pub fn clean_up(state: &Path) -> Result<(), AppError> {
+    if !state.exists() {
+        return Ok(());
+    }
+    let _lock = lock(state)?;
+    let failed = |source| AppError::File {
+        setting: "--state",
+        path: state.to_owned(),
+        source,
+    };
+    driver::reap(&state.join("s")).map_err(failed)?;
+    SlotPool::open(&SlotConfig {
+        owner: state.to_owned(),
+        ready: 0,
+    })?
+    .remove_all()?;
+    Ok(())
+}
+
+fn lock(state: &Path) -> Result<Flock<File>, AppError> {
+    let path = state.join("lock");
+    let failed = |source| AppError::File {
+        setting: "--state",
+        path: path.clone(),
+        source,
+    };
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(failed)?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(mut lock) => {
+            lock.set_len(0)
+                .and_then(|()| lock.rewind())
+                .map_err(failed)?;
+            write!(lock, "{}", std::process::id()).map_err(failed)?;
+            Ok(lock)
+        }
+        Err((mut file, _)) => {
+            let mut pid = String::new();
+            file.read_to_string(&mut pid).map_err(failed)?;
+            Err(AppError::InUse {
+                path: state.to_owned(),
+                pid,
+            })
+        }
+    }
+}
+
+fn node_id(state: &Path) -> io::Result<NodeId> {
+    let path = state.join("node-id");
+    if let Ok(text) = fs::read_to_string(&path)
+        && let Ok(id) = NodeId::parse(text.trim())
+    {
+        return Ok(id);
+    }
+    let id = uuid::Uuid::new_v4().to_string();
+    fs::write(&path, &id)?;
+    NodeId::parse(&id).map_err(io::Error::other)
+}
+
+fn vmm(config: &Config) -> Result<Arc<dyn Vmm>, AppError> {
+    Ok(match config.vmm {
+        VmmChoice::Fake => Arc::new(Fake::default()),
+        VmmChoice::Qemu | VmmChoice::QemuTcg => {
+            let kernel = config.state.join("trial-kernel");
+            let kernel = kernel.exists().then_some(kernel);
+            let only_tcg = config.vmm == VmmChoice::QemuTcg;
+            Arc::new(Qemu::probe(
+                &config.qemu,
+                &config.state,
+                kernel.as_deref(),
+                only_tcg,
+            )?)
+        }
+    })
+}
+
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn capacity(config: &Config) -> Capacity {
+    let host = procfs::Current::current()
+        .map(|info: procfs::Meminfo| info.mem_total)
+        .unwrap_or_default();
+    Capacity {
+        sessions: config.max_sessions,
+        memory_bytes: config.memory.unwrap_or(host / 4 * 3),
+        vcpus: config
+            .vcpus
+            .unwrap_or_else(|| u32::try_from(cpus()).unwrap_or(1).saturating_mul(16)),
+        disk_bytes: config.disk,
+    }
+}
+
+fn cpu_model() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"));
+    line.and_then(|line| line.split_once(':'))
+        .map(|(_, model)| model.trim().to_owned())
+        .unwrap_or_default()
+}
+
+fn nameservers(configured: &[Ipv4Addr]) -> Vec<Ipv4Addr> {
+    if !configured.is_empty() {
+        return configured.to_vec();
+    }
+    let resolv = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let own: Vec<Ipv4Addr> = resolv
+        .lines()
+        .filter_map(|line| line.strip_prefix("nameserver"))
+        .filter_map(|address| address.trim().parse().ok())
+        .filter(|address: &Ipv4Addr| !address.is_loopback())
+        .collect();
+    if own.is_empty() {
+        vec![Ipv4Addr::new(1, 1, 1, 1), Ipv4Addr::new(8, 8, 8, 8)]
+    } else {
+        own
+    }
+}

@@ -1,0 +1,111 @@
+//! Settings of node-svc.
+
+use std::{path::PathBuf, time::Duration};
+
+use service_kit::{
+    address::Address,
+    config::{parse_bytes, parse_duration},
+};
+
+/// Which VMM runs the guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum VmmChoice {
+    /// QEMU, with KVM if a trial boot shows that it works, else emulated.
+    Qemu,
+    /// QEMU, always emulated.
+    QemuTcg,
+    /// In memory, for simulations: sessions start at once and run nothing.
+    Fake,
+}
+
+/// Settings of node-svc.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Config {
+    /// Where Envoy reaches streams and ports (host:port).
+    #[arg(long, env = "SANDMESH_NODE_INGRESS", default_value = "127.0.0.1:10110")]
+    pub ingress: Address,
+    /// Where other services and nodes call (host:port).
+    #[arg(
+        long,
+        env = "SANDMESH_NODE_INTERNAL",
+        default_value = "127.0.0.1:10111"
+    )]
+    pub internal: Address,
+    /// Address of the ingress as others see it; default: as bound.
+    #[arg(long, env = "SANDMESH_NODE_ADVERTISE_INGRESS")]
+    pub advertise_ingress: Option<String>,
+    /// Address of the internal listener as others see it; default: as bound.
+    #[arg(long, env = "SANDMESH_NODE_ADVERTISE_INTERNAL")]
+    pub advertise_internal: Option<String>,
+    /// Folder of everything this node keeps. Keep it short: it holds unix sockets.
+    #[arg(
+        long,
+        env = "SANDMESH_NODE_STATE",
+        default_value = "/var/lib/sandmesh/node"
+    )]
+    pub state: PathBuf,
+    /// File of the mesh token, mode 0600.
+    #[arg(long, env = "SANDMESH_MESH_TOKEN_FILE")]
+    pub mesh_token_file: PathBuf,
+    /// session-svc's addresses: the node registry.
+    #[arg(
+        long,
+        env = "SANDMESH_SESSION_ADDRESSES",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:10101"
+    )]
+    pub session_addresses: Vec<Address>,
+    /// template-svc's addresses: artifacts.
+    #[arg(
+        long,
+        env = "SANDMESH_TEMPLATE_ADDRESSES",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:10102"
+    )]
+    pub template_addresses: Vec<Address>,
+    /// Redis with the catalog: redis://host:port or redis+unix:///path.
+    #[arg(long, env = "SANDMESH_REDIS_URL")]
+    pub redis_url: String,
+    /// Prefix of every Redis key and channel.
+    #[arg(long, env = "SANDMESH_REDIS_PREFIX", default_value = "sandmesh")]
+    pub redis_prefix: String,
+    /// Domain of sandbox hosts.
+    #[arg(long, env = "SANDMESH_DOMAIN", default_value = "sandmesh.localhost")]
+    pub domain: String,
+    /// How guests are run.
+    #[arg(long, env = "SANDMESH_NODE_VMM", value_enum, default_value = "qemu")]
+    pub vmm: VmmChoice,
+    /// QEMU's program.
+    #[arg(long, env = "SANDMESH_QEMU", default_value = "qemu-system-x86_64")]
+    pub qemu: PathBuf,
+    /// envd's static program, which becomes every guest's init.
+    #[arg(long, env = "SANDMESH_ENVD", default_value = "/usr/lib/sandmesh/envd")]
+    pub envd: PathBuf,
+    /// Sessions at most.
+    #[arg(long, env = "SANDMESH_NODE_MAX_SESSIONS", default_value_t = 64)]
+    pub max_sessions: u32,
+    /// Memory for guests; default: three quarters of the host's.
+    #[arg(long, env = "SANDMESH_NODE_MEMORY", value_parser = parse_bytes)]
+    pub memory: Option<u64>,
+    /// Virtual CPUs for guests; default: 16 for each of the host's.
+    #[arg(long, env = "SANDMESH_NODE_VCPUS")]
+    pub vcpus: Option<u32>,
+    /// Sum of the sizes of writable disks; they are sparse.
+    #[arg(long, env = "SANDMESH_NODE_DISK", value_parser = parse_bytes, default_value = "1TiB")]
+    pub disk: u64,
+    /// Guests that boot at once; default: the host's CPUs.
+    #[arg(long, env = "SANDMESH_NODE_PARALLEL_BOOTS")]
+    pub parallel_boots: Option<usize>,
+    /// How long a guest has from its VMM's start until it is configured.
+    #[arg(long, env = "SANDMESH_NODE_BOOT_TIMEOUT", value_parser = parse_duration, default_value = "60s")]
+    pub boot_timeout: Duration,
+    /// Network places kept ready.
+    #[arg(long, env = "SANDMESH_NODE_READY_SLOTS", default_value_t = 4)]
+    pub ready_slots: usize,
+    /// Name servers of guests; default: the host's that are not on loopback, else 1.1.1.1 and 8.8.8.8.
+    #[arg(long, env = "SANDMESH_NODE_NAMESERVERS", value_delimiter = ',')]
+    pub nameservers: Vec<std::net::Ipv4Addr>,
+    /// Stop all sessions when node-svc is asked to stop. Without it they are left running and are lost at its next start.
+    #[arg(long, env = "SANDMESH_NODE_STOP_SESSIONS_ON_EXIT")]
+    pub stop_sessions_on_exit: bool,
+}

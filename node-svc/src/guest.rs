@@ -1,0 +1,140 @@
+//! envd of one guest, as node-svc calls it: an HTTP/2 connection over the link, and the configure call that makes the guest a
+//! session's. Everything that comes from it is untrusted.
+
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{Request, Response, Uri};
+use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use proto::envd::v1::{
+    ConfigureRequest, GuestNetwork, port_service_client::PortServiceClient,
+    system_service_client::SystemServiceClient,
+};
+use service_kit::ids::SessionId;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, body::Body};
+use tower::Service;
+
+use crate::{slot, vmm::LinkStream};
+
+const STREAM_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 8 << 20;
+const FRAME: u32 = 64 << 10;
+/// A guest's headers are small; what it may make us hold is this.
+const HEADER_LIST: u32 = 32 << 10;
+const CONFIGURE_TIMEOUT: Duration = Duration::from_secs(20);
+const ENTROPY: usize = 64;
+
+/// Calls one guest. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct GuestClient {
+    sender: SendRequest<Body>,
+}
+
+/// What a guest is told to become.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Its session.
+    pub session_id: SessionId,
+    /// Environment of its processes.
+    pub env: BTreeMap<String, String>,
+    /// Its name servers.
+    pub nameservers: Vec<String>,
+}
+
+impl GuestClient {
+    /// Speaks HTTP/2 over the link until it ends or `stop` is cancelled.
+    pub async fn open(
+        link: Box<dyn LinkStream>,
+        stop: CancellationToken,
+    ) -> Result<Self, hyper::Error> {
+        let mut builder = Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(FRAME)
+            .max_header_list_size(HEADER_LIST)
+            .max_concurrent_reset_streams(1024);
+        let (sender, connection) = builder.handshake(TokioIo::new(link)).await?;
+        tokio::spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                ended = connection => if let Err(error) = ended {
+                    tracing::debug!(%error, "the connection to a guest ended");
+                },
+            }
+        });
+        Ok(Self { sender })
+    }
+
+    /// Makes the guest the session's: entropy, clock, names, network, environment. Fails closed.
+    pub async fn configure(&self, identity: &Identity) -> Result<(), Status> {
+        let now = jiff::Timestamp::now();
+        let entropy: [u8; ENTROPY] = rand::random();
+        let machine_id: [u8; 16] = rand::random();
+        let mut request = tonic::Request::new(ConfigureRequest {
+            session_id: identity.session_id.to_string(),
+            hostname: format!("sandbox-{}", identity.session_id.short()),
+            entropy: entropy.to_vec(),
+            time: Some(prost_types::Timestamp {
+                seconds: now.as_second(),
+                nanos: now.subsec_nanosecond(),
+            }),
+            network: Some(GuestNetwork {
+                address: slot::GUEST_ADDRESS.into(),
+                gateway: slot::GATEWAY.into(),
+                nameservers: identity.nameservers.clone(),
+            }),
+            env: identity.env.clone().into_iter().collect(),
+            machine_id: machine_id.to_vec(),
+            default_user: String::new(),
+        });
+        request.set_timeout(CONFIGURE_TIMEOUT);
+        let mut system = SystemServiceClient::with_origin(self.clone(), origin());
+        match tokio::time::timeout(CONFIGURE_TIMEOUT, system.configure(request)).await {
+            Ok(answer) => answer.map(drop),
+            Err(_) => Err(Status::deadline_exceeded(
+                "the guest did not configure itself in time",
+            )),
+        }
+    }
+
+    /// envd's ports.
+    pub fn ports(&self) -> PortServiceClient<Self> {
+        PortServiceClient::with_origin(self.clone(), origin())
+    }
+
+    /// Sends any request to envd.
+    pub async fn send(
+        &self,
+        request: Request<Body>,
+    ) -> Result<Response<hyper::body::Incoming>, hyper::Error> {
+        self.sender.clone().send_request(request).await
+    }
+}
+
+/// The authority of every call to a guest; it has only one server.
+pub fn origin() -> Uri {
+    Uri::from_static("http://guest")
+}
+
+impl Service<Request<Body>> for GuestClient {
+    type Response = Response<Body>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, hyper::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
+        self.sender.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let answer = self.sender.send_request(request);
+        Box::pin(async move { Ok(answer.await?.map(Body::new)) })
+    }
+}

@@ -1,0 +1,210 @@
+//! Guests in memory, for simulations and for measuring everything but a VMM. They answer Configure and GetInfo, and run nothing.
+
+use std::time::{Duration, Instant};
+
+use proto::{
+    envd::v1::{
+        ConfigureRequest, ConfigureResponse, GetInfoRequest, GetInfoResponse, GuestInfo,
+        ShutdownRequest, ShutdownResponse, StreamLogsRequest, StreamLogsResponse,
+        StreamMetricsRequest, StreamMetricsResponse, StreamSpansRequest, StreamSpansResponse,
+        system_service_server::{SystemService, SystemServiceServer},
+    },
+    node::v1::VmmKind,
+};
+use service_kit::errors::Failure;
+use tokio::{io::DuplexStream, sync::watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::{Request, Response, Status, transport::server::Connected};
+
+use super::{BootSpec, LinkStream, Vm, VmExit, Vmm, VmmError, process::ProcessId};
+
+const PIPE: usize = 64 << 10;
+
+/// Behaviour on command.
+#[derive(Debug, Clone, Default)]
+pub struct Fake {
+    /// How long a boot takes.
+    pub boot_time: Duration,
+    /// Whether boots fail.
+    pub fails: bool,
+    /// Sending ends every guest, as if its VMM had died.
+    pub dies: Option<watch::Receiver<bool>>,
+}
+
+#[tonic::async_trait]
+impl Vmm for Fake {
+    fn kind(&self) -> VmmKind {
+        VmmKind::Fake
+    }
+
+    fn version(&self) -> &'static str {
+        "fake"
+    }
+
+    fn needs_place(&self) -> bool {
+        false
+    }
+
+    async fn boot(&self, _: BootSpec) -> Result<Box<dyn Vm>, VmmError> {
+        tokio::time::sleep(self.boot_time).await;
+        if self.fails {
+            return Err(VmmError::Ended(VmExit::Code(1)));
+        }
+        Ok(Box::new(FakeVm {
+            dies: self.dies.clone(),
+            guests: Vec::new(),
+        }))
+    }
+}
+
+#[derive(Debug)]
+struct FakeVm {
+    dies: Option<watch::Receiver<bool>>,
+    guests: Vec<DropGuard>,
+}
+
+#[tonic::async_trait]
+impl Vm for FakeVm {
+    fn process(&self) -> Option<ProcessId> {
+        None
+    }
+
+    async fn connect(&mut self, _: Instant) -> Result<Box<dyn LinkStream>, VmmError> {
+        let (ours, guests) = tokio::io::duplex(PIPE);
+        let stop = CancellationToken::new();
+        self.guests.push(stop.clone().drop_guard());
+        let server = tonic::transport::Server::builder()
+            .add_service(SystemServiceServer::new(FakeGuest))
+            .serve_with_incoming_shutdown(
+                tokio_stream::once(Ok::<_, std::io::Error>(Pipe(guests))),
+                stop.cancelled_owned(),
+            );
+        tokio::spawn(async move {
+            if let Err(error) = server.await {
+                tracing::debug!(%error, "a fake guest ended");
+            }
+        });
+        Ok(Box::new(ours))
+    }
+
+    async fn wait(&mut self) -> VmExit {
+        if let Some(dies) = self.dies.as_mut()
+            && dies.wait_for(|dies| *dies).await.is_ok()
+        {
+            return VmExit::Signal(9);
+        }
+        std::future::pending().await
+    }
+
+    async fn console_tail(&mut self) -> String {
+        String::new()
+    }
+
+    async fn kill(&mut self) {
+        self.guests.clear();
+    }
+}
+
+struct Pipe(DuplexStream);
+
+impl Connected for Pipe {
+    type ConnectInfo = ();
+    fn connect_info(&self) {}
+}
+
+impl tokio::io::AsyncRead for Pipe {
+    fn poll_read(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+        buffer: &mut tokio::io::ReadBuf<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl tokio::io::AsyncWrite for Pipe {
+    fn poll_write(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+        bytes: &[u8],
+    ) -> std::task::Poll<std::io::Result<usize>> {
+        std::pin::Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+    fn poll_flush(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.0).poll_flush(cx)
+    }
+    fn poll_shutdown(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::pin::Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+struct FakeGuest;
+
+#[tonic::async_trait]
+impl SystemService for FakeGuest {
+    async fn configure(
+        &self,
+        request: Request<ConfigureRequest>,
+    ) -> Result<Response<ConfigureResponse>, Status> {
+        let request = request.into_inner();
+        let info = GuestInfo {
+            session_id: request.session_id,
+            hostname: request.hostname,
+            ..info()
+        };
+        Ok(Response::new(ConfigureResponse { info: Some(info) }))
+    }
+
+    async fn get_info(
+        &self,
+        _: Request<GetInfoRequest>,
+    ) -> Result<Response<GetInfoResponse>, Status> {
+        Ok(Response::new(GetInfoResponse { info: Some(info()) }))
+    }
+
+    async fn shutdown(
+        &self,
+        _: Request<ShutdownRequest>,
+    ) -> Result<Response<ShutdownResponse>, Status> {
+        Ok(Response::new(ShutdownResponse {}))
+    }
+
+    type StreamMetricsStream = ReceiverStream<Result<StreamMetricsResponse, Status>>;
+    async fn stream_metrics(
+        &self,
+        _: Request<StreamMetricsRequest>,
+    ) -> Result<Response<Self::StreamMetricsStream>, Status> {
+        Err(Failure::not_yet("metrics of a fake guest").into())
+    }
+
+    type StreamLogsStream = ReceiverStream<Result<StreamLogsResponse, Status>>;
+    async fn stream_logs(
+        &self,
+        _: Request<StreamLogsRequest>,
+    ) -> Result<Response<Self::StreamLogsStream>, Status> {
+        Err(Failure::not_yet("logs of a fake guest").into())
+    }
+
+    type StreamSpansStream = ReceiverStream<Result<StreamSpansResponse, Status>>;
+    async fn stream_spans(
+        &self,
+        _: Request<StreamSpansRequest>,
+    ) -> Result<Response<Self::StreamSpansStream>, Status> {
+        Err(Failure::not_yet("spans of a fake guest").into())
+    }
+}
+
+fn info() -> GuestInfo {
+    GuestInfo {
+        envd_version: "fake".into(),
+        api_level: 1,
+        ..GuestInfo::default()
+    }
+}
