@@ -1,1 +1,22 @@
-//! (being written)
+//! The Rust SDK: [`Client`] for the control plane, [`Sandbox`] for one session.
+//!
+//! ```no_run
+//! # async fn demo() -> Result<(), sdk::Error> {
+//! let client = sdk::Client::connect("http://127.0.0.1:10080", "smk_...")?;
+//! let session = client.create(sdk::NewSession::from_template("base")).await?;
+//! let output = client.sandbox(&session)?.run(["echo", "hello"]).await?;
+//! assert_eq!(output.stdout, b"hello\n");
+//! client.stop(&session.session_id).await?;
+//! # Ok(()) }
+//! ```
+
+mod client;
+mod error;
+mod files;
+mod process;
+mod sandbox;
+
+pub use client::{Client, NewSession};
+pub use error::Error;
+pub use process::{Command, Event, Exit, Output, Process, Remote};
+pub use sandbox::Sandbox;
