@@ -1,1 +1,175 @@
-//! (being written)
+//! envd: the daemon inside the guest, and the guest's init.
+//!
+//! [`boot`] turns a bare kernel into a system: modules, disks, overlay. Then the services in [`api`] are served over the guest
+//! link, one HTTP/2 connection per epoch. [`process`] runs commands and keeps their output ([`output`]), [`reap`] is PID 1's duty to
+//! collect what has ended, [`users`] knows who is who, [`files`] acts as them, [`ports`] reads who listens, [`identity`] makes the guest a
+//! session's.
+//!
+//! Nothing but health, reflection and Configure is answered before Configure has succeeded.
+
+use std::{convert::Infallible, error::Error, io, path::Path, pin::Pin, sync::Arc, task};
+
+use guest_link::guest::{Channel, Link, Listener, unix::UnixChannel, vport::Vport};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tonic::transport::server::{Connected, Server};
+
+pub mod api;
+mod boot;
+mod errors;
+mod files;
+mod identity;
+mod output;
+mod ports;
+mod process;
+mod reap;
+mod spawn;
+mod users;
+
+use identity::Guest;
+use process::Processes;
+
+const STREAM_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 8 << 20;
+const FRAME: u32 = 64 << 10;
+const MAX_STREAMS: u32 = 100_000;
+const LARGEST_MESSAGE: usize = 4 << 20;
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// Brings the guest up as PID 1 and serves until it is powered off.
+pub fn init() -> Result<(), Failure> {
+    let port = boot::bring_up()?;
+    runtime()?.block_on(async {
+        let channel = Vport::open(&port)?;
+        let guest = Arc::new(Guest::new(true));
+        let processes = Processes::new(Arc::clone(&guest));
+        tokio::spawn(reap::run(processes.clone()));
+        serve(channel, guest, processes).await;
+        Ok(())
+    })
+}
+
+/// Serves over a unix socket with the guest link's framing; for tests. The host's clock, name and network are left alone.
+pub fn serve_on_socket(socket: &Path) -> Result<(), Failure> {
+    runtime()?.block_on(async {
+        let channel = UnixChannel::bind(socket)?;
+        let guest = Arc::new(Guest::new(false));
+        let processes = Processes::new(Arc::clone(&guest));
+        tokio::spawn(reap::run(processes.clone()));
+        serve(channel, guest, processes).await;
+        Ok(())
+    })
+}
+
+fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+}
+
+/// Serves one epoch after the other; an older one ends when its host is gone.
+async fn serve<C: Channel>(channel: C, guest: Arc<Guest>, processes: Processes) {
+    let mut listener = Listener::new(channel);
+    loop {
+        let link = listener.accept().await;
+        let (guest, processes) = (Arc::clone(&guest), processes.clone());
+        tokio::spawn(async move {
+            if let Err(error) = serve_link(link, guest, processes).await {
+                eprintln!("envd: an epoch ended: {error}");
+            }
+        });
+    }
+}
+
+async fn serve_link(link: Link, guest: Arc<Guest>, processes: Processes) -> Result<(), Failure> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter
+        .set_service_status("", tonic_health::ServingStatus::Serving)
+        .await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::ENVD_DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let gate = api::Gate(Arc::clone(&guest));
+    let process = api::process(processes.clone(), Arc::clone(&guest))
+        .max_decoding_message_size(LARGEST_MESSAGE);
+    let filesystem = api::filesystem(Arc::clone(&guest)).max_decoding_message_size(LARGEST_MESSAGE);
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
+        .max_concurrent_streams(MAX_STREAMS)
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(api::system(processes, guest))
+        .add_service(tonic::service::interceptor::InterceptedService::new(
+            process,
+            gate.clone(),
+        ))
+        .add_service(tonic::service::interceptor::InterceptedService::new(
+            filesystem,
+            gate.clone(),
+        ))
+        .add_service(tonic::service::interceptor::InterceptedService::new(
+            api::port(),
+            gate,
+        ))
+        .serve_with_incoming(OneConnection(Some(Epoch(link))))
+        .await?;
+    Ok(())
+}
+
+/// A stream of one connection that stays open, so that the server serves it to its end.
+struct OneConnection(Option<Epoch>);
+
+impl tokio_stream::Stream for OneConnection {
+    type Item = Result<Epoch, Infallible>;
+
+    fn poll_next(
+        mut self: Pin<&mut Self>,
+        _: &mut task::Context<'_>,
+    ) -> task::Poll<Option<Self::Item>> {
+        task::Poll::Ready(self.0.take().map(Ok))
+    }
+}
+
+/// A link as tonic wants it.
+struct Epoch(Link);
+
+impl Connected for Epoch {
+    type ConnectInfo = ();
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Epoch {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> task::Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Epoch {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        bytes: &[u8],
+    ) -> task::Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+    fn poll_flush(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> task::Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+    fn poll_shutdown(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> task::Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}

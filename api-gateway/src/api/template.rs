@@ -43,7 +43,7 @@ impl TemplateService for TemplateApi {
         let request = request.map(|stream| {
             tokio_stream::StreamExt::map_while(stream, move |part| {
                 part.map_err(|status| {
-                    *note.lock().unwrap_or_else(PoisonError::into_inner) = Some(status)
+                    *note.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
                 })
                 .ok()
             })

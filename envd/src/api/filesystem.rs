@@ -1,0 +1,221 @@
+//! `sandmesh.envd.v1.FilesystemService`.
+
+use std::{
+    fs::File,
+    io::{Read as _, Seek as _, SeekFrom, Write as _},
+};
+
+use bytes::Bytes;
+use proto::envd::v1::{
+    FilesystemServiceListRequest, FilesystemServiceListResponse, FilesystemServiceWatchRequest,
+    FilesystemServiceWatchResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveRequest,
+    MoveResponse, ReadRequest, ReadResponse, RemoveRequest, RemoveResponse, StatRequest,
+    StatResponse, WriteRequest, WriteResponse, filesystem_service_server::FilesystemService,
+    write_request::Part,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::Answers;
+use crate::{
+    errors::{invalid, not_yet, path_error, refuse},
+    files,
+};
+
+const CHUNK: usize = 128 << 10;
+const IN_FLIGHT: usize = 4;
+const PAGE: usize = 1000;
+const LARGEST_PAGE: usize = 10_000;
+
+pub(crate) struct Api;
+
+#[tonic::async_trait]
+impl FilesystemService for Api {
+    async fn stat(&self, request: Request<StatRequest>) -> Result<Response<StatResponse>, Status> {
+        let request = request.into_inner();
+        let (user, path) = files::resolve(&request.user, &request.path, &request.path_bytes)?;
+        let entry = files::acting_as(user, move || files::stat(&path, request.no_follow)).await?;
+        Ok(Response::new(StatResponse { entry: Some(entry) }))
+    }
+
+    async fn list(
+        &self,
+        request: Request<FilesystemServiceListRequest>,
+    ) -> Result<Response<FilesystemServiceListResponse>, Status> {
+        let request = request.into_inner();
+        let (user, path) = files::resolve(&request.user, &request.path, &request.path_bytes)?;
+        let limit = match usize::try_from(request.page_size).unwrap_or(PAGE) {
+            0 => PAGE,
+            size => size.min(LARGEST_PAGE),
+        };
+        // The token is the last name, in hexadecimal: names are bytes, tokens are text.
+        let after = from_hex(&request.page_token)
+            .ok_or_else(|| invalid("page_token", "is not one this service gave out"))?;
+        let (entries, last) =
+            files::acting_as(user, move || files::list(&path, &after, limit)).await?;
+        let next_page_token = last.map(|name| to_hex(&name)).unwrap_or_default();
+        Ok(Response::new(FilesystemServiceListResponse {
+            entries,
+            next_page_token,
+        }))
+    }
+
+    async fn make_directory(
+        &self,
+        request: Request<MakeDirectoryRequest>,
+    ) -> Result<Response<MakeDirectoryResponse>, Status> {
+        let request = request.into_inner();
+        let (user, path) = files::resolve(&request.user, &request.path, &request.path_bytes)?;
+        let mode = request.mode.unwrap_or(0o755);
+        let entry = files::acting_as(user, move || files::make_directory(&path, mode)).await?;
+        Ok(Response::new(MakeDirectoryResponse { entry: Some(entry) }))
+    }
+
+    async fn r#move(
+        &self,
+        request: Request<MoveRequest>,
+    ) -> Result<Response<MoveResponse>, Status> {
+        let request = request.into_inner();
+        let (user, source) = files::resolve(&request.user, &request.source, &[])?;
+        let (_, destination) = files::resolve(&request.user, &request.destination, &[])?;
+        let entry = files::acting_as(user, move || {
+            files::rename(&source, &destination, request.replace)
+        })
+        .await?;
+        Ok(Response::new(MoveResponse { entry: Some(entry) }))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<RemoveRequest>,
+    ) -> Result<Response<RemoveResponse>, Status> {
+        let request = request.into_inner();
+        let (user, path) = files::resolve(&request.user, &request.path, &request.path_bytes)?;
+        files::acting_as(user, move || files::remove(&path, request.recursive)).await?;
+        Ok(Response::new(RemoveResponse {}))
+    }
+
+    type ReadStream = Answers<ReadResponse>;
+
+    async fn read(
+        &self,
+        request: Request<ReadRequest>,
+    ) -> Result<Response<Self::ReadStream>, Status> {
+        let request = request.into_inner();
+        let (user, path) = files::resolve(&request.user, &request.path, &request.path_bytes)?;
+        let shown = files::shown(&path);
+        let (file, entry) = files::acting_as(user, move || files::open(&path)).await?;
+        let (to, answers) = mpsc::channel(IN_FLIGHT);
+        let (offset, length) = (request.offset, request.length.unwrap_or(u64::MAX));
+        // An open file needs no user any more; reading it blocks, so it has a thread.
+        tokio::task::spawn_blocking(move || {
+            let first = ReadResponse {
+                entry: Some(entry),
+                offset,
+                data: Bytes::new(),
+            };
+            if to.blocking_send(Ok(first)).is_err() {
+                return;
+            }
+            if let Err(error) = send_file(file, offset, length, &to) {
+                // Nobody listens any more, or they hear why.
+                let _ = to.blocking_send(Err(path_error(&shown, &error)));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    async fn write(
+        &self,
+        request: Request<Streaming<WriteRequest>>,
+    ) -> Result<Response<WriteResponse>, Status> {
+        let mut parts = request.into_inner();
+        let first = parts.message().await?.and_then(|message| message.part);
+        let Some(Part::Header(header)) = first else {
+            return Err(invalid("header", "must come first"));
+        };
+        let (user, path) = files::resolve(&header.user, &header.path, &header.path_bytes)?;
+        let shown = files::shown(&path);
+        let acting = user.clone();
+        let mut draft =
+            files::acting_as(user, move || files::begin(&acting, path, &header)).await?;
+        while let Some(message) = parts.message().await? {
+            let Some(Part::Data(data)) = message.part else {
+                return Err(invalid("header", "must come once"));
+            };
+            let shown = shown.clone();
+            draft = tokio::task::spawn_blocking(move || {
+                if let Some(file) = draft.file.as_mut() {
+                    file.write_all(&data)
+                        .map_err(|error| path_error(&shown, &error))?;
+                }
+                Ok::<_, Status>(draft)
+            })
+            .await
+            .map_err(|_| refuse(Code::Internal, "INTERNAL", "the write ended early"))??;
+        }
+        let entry = files::acting_as(draft.user(), move || draft.finish()).await?;
+        Ok(Response::new(WriteResponse { entry: Some(entry) }))
+    }
+
+    type WatchStream = Answers<FilesystemServiceWatchResponse>;
+
+    async fn watch(
+        &self,
+        _: Request<FilesystemServiceWatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Err(not_yet("FilesystemService.Watch"))
+    }
+}
+
+fn send_file(
+    mut file: File,
+    mut offset: u64,
+    length: u64,
+    to: &mpsc::Sender<Result<ReadResponse, Status>>,
+) -> std::io::Result<()> {
+    file.seek(SeekFrom::Start(offset))?;
+    let mut left = length;
+    while left > 0 {
+        let wanted = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        let mut chunk = vec![0; wanted];
+        let count = file.read(&mut chunk)?;
+        if count == 0 {
+            break;
+        }
+        chunk.truncate(count);
+        let part = ReadResponse {
+            entry: None,
+            offset,
+            data: Bytes::from(chunk),
+        };
+        if to.blocking_send(Ok(part)).is_err() {
+            break;
+        }
+        offset += count as u64;
+        left -= count as u64;
+    }
+    Ok(())
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .fold(String::new(), |text, byte| format!("{text}{byte:02x}"))
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let pairs = text.as_bytes().chunks(2);
+    pairs
+        .map(|pair| {
+            u8::from_str_radix(
+                std::str::from_utf8(pair)
+                    .ok()
+                    .filter(|pair| pair.len() == 2)?,
+                16,
+            )
+            .ok()
+        })
+        .collect()
+}

@@ -1,0 +1,185 @@
+//! From a bare kernel to a system: modules, file systems, overlay root. Runs once, as PID 1, before anything else.
+//!
+//! The root is an overlay: the template's read-only image below, the session's own disk above. The tools are the kernel's own calls;
+//! nothing of the template is run.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    kmod::{ModuleInitFlags, finit_module},
+    mount::{MsFlags, mount},
+    unistd::{chdir, chroot},
+};
+
+use crate::Failure;
+
+const MODULES: &str = "/modules";
+const LINK_NAME: &str = "sandmesh.link";
+const DEVICES_LIMIT: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Brings the system up; returns the device of the guest link.
+pub(crate) fn bring_up() -> Result<PathBuf, Failure> {
+    mount_new("proc", "proc", "/proc", "")?;
+    mount_new("sysfs", "sysfs", "/sys", "")?;
+    mount_new("devtmpfs", "devtmpfs", "/dev", "mode=0755")?;
+    load_modules()?;
+    let rootfs = wait_for("the root image", || block_device("rootfs"))?;
+    let scratch = wait_for("the writable disk", || block_device("scratch"))?;
+    let link = wait_for("the guest link", link_device)?;
+    mount_root(&rootfs, &scratch)?;
+    mount_rest()?;
+    // The daemon is the last thing to go when memory is short; its children get a 0 again when they are started.
+    fs::write("/proc/self/oom_score_adj", "-1000")?;
+    Ok(link)
+}
+
+fn mount_new(source: &str, kind: &str, target: &str, options: &str) -> Result<(), Failure> {
+    fs::create_dir_all(target)?;
+    let flags = if matches!(kind, "proc" | "sysfs" | "cgroup2") {
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC
+    } else {
+        MsFlags::MS_NOSUID
+    };
+    mount(Some(source), target, Some(kind), flags, Some(options))
+        .map_err(|error| format!("mount {target}: {error}").into())
+}
+
+/// In the order of their names, in which each follows what it needs.
+fn load_modules() -> Result<(), Failure> {
+    let mut paths: Vec<PathBuf> = fs::read_dir(MODULES)?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<io::Result<_>>()?;
+    paths.sort();
+    for path in paths {
+        let file = File::open(&path)?;
+        match finit_module(file.as_fd(), c"", ModuleInitFlags::empty()) {
+            // There already, or for a device this machine cannot have.
+            Ok(()) | Err(nix::errno::Errno::EEXIST | nix::errno::Errno::ENODEV) => {}
+            Err(error) => return Err(format!("module {}: {error}", path.display()).into()),
+        }
+    }
+    Ok(())
+}
+
+/// Devices appear a moment after their driver; before user space runs there is nobody to wait for but the clock.
+fn wait_for(what: &str, find: impl Fn() -> Option<PathBuf>) -> Result<PathBuf, Failure> {
+    let limit = Instant::now() + DEVICES_LIMIT;
+    loop {
+        if let Some(path) = find() {
+            return Ok(path);
+        }
+        if Instant::now() > limit {
+            return Err(format!("{what} did not appear").into());
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+}
+
+fn names(folder: &str) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
+fn block_device(serial: &str) -> Option<PathBuf> {
+    let name = names("/sys/block").into_iter().find(|name| {
+        fs::read_to_string(format!("/sys/block/{name}/serial"))
+            .is_ok_and(|text| text.trim() == serial)
+    })?;
+    Some(Path::new("/dev").join(name)).filter(|path| path.exists())
+}
+
+fn link_device() -> Option<PathBuf> {
+    let name = names("/sys/class/virtio-ports").into_iter().find(|name| {
+        fs::read_to_string(format!("/sys/class/virtio-ports/{name}/name"))
+            .is_ok_and(|text| text.trim() == LINK_NAME)
+    })?;
+    Some(Path::new("/dev").join(name)).filter(|path| path.exists())
+}
+
+fn mount_root(rootfs: &Path, scratch: &Path) -> Result<(), Failure> {
+    let failed = |what: &'static str| move |error: nix::Error| format!("mount {what}: {error}");
+    for folder in ["/lower", "/scratch", "/newroot"] {
+        fs::create_dir_all(folder)?;
+    }
+    mount(
+        Some(rootfs),
+        "/lower",
+        Some("erofs"),
+        MsFlags::MS_RDONLY,
+        None::<&str>,
+    )
+    .map_err(failed("root image"))?;
+    mount(
+        Some(scratch),
+        "/scratch",
+        Some("ext4"),
+        MsFlags::MS_NOATIME,
+        None::<&str>,
+    )
+    .map_err(failed("writable disk"))?;
+    for folder in ["/scratch/upper", "/scratch/work"] {
+        fs::create_dir_all(folder)?;
+    }
+    let options = "lowerdir=/lower,upperdir=/scratch/upper,workdir=/scratch/work";
+    mount(
+        Some("overlay"),
+        "/newroot",
+        Some("overlay"),
+        MsFlags::empty(),
+        Some(options),
+    )
+    .map_err(failed("overlay"))?;
+    for folder in ["proc", "sys", "dev"] {
+        let target = Path::new("/newroot").join(folder);
+        fs::create_dir_all(&target)?;
+        let source = Path::new("/").join(folder);
+        mount(
+            Some(&source),
+            &target,
+            None::<&str>,
+            MsFlags::MS_MOVE,
+            None::<&str>,
+        )
+        .map_err(failed("move"))?;
+    }
+    // The initial RAM disk's memory comes back once nothing names its files.
+    fs::remove_dir_all(MODULES)?;
+    chdir("/newroot")?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(failed("root"))?;
+    chroot(".")?;
+    chdir("/")?;
+    Ok(())
+}
+
+fn mount_rest() -> Result<(), Failure> {
+    mount_new(
+        "devpts",
+        "devpts",
+        "/dev/pts",
+        "gid=5,mode=620,ptmxmode=666",
+    )?;
+    mount_new("tmpfs", "tmpfs", "/dev/shm", "mode=1777")?;
+    mount_new("tmpfs", "tmpfs", "/run", "mode=0755")?;
+    mount_new("cgroup2", "cgroup2", "/sys/fs/cgroup", "")?;
+    for (link, target) in [
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+    ] {
+        if !Path::new(link).exists() {
+            std::os::unix::fs::symlink(target, link)?;
+        }
+    }
+    Ok(())
+}

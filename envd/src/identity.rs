@@ -1,0 +1,296 @@
+//! Whose guest this is: the gate everything waits behind, and the one call that opens it.
+//!
+//! Every step must succeed, in this order, or the guest stays closed: entropy first, so that nothing random is made before it.
+#![allow(unsafe_code)] // ioctl on /dev/random
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    net::Ipv4Addr,
+    os::fd::AsRawFd as _,
+    sync::{Mutex, PoisonError},
+};
+
+use nix::{
+    sys::time::TimeSpec,
+    time::{ClockId, clock_settime},
+    unistd::sethostname,
+};
+use proto::envd::v1::{ConfigureRequest, GuestInfo, GuestNetwork};
+use tonic::{Code, Status};
+
+use crate::errors::{invalid, refuse};
+
+const LEAST_ENTROPY: usize = 32;
+const MOST_ENTROPY: usize = 512;
+const API_LEVEL: u32 = 1;
+
+/// The guest, closed until it is configured.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    /// Whether this is a VM of our own, whose clock, name and network are ours to set.
+    owns_system: bool,
+    identity: Mutex<Option<Identity>>,
+    configuring: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Clone)]
+struct Identity {
+    session_id: String,
+    hostname: String,
+    env: BTreeMap<String, String>,
+}
+
+impl Guest {
+    pub(crate) fn new(owns_system: bool) -> Self {
+        Self {
+            owns_system,
+            identity: Mutex::default(),
+            configuring: tokio::sync::Mutex::default(),
+        }
+    }
+
+    fn identity(&self) -> Option<Identity> {
+        self.identity
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(crate) fn is_configured(&self) -> bool {
+        self.identity().is_some()
+    }
+
+    pub(crate) fn env(&self) -> BTreeMap<String, String> {
+        self.identity()
+            .map(|identity| identity.env)
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn info(&self) -> GuestInfo {
+        let identity = self.identity();
+        let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
+        let uptime: f64 = uptime
+            .split(' ')
+            .next()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or_default();
+        GuestInfo {
+            envd_version: env!("CARGO_PKG_VERSION").into(),
+            api_level: API_LEVEL,
+            kernel_release: fs::read_to_string("/proc/sys/kernel/osrelease")
+                .unwrap_or_default()
+                .trim()
+                .into(),
+            uptime: prost_types::Duration::try_from(std::time::Duration::from_secs_f64(
+                uptime.max(0.0),
+            ))
+            .ok(),
+            session_id: identity
+                .as_ref()
+                .map(|identity| identity.session_id.clone())
+                .unwrap_or_default(),
+            hostname: identity
+                .map(|identity| identity.hostname)
+                .unwrap_or_default(),
+        }
+    }
+
+    /// Makes the guest a session's. Again for the same session is a success; for another it is refused.
+    pub(crate) async fn configure(&self, request: ConfigureRequest) -> Result<(), Status> {
+        let _one_at_a_time = self.configuring.lock().await;
+        if let Some(identity) = self.identity() {
+            return if identity.session_id == request.session_id {
+                Ok(())
+            } else {
+                Err(refuse(
+                    Code::FailedPrecondition,
+                    "ALREADY_CONFIGURED",
+                    "this guest is another session's",
+                ))
+            };
+        }
+        check(&request)?;
+        if self.owns_system {
+            let failed = |step: &str, error: String| {
+                refuse(
+                    Code::Internal,
+                    "CONFIGURE_FAILED",
+                    format!("{step}: {error}"),
+                )
+            };
+            seed(&request.entropy).map_err(|error| failed("entropy", error))?;
+            set_clock(request.time.unwrap_or_default()).map_err(|error| failed("clock", error))?;
+            set_names(&request).map_err(|error| failed("names", error))?;
+            let network = request.network.clone().unwrap_or_default();
+            set_network(&network)
+                .await
+                .map_err(|error| failed("network", error))?;
+        }
+        let identity = Identity {
+            session_id: request.session_id,
+            hostname: request.hostname,
+            env: request.env.into_iter().collect(),
+        };
+        *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Some(identity);
+        Ok(())
+    }
+}
+
+fn check(request: &ConfigureRequest) -> Result<(), Status> {
+    if request.session_id.is_empty() {
+        return Err(invalid("session_id", "is required"));
+    }
+    let hostname = &request.hostname;
+    if !(1..=63).contains(&hostname.len())
+        || !hostname
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-')
+    {
+        return Err(invalid("hostname", "must be 1-63 characters [A-Za-z0-9-]"));
+    }
+    if !(LEAST_ENTROPY..=MOST_ENTROPY).contains(&request.entropy.len()) {
+        return Err(invalid("entropy", "must be 32-512 bytes"));
+    }
+    if request.machine_id.len() != 16 {
+        return Err(invalid("machine_id", "must be 16 bytes"));
+    }
+    if request.time.is_none() {
+        return Err(invalid("time", "is required"));
+    }
+    if request.network.is_none() {
+        return Err(invalid("network", "is required"));
+    }
+    Ok(())
+}
+
+/// `struct rand_pool_info` of random(4) with room for the most we take.
+#[repr(C)]
+struct PoolInfo {
+    entropy_bits: i32,
+    size: i32,
+    bytes: [u8; MOST_ENTROPY],
+}
+
+nix::ioctl_write_ptr_bad!(
+    add_entropy,
+    nix::request_code_write!(b'R', 0x03, size_of::<[i32; 2]>()),
+    PoolInfo
+);
+nix::ioctl_none!(reseed, b'R', 0x07);
+
+/// Credits the bytes to the kernel's pool and reseeds its generator from it, so that the first random byte read is ours alone.
+fn seed(entropy: &[u8]) -> Result<(), String> {
+    let random = File::options()
+        .write(true)
+        .open("/dev/random")
+        .map_err(|error| error.to_string())?;
+    let mut info = PoolInfo {
+        entropy_bits: 0,
+        size: 0,
+        bytes: [0; MOST_ENTROPY],
+    };
+    let target = info
+        .bytes
+        .get_mut(..entropy.len())
+        .ok_or("too much entropy")?;
+    target.copy_from_slice(entropy);
+    info.size = i32::try_from(entropy.len()).map_err(|error| error.to_string())?;
+    info.entropy_bits = info.size * 8;
+    // SAFETY: the descriptor is open for both calls; the kernel reads `size` bytes, which `bytes` holds.
+    unsafe {
+        add_entropy(random.as_raw_fd(), &raw const info).map_err(|error| error.to_string())?;
+        reseed(random.as_raw_fd()).map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+fn set_clock(time: prost_types::Timestamp) -> Result<(), String> {
+    clock_settime(
+        ClockId::CLOCK_REALTIME,
+        TimeSpec::new(time.seconds, time.nanos.into()),
+    )
+    .map_err(|error| error.to_string())
+}
+
+fn set_names(request: &ConfigureRequest) -> Result<(), String> {
+    let name = &request.hostname;
+    sethostname(name).map_err(|error| error.to_string())?;
+    let machine_id: String = request
+        .machine_id
+        .iter()
+        .fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
+    let hosts = format!("127.0.0.1 localhost\n::1 localhost ip6-localhost\n127.0.1.1 {name}\n");
+    let files = [
+        ("/etc/hostname", format!("{name}\n")),
+        ("/etc/hosts", hosts),
+        ("/etc/machine-id", format!("{machine_id}\n")),
+    ];
+    for (path, text) in files {
+        fs::write(path, text).map_err(|error| format!("{path}: {error}"))?;
+    }
+    Ok(())
+}
+
+async fn set_network(network: &GuestNetwork) -> Result<(), String> {
+    use futures::TryStreamExt as _;
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let resolv: String = network
+        .nameservers
+        .iter()
+        .fold(String::new(), |lines, server| {
+            format!("{lines}nameserver {server}\n")
+        });
+    fs::write("/etc/resolv.conf", resolv).map_err(|error| text(&error))?;
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(|error| text(&error))?;
+    let connection = tokio::spawn(connection);
+    let up = |index| {
+        handle
+            .link()
+            .set(rtnetlink::LinkUnspec::new_with_index(index).up().build())
+            .execute()
+    };
+    let set = async {
+        let find = async |name: &str| {
+            let mut links = handle.link().get().match_name(name.to_owned()).execute();
+            links
+                .try_next()
+                .await
+                .ok()
+                .flatten()
+                .map(|link| link.header.index)
+        };
+        let lo = find("lo").await.ok_or("no lo")?;
+        up(lo).await.map_err(|error| text(&error))?;
+        // A guest without a network device has a loopback and that is all.
+        let Some(eth) = find("eth0").await else {
+            return Ok(());
+        };
+        let (address, prefix) = network
+            .address
+            .split_once('/')
+            .ok_or("address without a prefix")?;
+        let address: Ipv4Addr = address.parse().map_err(|error| text(&error))?;
+        let prefix: u8 = prefix.parse().map_err(|error| text(&error))?;
+        let gateway: Ipv4Addr = network.gateway.parse().map_err(|error| text(&error))?;
+        handle
+            .address()
+            .add(eth, address.into(), prefix)
+            .execute()
+            .await
+            .map_err(|error| text(&error))?;
+        up(eth).await.map_err(|error| text(&error))?;
+        let route = rtnetlink::RouteMessageBuilder::<Ipv4Addr>::new()
+            .gateway(gateway)
+            .build();
+        handle
+            .route()
+            .add(route)
+            .execute()
+            .await
+            .map_err(|error| text(&error))
+    };
+    let outcome = set.await;
+    connection.abort();
+    outcome
+}

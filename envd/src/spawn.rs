@@ -1,0 +1,116 @@
+//! Starting a program as a user, in a session of its own.
+#![allow(unsafe_code)] // pre_exec: what a child does to itself between fork and exec
+
+use std::{
+    io,
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use nix::unistd::{Gid, Uid, chdir, setgid, setgroups, setsid, setuid};
+
+use crate::users::User;
+
+/// What to start, checked and made whole.
+#[derive(Debug)]
+pub(crate) struct Plan<'a> {
+    pub(crate) program: &'a Path,
+    pub(crate) name: &'a str,
+    pub(crate) arguments: &'a [String],
+    pub(crate) cwd: &'a Path,
+    pub(crate) env: &'a [(String, String)],
+    pub(crate) user: &'a User,
+    pub(crate) stdin: bool,
+}
+
+/// Starts it. The caller holds the reaper off until it knows the PID.
+pub(crate) fn spawn(plan: &Plan<'_>) -> io::Result<Child> {
+    let mut command = Command::new(plan.program);
+    command
+        .arg0(plan.name)
+        .args(plan.arguments)
+        .env_clear()
+        .envs(plan.env.iter().map(|(name, value)| (name, value)));
+    command
+        .stdin(if plan.stdin {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        })
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let (cwd, user) = (plan.cwd.to_owned(), plan.user.clone());
+    let groups: Vec<Gid> = user.groups.iter().copied().map(Gid::from_raw).collect();
+    let am_root = Uid::effective().is_root();
+    // SAFETY: only system calls between fork and exec, on values made before the fork; none of them allocates.
+    unsafe {
+        command.pre_exec(move || {
+            setsid()?;
+            restore_oom_score();
+            if am_root {
+                setgroups(&groups)?;
+                setgid(Gid::from_raw(user.gid))?;
+                setuid(Uid::from_raw(user.uid))?;
+            }
+            // After the user has changed: a directory only root may enter is not for others.
+            chdir(&cwd)?;
+            Ok(())
+        });
+    }
+    command.spawn()
+}
+
+/// envd itself is protected from the out-of-memory killer; what it starts is not (proc_pid_oom_score_adj(5)).
+fn restore_oom_score() {
+    let path = c"/proc/self/oom_score_adj";
+    // SAFETY: open(2), write(2) and close(2) are async-signal-safe; the path is a constant C string.
+    unsafe {
+        let fd = nix::libc::open(path.as_ptr(), nix::libc::O_WRONLY | nix::libc::O_CLOEXEC);
+        if fd >= 0 {
+            nix::libc::write(fd, b"0".as_ptr().cast(), 1);
+            nix::libc::close(fd);
+        }
+    }
+}
+
+/// CPU time and largest memory of a child that has ended, and how it ended: wait4(2), which no safe wrapper offers.
+pub(crate) fn wait4(pid: i32) -> io::Result<Option<Ended>> {
+    let mut status = 0;
+    // SAFETY: both out-pointers are valid for the call; rusage is plain data for which all zeroes is a value.
+    let (found, usage) = unsafe {
+        let mut usage: nix::libc::rusage = std::mem::zeroed();
+        (
+            nix::libc::wait4(pid, &raw mut status, nix::libc::WNOHANG, &raw mut usage),
+            usage,
+        )
+    };
+    match found {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(None),
+        pid => {
+            let micros = |time: nix::libc::timeval| {
+                time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_usec.unsigned_abs()
+            };
+            let exited = nix::libc::WIFEXITED(status);
+            Ok(Some(Ended {
+                pid,
+                code: exited.then(|| nix::libc::WEXITSTATUS(status)),
+                signal: nix::libc::WIFSIGNALED(status).then(|| nix::libc::WTERMSIG(status)),
+                cpu_micros: micros(usage.ru_utime) + micros(usage.ru_stime),
+                // In KiB on Linux, getrusage(2).
+                peak_memory_bytes: usage.ru_maxrss.unsigned_abs() * 1024,
+            }))
+        }
+    }
+}
+
+/// How a child ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub(crate) pid: i32,
+    pub(crate) code: Option<i32>,
+    pub(crate) signal: Option<i32>,
+    pub(crate) cpu_micros: u64,
+    pub(crate) peak_memory_bytes: u64,
+}

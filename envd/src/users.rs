@@ -1,0 +1,131 @@
+//! Who is who, from /etc/passwd and /etc/group as text: a static program has no name service to ask (passwd(5), group(5)).
+
+use std::{fs, path::PathBuf};
+
+/// A user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct User {
+    pub(crate) name: String,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    /// The user's own group first.
+    pub(crate) groups: Vec<u32>,
+    pub(crate) home: PathBuf,
+    pub(crate) shell: String,
+}
+
+const DEFAULT_SHELL: &str = "/bin/sh";
+
+/// Finds a user by name or number; empty means the default: `user` if there is one, else root.
+pub(crate) fn find(asked: &str) -> Option<User> {
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let group = fs::read_to_string("/etc/group").unwrap_or_default();
+    if asked.is_empty() {
+        return find_in(&passwd, &group, "user")
+            .or_else(|| find_in(&passwd, &group, "root"))
+            .or_else(|| Some(root()));
+    }
+    find_in(&passwd, &group, asked)
+}
+
+fn root() -> User {
+    User {
+        name: "root".into(),
+        uid: 0,
+        gid: 0,
+        groups: vec![0],
+        home: "/root".into(),
+        shell: DEFAULT_SHELL.into(),
+    }
+}
+
+fn find_in(passwd: &str, group: &str, asked: &str) -> Option<User> {
+    let number: Option<u32> = asked.parse().ok();
+    passwd.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        let [name, _, uid, gid, _, home, shell] = fields.as_slice() else {
+            return None;
+        };
+        let (uid, gid) = (uid.parse().ok()?, gid.parse().ok()?);
+        if *name != asked && number != Some(uid) {
+            return None;
+        }
+        Some(User {
+            name: (*name).to_owned(),
+            uid,
+            gid,
+            groups: groups_of(group, name, gid),
+            home: if home.is_empty() {
+                "/".into()
+            } else {
+                home.into()
+            },
+            shell: if shell.is_empty() {
+                DEFAULT_SHELL.into()
+            } else {
+                (*shell).to_owned()
+            },
+        })
+    })
+}
+
+fn groups_of(group: &str, user: &str, own: u32) -> Vec<u32> {
+    let mut groups = vec![own];
+    for line in group.lines() {
+        let fields: Vec<&str> = line.split(':').collect();
+        if let [_, _, gid, members] = fields.as_slice()
+            && members.split(',').any(|member| member == user)
+            && let Ok(gid) = gid.parse()
+            && !groups.contains(&gid)
+        {
+            groups.push(gid);
+        }
+    }
+    groups
+}
+
+/// A path as a shell of this user reads it: `~`, `~user`, relative to the home.
+pub(crate) fn expand(user: &User, path: &str) -> Option<PathBuf> {
+    if path == "~" || path.is_empty() {
+        return Some(user.home.clone());
+    }
+    if let Some(rest) = path.strip_prefix("~/") {
+        return Some(user.home.join(rest));
+    }
+    if let Some(rest) = path.strip_prefix('~') {
+        let (name, rest) = rest.split_once('/').unwrap_or((rest, ""));
+        return Some(find(name)?.home.join(rest));
+    }
+    Some(user.home.join(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str = "root:x:0:0:root:/root:/bin/bash\nbroken\nuser:x:1000:1000::/home/user:\n";
+    const GROUP: &str = "root:x:0:\naudio:x:29:user,other\nuser:x:1000:\n";
+
+    #[test]
+    fn users_are_found_by_name_and_number() {
+        let user = find_in(PASSWD, GROUP, "user").unwrap();
+        assert_eq!(
+            (user.uid, user.groups.as_slice(), user.shell.as_str()),
+            (1000, &[1000, 29][..], "/bin/sh")
+        );
+        assert_eq!(find_in(PASSWD, GROUP, "1000"), Some(user));
+        assert_eq!(find_in(PASSWD, GROUP, "nobody"), None);
+    }
+
+    #[test]
+    fn paths_are_read_as_in_a_shell() {
+        let user = find_in(PASSWD, GROUP, "user").unwrap();
+        let expanded = |path| expand(&user, path).map(|path| path.to_string_lossy().into_owned());
+        assert_eq!(expanded("~"), Some("/home/user".into()));
+        assert_eq!(expanded("~/a"), Some("/home/user/a".into()));
+        assert_eq!(expanded("a/b"), Some("/home/user/a/b".into()));
+        assert_eq!(expanded("/etc"), Some("/etc".into()));
+        assert_eq!(expanded("~root/x"), Some("/root/x".into()));
+        assert_eq!(expanded("~no-such-user/x"), None);
+    }
+}

@@ -1,0 +1,421 @@
+//! What the link promises, each promise under attack.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::{io, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use guest_link::{
+    Epoch,
+    frame::{self, Decoder, Frame, Kind},
+    guest::{self, Channel, Listener},
+    host::{self, ConnectError},
+};
+use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
+    sync::mpsc,
+    time::Instant,
+};
+
+/// A channel whose hosts a test makes; with `lingering`, a host's going is not told, as over a snapshot.
+struct TestChannel {
+    hosts: mpsc::UnboundedReceiver<DuplexStream>,
+    next: Option<DuplexStream>,
+}
+
+struct Hosts(mpsc::UnboundedSender<DuplexStream>);
+
+impl Hosts {
+    fn connect(&self) -> DuplexStream {
+        let (ours, guests) = tokio::io::duplex(64 * 1024);
+        self.0.send(guests).unwrap();
+        ours
+    }
+}
+
+fn channel() -> (Hosts, TestChannel) {
+    let (sender, hosts) = mpsc::unbounded_channel();
+    (Hosts(sender), TestChannel { hosts, next: None })
+}
+
+impl Channel for TestChannel {
+    type Stream = DuplexStream;
+
+    fn connected(&mut self) -> io::Result<Option<DuplexStream>> {
+        Ok(self.next.take())
+    }
+
+    async fn wait(&mut self) -> io::Result<()> {
+        match self.hosts.recv().await {
+            Some(host) => self.next = Some(host),
+            None => std::future::pending().await,
+        }
+        Ok(())
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+/// Sends back what it gets, one link at a time.
+async fn echo(mut listener: Listener) {
+    loop {
+        let link = listener.accept().await;
+        tokio::spawn(async move {
+            let (mut from, mut to) = tokio::io::split(link);
+            let _ = tokio::io::copy(&mut from, &mut to).await;
+            let _ = to.shutdown().await;
+        });
+    }
+}
+
+async fn next_frame(stream: &mut DuplexStream, decoder: &mut Decoder) -> Frame {
+    loop {
+        if let Some(frame) = decoder.next_frame() {
+            return frame;
+        }
+        assert!(
+            stream.read_buf(decoder.space()).await.unwrap() > 0,
+            "channel ended"
+        );
+    }
+}
+
+fn hello(epoch: Epoch) -> BytesMut {
+    let mut out = BytesMut::new();
+    frame::put_control(&mut out, Kind::Hello, epoch, 0);
+    out
+}
+
+fn data(epoch: Epoch, sequence: u32, bytes: &[u8]) -> BytesMut {
+    let mut out = BytesMut::new();
+    frame::put_data(&mut out, epoch, sequence, &[io::IoSlice::new(bytes)]);
+    out
+}
+
+#[tokio::test]
+async fn bytes_go_both_ways_and_each_direction_ends_alone() {
+    let (hosts, channel) = channel();
+    tokio::spawn(echo(Listener::new(channel)));
+    let mut link = host::connect(hosts.connect(), soon()).await.unwrap();
+    link.write_all(b"there and back").await.unwrap();
+    link.shutdown().await.unwrap();
+    let mut back = Vec::new();
+    link.read_to_end(&mut back).await.unwrap();
+    assert_eq!(back, b"there and back");
+}
+
+#[tokio::test]
+async fn a_silent_guest_is_given_up_at_the_deadline() {
+    let (ours, _guest) = tokio::io::duplex(1024);
+    let deadline = Instant::now() + Duration::from_millis(60);
+    let error = host::connect(ours, deadline).await.unwrap_err();
+    assert!(matches!(error, ConnectError::NoAnswer { greetings, .. } if greetings > 0));
+    assert!(Instant::now() < deadline + Duration::from_millis(500));
+}
+
+#[tokio::test]
+async fn a_guest_that_comes_late_answers_at_once() {
+    let (ours, guest) = tokio::io::duplex(256 * 1024);
+    let connecting = tokio::spawn(host::connect(ours, soon()));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let (sender, hosts) = mpsc::unbounded_channel();
+    sender.send(guest).unwrap();
+    let mut listener = Listener::new(TestChannel { hosts, next: None });
+    let accepted = listener.accept().await;
+    let link = connecting.await.unwrap().unwrap();
+    assert_eq!(link.epoch(), accepted.epoch());
+}
+
+#[tokio::test]
+async fn a_vanished_vmm_is_told_apart_from_silence() {
+    let (ours, guest) = tokio::io::duplex(1024);
+    drop(guest);
+    let error = host::connect(ours, soon()).await.unwrap_err();
+    assert!(matches!(
+        error,
+        ConnectError::Closed | ConnectError::Channel(_)
+    ));
+}
+
+#[tokio::test]
+async fn garbage_before_the_greeting_and_the_answer_is_skipped() {
+    let (hosts, channel) = channel();
+    tokio::spawn(echo(Listener::new(channel)));
+    let mut raw = hosts.connect();
+    raw.write_all(&[0x89; 5000]).await.unwrap();
+    raw.write_all(b"SeaBIOS (version 1.16)\r\n").await.unwrap();
+    let mut link = host::connect(raw, soon()).await.unwrap();
+    link.write_all(b"ok").await.unwrap();
+    let mut two = [0; 2];
+    link.read_exact(&mut two).await.unwrap();
+    assert_eq!(&two, b"ok");
+}
+
+#[tokio::test]
+async fn a_half_frame_of_a_dead_host_swallows_no_greeting() {
+    // The guest does not notice the change of hosts, as when a snapshot taken in the middle of a frame is restored.
+    let (hosts, channel) = channel();
+    let mut listener = Listener::new(channel);
+    let mut raw = hosts.connect();
+    let old = Epoch::random();
+    raw.write_all(&hello(old)).await.unwrap();
+    let mut old_link = listener.accept().await;
+    raw.write_all(&data(old, 0, b"whole")).await.unwrap();
+    let half = data(old, 1, &[7; 60_000]);
+    raw.write_all(&half[..40_000]).await.unwrap();
+
+    let connecting = tokio::spawn(host::connect(raw, soon()));
+    let link = listener.accept().await;
+    assert_eq!(link.epoch(), connecting.await.unwrap().unwrap().epoch());
+    let mut got = Vec::new();
+    old_link.read_to_end(&mut got).await.unwrap();
+    assert_eq!(got, b"whole", "padding is never delivered as data");
+}
+
+#[tokio::test]
+async fn frames_of_another_epoch_are_dropped_on_both_sides() {
+    let (hosts, channel) = channel();
+    let mut listener = Listener::new(channel);
+    let mut raw = hosts.connect();
+    let mut decoder = Decoder::new();
+    let (old, new) = (Epoch::random(), Epoch::random());
+    raw.write_all(&hello(old)).await.unwrap();
+    raw.write_all(&hello(new)).await.unwrap();
+    raw.write_all(&data(old, 0, b"stale")).await.unwrap();
+    raw.write_all(&data(new, 0, b"fresh")).await.unwrap();
+    let mut link = loop {
+        let link = listener.accept().await;
+        if link.epoch() == new {
+            break link;
+        }
+    };
+    let mut five = [0; 5];
+    link.read_exact(&mut five).await.unwrap();
+    assert_eq!(&five, b"fresh");
+    while next_frame(&mut raw, &mut decoder).await.epoch != new {}
+
+    // The host's side.
+    let (ours, mut guest) = tokio::io::duplex(64 * 1024);
+    let connecting = tokio::spawn(host::connect(ours, soon()));
+    let epoch = next_frame(&mut guest, &mut Decoder::new()).await.epoch;
+    guest.write_all(&data(old, 0, b"stale")).await.unwrap();
+    let mut ack = BytesMut::new();
+    frame::put_control(&mut ack, Kind::HelloAck, old, 0);
+    frame::put_control(&mut ack, Kind::HelloAck, epoch, 0);
+    guest.write_all(&ack).await.unwrap();
+    guest.write_all(&data(old, 0, b"stale")).await.unwrap();
+    guest.write_all(&data(epoch, 0, b"fresh")).await.unwrap();
+    let mut link = connecting.await.unwrap().unwrap();
+    link.read_exact(&mut five).await.unwrap();
+    assert_eq!(&five, b"fresh");
+}
+
+#[tokio::test]
+async fn repeated_greetings_are_answered_and_pollute_nothing() {
+    let (hosts, channel) = channel();
+    let mut listener = Listener::new(channel);
+    let mut raw = hosts.connect();
+    let mut decoder = Decoder::new();
+    let epoch = Epoch::random();
+    for _ in 0..3 {
+        raw.write_all(&hello(epoch)).await.unwrap();
+    }
+    let mut link = listener.accept().await;
+    for _ in 0..3 {
+        assert_eq!(
+            next_frame(&mut raw, &mut decoder).await.kind,
+            Kind::HelloAck
+        );
+    }
+    raw.write_all(&data(epoch, 0, b"a")).await.unwrap();
+    raw.write_all(&hello(epoch)).await.unwrap();
+    raw.write_all(&data(epoch, 1, b"b")).await.unwrap();
+    let mut two = [0; 2];
+    link.read_exact(&mut two).await.unwrap();
+    assert_eq!(&two, b"ab");
+}
+
+#[tokio::test]
+async fn an_epoch_that_is_over_is_not_begun_again() {
+    let (hosts, channel) = channel();
+    let mut listener = Listener::new(channel);
+    let mut raw = hosts.connect();
+    let mut decoder = Decoder::new();
+    let epoch = Epoch::random();
+    raw.write_all(&hello(epoch)).await.unwrap();
+    drop(listener.accept().await);
+    assert_eq!(
+        next_frame(&mut raw, &mut decoder).await.kind,
+        Kind::HelloAck
+    );
+    assert_eq!(next_frame(&mut raw, &mut decoder).await.kind, Kind::End);
+    raw.write_all(&data(epoch, 0, b"for nobody")).await.unwrap();
+    assert_eq!(next_frame(&mut raw, &mut decoder).await.kind, Kind::Reset);
+    raw.write_all(&hello(epoch)).await.unwrap();
+    assert_eq!(next_frame(&mut raw, &mut decoder).await.kind, Kind::Reset);
+}
+
+#[tokio::test]
+async fn a_lost_frame_resets_the_epoch_instead_of_passing_as_whole() {
+    let (hosts, channel) = channel();
+    let mut listener = Listener::new(channel);
+    let mut raw = hosts.connect();
+    let epoch = Epoch::random();
+    raw.write_all(&hello(epoch)).await.unwrap();
+    let mut link = listener.accept().await;
+    raw.write_all(&data(epoch, 0, b"first")).await.unwrap();
+    raw.write_all(&data(epoch, 2, b"third")).await.unwrap();
+    let mut got = Vec::new();
+    link.read_to_end(&mut got).await.unwrap();
+    assert_eq!(got, b"first");
+    let mut decoder = Decoder::new();
+    while next_frame(&mut raw, &mut decoder).await.kind != Kind::Reset {}
+}
+
+#[tokio::test]
+async fn a_hang_up_ends_the_link_and_the_next_host_gets_its_own() {
+    let (hosts, channel) = channel();
+    let mut listener = Listener::new(channel);
+    let mut raw = hosts.connect();
+    raw.write_all(&hello(Epoch::random())).await.unwrap();
+    let mut link = listener.accept().await;
+    drop(raw);
+    assert_eq!(link.read(&mut [0; 9]).await.unwrap(), 0);
+    assert!(link.write_all(&[0; 9]).await.is_err());
+    let connecting = tokio::spawn(host::connect(hosts.connect(), soon()));
+    let next = listener.accept().await;
+    assert_eq!(next.epoch(), connecting.await.unwrap().unwrap().epoch());
+}
+
+#[tokio::test]
+async fn hosts_that_leave_in_the_middle_of_a_transfer_are_replaced() {
+    let (hosts, channel) = channel();
+    tokio::spawn(echo(Listener::new(channel)));
+    for round in 0..50_u8 {
+        let link = host::connect(hosts.connect(), soon()).await.unwrap();
+        let (mut from, mut to) = tokio::io::split(link);
+        let sender = tokio::spawn(async move {
+            let _ = to.write_all(&vec![round; 700_000]).await;
+        });
+        let mut got = vec![0; 300_000 + usize::from(round) * 1111];
+        from.read_exact(&mut got).await.unwrap();
+        assert!(got.iter().all(|byte| *byte == round));
+        sender.abort();
+        // Both halves go, and with them the connection, wherever its frames are.
+        let _ = sender.await;
+    }
+}
+
+#[tokio::test]
+async fn a_new_epoch_in_the_middle_of_a_transfer_gets_none_of_it() {
+    // One raw connection, many epochs, nobody tells the guest that the hosts changed.
+    let (hosts, channel) = channel();
+    tokio::spawn(echo(Listener::new(channel)));
+    let mut raw = hosts.connect();
+    for round in 0..20_u8 {
+        let mut link = host::connect(&mut raw, soon()).await.unwrap();
+        link.write_all(&vec![round; 150_000]).await.unwrap();
+        let mut got = vec![0; 90_000];
+        link.read_exact(&mut got).await.unwrap();
+        assert!(got.iter().all(|byte| *byte == round), "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn a_writer_nobody_reads_waits() {
+    let (hosts, channel) = channel();
+    let mut listener = Listener::new(channel);
+    let connecting = tokio::spawn(host::connect(hosts.connect(), soon()));
+    let _unread = listener.accept().await;
+    let mut link = connecting.await.unwrap().unwrap();
+    let mut written = 0;
+    let full = async {
+        loop {
+            written += link.write(&[0; 32 * 1024]).await.unwrap();
+        }
+    };
+    assert!(
+        tokio::time::timeout(Duration::from_millis(300), full)
+            .await
+            .is_err()
+    );
+    assert!(
+        written < 2 * guest::BUFFER,
+        "{written} bytes were taken for nobody"
+    );
+}
+
+#[tokio::test]
+async fn throughput_is_not_the_frames_matter() {
+    const TOTAL: usize = 256 << 20;
+    let (hosts, channel) = channel();
+    let mut listener = Listener::new(channel);
+    let connecting = tokio::spawn(host::connect(hosts.connect(), soon()));
+    let mut guest = listener.accept().await;
+    let mut link = connecting.await.unwrap().unwrap();
+    let started = Instant::now();
+    let sender = tokio::spawn(async move {
+        let chunk = vec![0x89; 64 * 1024];
+        for _ in 0..TOTAL / chunk.len() {
+            guest.write_all(&chunk).await.unwrap();
+        }
+        guest
+    });
+    let (mut got, mut buffer) = (0, vec![0; 128 * 1024]);
+    while got < TOTAL {
+        got += link.read(&mut buffer).await.unwrap();
+    }
+    sender.await.unwrap();
+    let rate = TOTAL as f64 / started.elapsed().as_secs_f64() / 1e6;
+    println!("{rate:.0} MB/s");
+    assert!(rate > 20.0, "{rate} MB/s, even unoptimised");
+}
+
+#[tokio::test]
+async fn http2_runs_over_it() {
+    let (hosts, channel) = channel();
+    let mut listener = Listener::new(channel);
+    tokio::spawn(async move {
+        loop {
+            let link = listener.accept().await;
+            let service = hyper::service::service_fn(
+                async |request: http::Request<hyper::body::Incoming>| {
+                    let body: BoxBody<Bytes, hyper::Error> = if request.uri().path() == "/echo" {
+                        request.into_body().boxed()
+                    } else {
+                        Full::new(Bytes::from_static(b"pong"))
+                            .map_err(|never| match never {})
+                            .boxed()
+                    };
+                    Ok::<_, hyper::Error>(http::Response::new(body))
+                },
+            );
+            tokio::spawn(
+                hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                    .serve_connection(TokioIo::new(link), service),
+            );
+        }
+    });
+    for _ in 0..10 {
+        let link = host::connect(hosts.connect(), soon()).await.unwrap();
+        let (mut client, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(link))
+                .await
+                .unwrap();
+        let connection = tokio::spawn(connection);
+        for path in ["/ping", "/echo"] {
+            let body = Full::new(Bytes::from(vec![5; 3_000_000]));
+            let request = http::Request::post(format!("http://guest{path}"))
+                .body(body)
+                .unwrap();
+            let response = client.send_request(request).await.unwrap();
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            assert_eq!(body.len(), if path == "/echo" { 3_000_000 } else { 4 });
+        }
+        // In the middle of another transfer.
+        connection.abort();
+    }
+}
