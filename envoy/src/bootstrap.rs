@@ -49,7 +49,7 @@ impl Bootstrap {
     pub fn render(&self, token: &MeshToken) -> Value {
         let mut clusters = vec![
             self.control_cluster(),
-            self.node_cluster(),
+            node_cluster(),
             self.gateway_cluster(),
         ];
         clusters.extend(self.otlp.map(|otlp| {
@@ -197,37 +197,6 @@ impl Bootstrap {
         })
     }
 
-    fn node_cluster(&self) -> Value {
-        json!({
-            "name": "nodes",
-            "type": "EDS",
-            "eds_cluster_config": {"eds_config": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}},
-            "connect_timeout": "1s",
-            "lb_subset_config": {
-                "fallback_policy": "ANY_ENDPOINT",
-                "subset_selectors": [{"keys": ["node"], "single_host_per_subset": true}],
-            },
-            // A silent node keeps its sessions; only the registry says when it is dead.
-            "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
-            "circuit_breakers": wide_open(),
-            "typed_extension_protocol_options": {
-                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                    "@type": HTTP_OPTIONS,
-                    "use_downstream_protocol_config": {
-                        "http_protocol_options": {},
-                        "http2_protocol_options": {
-                            "allow_connect": true,
-                            "max_concurrent_streams": 10_000,
-                            "initial_stream_window_size": 1 << 20,
-                            "initial_connection_window_size": 16 << 20,
-                            "connection_keepalive": {"interval": "30s", "timeout": "5s"},
-                        },
-                    },
-                },
-            },
-        })
-    }
-
     fn gateway_cluster(&self) -> Value {
         let options = json!({"use_downstream_protocol_config": {
             "http_protocol_options": {},
@@ -251,6 +220,37 @@ impl Bootstrap {
         }}});
         static_cluster("control", &[self.control], &options)
     }
+}
+
+fn node_cluster() -> Value {
+    json!({
+        "name": "nodes",
+        "type": "EDS",
+        "eds_cluster_config": {"eds_config": {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}},
+        "connect_timeout": "1s",
+        "lb_subset_config": {
+            "fallback_policy": "ANY_ENDPOINT",
+            "subset_selectors": [{"keys": ["node"], "single_host_per_subset": true}],
+        },
+        // A silent node keeps its sessions; only the registry says when it is dead.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        "circuit_breakers": wide_open(),
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": HTTP_OPTIONS,
+                "use_downstream_protocol_config": {
+                    "http_protocol_options": {},
+                    "http2_protocol_options": {
+                        "allow_connect": true,
+                        "max_concurrent_streams": 10_000,
+                        "initial_stream_window_size": 1 << 20,
+                        "initial_connection_window_size": 16 << 20,
+                        "connection_keepalive": {"interval": "30s", "timeout": "5s"},
+                    },
+                },
+            },
+        },
+    })
 }
 
 fn with_connect(route: &Value) -> Value {

@@ -193,7 +193,7 @@ impl Conversation {
                 "an envoy refused a configuration"
             );
             self.connected.note(&self.node, |progress| {
-                progress.refused = Some(error.message.clone())
+                progress.refused = Some(error.message.clone());
             });
         } else if version > 0 {
             metrics::counter!("sandmesh_envoy_acks_total").increment(1);

@@ -174,7 +174,8 @@ impl Store {
             .execute(&mut *connection)
             .await?;
         made?;
-        MIGRATIONS.run(&mut *connection).await?;
+        drop(connection);
+        MIGRATIONS.run(&self.pool).await?;
         Ok(())
     }
 

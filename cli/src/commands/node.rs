@@ -1,0 +1,67 @@
+//! `sandmesh node`: nodes, for operators of this machine's deployment.
+
+use clap::Subcommand;
+use proto::node::v1::{ListNodesRequest, node_registry_service_client::NodeRegistryServiceClient};
+
+use crate::{
+    context::{Context, said},
+    output::{self, Format},
+};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List nodes
+    List {
+        /// Dead ones too.
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<()> {
+    let Command::List { all } = command;
+    let mut registry = NodeRegistryServiceClient::new(context.operator("session")?);
+    let request = ListNodesRequest {
+        include_dead: all,
+        ..ListNodesRequest::default()
+    };
+    let answer = registry
+        .list_nodes(request)
+        .await
+        .map_err(said)?
+        .into_inner();
+    match context.format() {
+        Format::Json => println!(
+            "{}",
+            output::json("sandmesh.node.v1.ListNodesResponse", &answer)?
+        ),
+        Format::Table => {
+            let rows = answer.nodes.into_iter().map(|node| {
+                let (used, total) = (
+                    node.used.unwrap_or_default(),
+                    node.total.unwrap_or_default(),
+                );
+                vec![
+                    node.node_id.clone(),
+                    node.home_tag.clone(),
+                    output::short(node.state().as_str_name(), "NODE_STATE_").to_lowercase(),
+                    output::short(node.vmm().as_str_name(), "VMM_KIND_").to_lowercase(),
+                    format!("{}/{}", used.sessions, total.sessions),
+                    format!(
+                        "{}/{}",
+                        output::bytes(used.memory_bytes),
+                        output::bytes(total.memory_bytes)
+                    ),
+                    node.ingress_address.clone(),
+                ]
+            });
+            output::table(
+                &[
+                    "node", "tag", "state", "vmm", "sessions", "memory", "ingress",
+                ],
+                rows.collect(),
+            );
+        }
+    }
+    Ok(())
+}

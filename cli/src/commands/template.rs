@@ -1,0 +1,243 @@
+//! `sandmesh template`.
+
+use std::{io::IsTerminal as _, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use clap::Subcommand;
+use indicatif::ProgressBar;
+use proto::template::v1::{
+    BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, GetBuildRequest,
+    ListTemplatesRequest, StreamBuildLogsRequest, Template, UploadSourceRequest,
+    UploadSourceResponse, build_source::Source, template_service_client::TemplateServiceClient,
+};
+use service_kit::{config::parse_bytes, mesh::MeshChannel};
+use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, service::interceptor::InterceptedService};
+
+use crate::{
+    context::{Context, operator_of, said},
+    output::{self, Format},
+};
+
+const CHUNK: usize = 512 << 10;
+const IN_FLIGHT: usize = 4;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List templates
+    List,
+    /// Make a new version of a template from a root filesystem tarball
+    Import {
+        /// Its name.
+        name: String,
+        /// The tarball: plain, gzip or zstd.
+        tarball: PathBuf,
+        /// Default memory of its sessions.
+        #[arg(long, value_parser = parse_bytes, default_value = "512MiB")]
+        memory: u64,
+        /// Default virtual CPUs of its sessions.
+        #[arg(long, default_value_t = 1)]
+        vcpus: u32,
+        /// Default writable disk of its sessions.
+        #[arg(long, value_parser = parse_bytes, default_value = "4GiB")]
+        disk: u64,
+        /// For every team (operators).
+        #[arg(long)]
+        shared: bool,
+    },
+}
+
+pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::List => {
+            let request = ListTemplatesRequest {
+                page_size: 1000,
+                ..ListTemplatesRequest::default()
+            };
+            let answer = context
+                .client()?
+                .templates()
+                .list_templates(request)
+                .await
+                .map_err(said)?
+                .into_inner();
+            match context.format() {
+                Format::Json => println!(
+                    "{}",
+                    output::json("sandmesh.template.v1.ListTemplatesResponse", &answer)?
+                ),
+                Format::Table => {
+                    let rows = answer.templates.into_iter().map(|template| {
+                        let size = template
+                            .rootfs
+                            .map(|rootfs| output::bytes(rootfs.size_bytes))
+                            .unwrap_or_default();
+                        vec![
+                            template.name,
+                            template.version.to_string(),
+                            template.tags.join(","),
+                            size,
+                            output::time(template.create_time),
+                        ]
+                    });
+                    output::table(
+                        &["template", "version", "tags", "image", "created"],
+                        rows.collect(),
+                    );
+                }
+            }
+            Ok(())
+        }
+        Command::Import {
+            name,
+            tarball,
+            memory,
+            vcpus,
+            disk,
+            shared,
+        } => {
+            let request = BuildTemplateRequest {
+                name,
+                default_memory_bytes: memory,
+                default_vcpus: vcpus,
+                default_disk_bytes: disk,
+                shared,
+                ..BuildTemplateRequest::default()
+            };
+            let template = if shared {
+                let channel: MeshChannel = context.operator("template")?;
+                let caller = operator_of("operators")?;
+                let as_operator = move |mut request: Request<()>| {
+                    caller.apply(request.metadata_mut());
+                    Ok(request)
+                };
+                let client =
+                    TemplateServiceClient::new(InterceptedService::new(channel, as_operator));
+                import(client, &tarball, request).await?
+            } else {
+                import(context.client()?.templates(), &tarball, request).await?
+            };
+            match context.format() {
+                Format::Json => println!(
+                    "{}",
+                    output::json("sandmesh.template.v1.Template", &template)?
+                ),
+                Format::Table => println!("{}@{}", template.name, template.version),
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn import<T>(
+    mut client: TemplateServiceClient<T>,
+    tarball: &PathBuf,
+    mut request: BuildTemplateRequest,
+) -> anyhow::Result<Template>
+where
+    T: tonic::client::GrpcService<tonic::body::Body> + Send,
+    T::Error: Into<tonic::codegen::StdError>,
+    T::ResponseBody: tonic::codegen::Body<Data = Bytes> + Send + 'static,
+    <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
+    T::Future: Send,
+{
+    let UploadSourceResponse { source } = upload(&mut client, tarball).await?;
+    let digest = source.context("the upload was not answered")?.digest;
+    request.source = Some(BuildSource {
+        source: Some(Source::RootfsTarball(digest)),
+    });
+    let BuildTemplateResponse { build } = client
+        .build_template(request)
+        .await
+        .map_err(said)?
+        .into_inner();
+    let build_id = build.context("the build was not answered")?.build_id;
+    let spinner = if std::io::stderr().is_terminal() {
+        ProgressBar::new_spinner()
+    } else {
+        ProgressBar::hidden()
+    };
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let logs = StreamBuildLogsRequest {
+        build_id: build_id.clone(),
+    };
+    let mut lines = client
+        .stream_build_logs(logs)
+        .await
+        .map_err(said)?
+        .into_inner();
+    while let Some(line) = lines.message().await.map_err(said)? {
+        spinner.set_message(line.message);
+    }
+    spinner.finish_and_clear();
+    let answer = client
+        .get_build(GetBuildRequest { build_id })
+        .await
+        .map_err(said)?
+        .into_inner();
+    let build = answer.build.context("the build is gone")?;
+    if build.state() != BuildState::Succeeded {
+        bail!(
+            "the build failed: {} ({})",
+            build.error_message,
+            build.error_reason
+        );
+    }
+    answer.template.context("the build made no template")
+}
+
+async fn upload<T>(
+    client: &mut TemplateServiceClient<T>,
+    tarball: &PathBuf,
+) -> anyhow::Result<UploadSourceResponse>
+where
+    T: tonic::client::GrpcService<tonic::body::Body> + Send,
+    T::Error: Into<tonic::codegen::StdError>,
+    T::ResponseBody: tonic::codegen::Body<Data = Bytes> + Send + 'static,
+    <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
+    T::Future: Send,
+{
+    let mut file = File::open(tarball)
+        .await
+        .with_context(|| tarball.display().to_string())?;
+    let total = file.metadata().await?.len();
+    let bar = if std::io::stderr().is_terminal() {
+        ProgressBar::new(total)
+    } else {
+        ProgressBar::hidden()
+    };
+    let (parts, stream) = mpsc::channel(IN_FLIGHT);
+    let upload = client.upload_source(ReceiverStream::new(stream));
+    let feed = async {
+        loop {
+            let mut chunk = Vec::with_capacity(CHUNK);
+            if (&mut file)
+                .take(CHUNK as u64)
+                .read_to_end(&mut chunk)
+                .await?
+                == 0
+            {
+                break;
+            }
+            bar.inc(chunk.len() as u64);
+            if parts
+                .send(UploadSourceRequest {
+                    data: Bytes::from(chunk),
+                })
+                .await
+                .is_err()
+            {
+                // The server stopped listening; its answer says why.
+                break;
+            }
+        }
+        drop(parts);
+        Ok::<_, std::io::Error>(())
+    };
+    let (answer, fed) = tokio::join!(upload, feed);
+    bar.finish_and_clear();
+    fed?;
+    Ok(answer.map_err(said)?.into_inner())
+}

@@ -1,0 +1,102 @@
+//! What is printed: tables for people, protobuf's JSON form for programs.
+
+use std::sync::LazyLock;
+
+use anyhow::Context as _;
+use comfy_table::{Table, TableStyle};
+use prost_reflect::{DescriptorPool, DynamicMessage};
+
+/// How to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// Columns for people.
+    Table,
+    /// Protobuf JSON for programs.
+    Json,
+}
+
+static DESCRIPTORS: LazyLock<Option<DescriptorPool>> =
+    LazyLock::new(|| DescriptorPool::decode(proto::DESCRIPTORS).ok());
+
+/// A message in protobuf's JSON form; `name` is its full name.
+pub(crate) fn json(name: &str, message: &impl prost::Message) -> anyhow::Result<String> {
+    let pool = DESCRIPTORS.as_ref().context("descriptors")?;
+    let descriptor = pool
+        .get_message_by_name(name)
+        .with_context(|| format!("no message {name}"))?;
+    let dynamic = DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice())?;
+    Ok(serde_json::to_string_pretty(&dynamic)?)
+}
+
+/// Prints columns.
+pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>) {
+    let mut table = Table::new();
+    table
+        .load_style(TableStyle::new())
+        .set_header(header.iter().map(|name| name.to_uppercase()));
+    for row in rows {
+        table.add_row(row);
+    }
+    for line in table.lines() {
+        println!("{}", line.trim_end());
+    }
+}
+
+/// A time in UTC, to the second.
+pub(crate) fn time(timestamp: Option<prost_types::Timestamp>) -> String {
+    timestamp
+        .and_then(|timestamp| jiff::Timestamp::from_second(timestamp.seconds).ok())
+        .map_or_else(|| "-".into(), |time| time.to_string())
+}
+
+/// A state's short name.
+pub(crate) fn short<'a>(name: &'a str, prefix: &str) -> &'a str {
+    name.strip_prefix(prefix).unwrap_or(name)
+}
+
+/// Bytes in the largest unit that keeps them whole enough.
+pub(crate) fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let text = if value.fract() < 0.05 {
+        format!("{value:.0}")
+    } else {
+        format!("{value:.1}")
+    };
+    format!("{text} {}", UNITS.get(unit).unwrap_or(&"B"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_is_protobufs_own() {
+        let session = proto::session::v1::Session {
+            session_id: "abc".into(),
+            state: proto::session::v1::SessionState::Running.into(),
+            version: 3,
+            ..Default::default()
+        };
+        insta::assert_snapshot!(json("sandmesh.session.v1.Session", &session).unwrap(), @r#"
+        {
+          "sessionId": "abc",
+          "state": "SESSION_STATE_RUNNING",
+          "version": "3"
+        }
+        "#);
+    }
+
+    #[test]
+    fn bytes_are_readable() {
+        assert_eq!(
+            [0, 1023, 1024, 1536, 128 << 20].map(bytes),
+            ["0 B", "1023 B", "1 KiB", "1.5 KiB", "128 MiB"]
+        );
+    }
+}

@@ -1,0 +1,247 @@
+//! Addresses and settings of a deployment on one machine. Decided once, before anything starts.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+
+use super::Options;
+
+/// Everything that is decided.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) state: PathBuf,
+    pub(super) edge: SocketAddr,
+    pub(super) envoy_admin: SocketAddr,
+    pub(super) control: SocketAddr,
+    pub(super) gateway: SocketAddr,
+    pub(super) domain: String,
+    pub(super) otlp: Option<SocketAddr>,
+    pub(super) services: Vec<ServicePlan>,
+}
+
+/// One service: what `sandmesh serve` is given.
+#[derive(Debug, Clone)]
+pub(super) struct ServicePlan {
+    /// As status shows it.
+    pub(super) name: String,
+    /// As `serve` knows it.
+    pub(super) service: &'static str,
+    pub(super) arguments: Vec<String>,
+    /// Where it is reached.
+    pub(super) address: String,
+}
+
+/// A port nobody uses right now.
+fn free() -> anyhow::Result<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+}
+
+/// Where tools lie that `deploy/install` fetched.
+pub(super) fn cache() -> PathBuf {
+    let home =
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache");
+    std::env::var_os("SANDMESH_CACHE").map_or_else(
+        || {
+            std::env::var_os("XDG_CACHE_HOME")
+                .map_or_else(home, PathBuf::from)
+                .join("sandmesh")
+        },
+        PathBuf::from,
+    )
+}
+
+impl Plan {
+    pub(super) fn make(state: &Path, options: &Options) -> anyhow::Result<Self> {
+        let mut edge = options.edge;
+        if edge.port() == 0 {
+            edge.set_port(free()?.port());
+        }
+        let mut plan = Self {
+            state: state.to_owned(),
+            edge,
+            envoy_admin: free()?,
+            control: free()?,
+            gateway: free()?,
+            domain: options.domain.clone(),
+            otlp: options.otlp,
+            services: Vec::new(),
+        };
+        plan.add_services(options)?;
+        Ok(plan)
+    }
+
+    fn run(&self, name: &str) -> String {
+        format!("unix:{}", self.state.join("run").join(name).display())
+    }
+
+    pub(super) fn database_url(&self) -> String {
+        format!(
+            "postgres://postgres@localhost/postgres?host={}",
+            self.state.join("run").display()
+        )
+    }
+
+    pub(super) fn redis_socket(&self) -> PathBuf {
+        self.state.join("run/redis.sock")
+    }
+
+    fn add_services(&mut self, options: &Options) -> anyhow::Result<()> {
+        let flag = |name: &str, value: &str| [format!("--{name}"), value.to_owned()];
+        let token = self.state.join("mesh.token");
+        let token = flag("mesh-token-file", &token.to_string_lossy());
+        let database = flag("database-url", &self.database_url());
+        let redis = flag(
+            "redis-url",
+            &format!("redis+unix://{}", self.redis_socket().display()),
+        );
+        let sessions: Vec<String> = (1..=options.session_replicas)
+            .map(|number| self.run(&format!("session-{number}.sock")))
+            .collect();
+        let session_list = flag("session-addresses", &sessions.join(","));
+        let template = self.run("template.sock");
+        let template_list = flag("template-addresses", &template);
+        let operators = self.run("operators.sock");
+        let cache = cache();
+        let otlp = options
+            .otlp
+            .map(|otlp| flag("otlp-endpoint", &format!("http://{otlp}")));
+        let mut services: Vec<ServicePlan> = Vec::new();
+        let mut add =
+            |more: Vec<String>, name: String, service, address: &str, flags: &[&[String; 2]]| {
+                let flags = flags.iter().copied().chain(&otlp);
+                let arguments = flags.flatten().cloned().chain(more).collect();
+                services.push(ServicePlan {
+                    name,
+                    service,
+                    arguments,
+                    address: address.to_owned(),
+                });
+            };
+        let kernel = cache.join("guest-kernel/current");
+        add(
+            Vec::new(),
+            "template".into(),
+            "template",
+            &template,
+            &[
+                &flag("listen", &template),
+                &database,
+                &token,
+                &flag("state", &self.state.join("templates").to_string_lossy()),
+                &flag("kernel-dir", &kernel.to_string_lossy()),
+            ],
+        );
+        for (number, address) in (1..).zip(&sessions) {
+            let name = if number == 1 {
+                "session".to_owned()
+            } else {
+                format!("session-{number}")
+            };
+            add(
+                Vec::new(),
+                name,
+                "session",
+                address,
+                &[
+                    &flag("listen", address),
+                    &database,
+                    &redis,
+                    &token,
+                    &template_list,
+                    &flag("domain", &self.domain),
+                    &flag("edge-port", &self.edge.port().to_string()),
+                    &flag("node-dead-after", &options.node_dead_after),
+                ],
+            );
+        }
+        let gateway = self.gateway.to_string();
+        add(
+            Vec::new(),
+            "gateway".into(),
+            "gateway",
+            &gateway,
+            &[
+                &flag("listen", &gateway),
+                &flag("operator-listen", &operators),
+                &database,
+                &token,
+                &session_list,
+                &template_list,
+            ],
+        );
+        add(
+            Vec::new(),
+            "envoy-control".into(),
+            "envoy",
+            &self.control.to_string(),
+            &[
+                &flag("listen", &self.control.to_string()),
+                &token,
+                &session_list,
+            ],
+        );
+        let envd = match &options.envd {
+            Some(envd) => envd.clone(),
+            None => std::env::current_exe()?
+                .parent()
+                .context("no folder of this program")?
+                .join("envd"),
+        };
+        let envd = std::path::absolute(envd)?;
+        for number in 1..=options.nodes {
+            let name = if number == 1 {
+                "node".to_owned()
+            } else {
+                format!("node-{number}")
+            };
+            let (ingress, internal) = (free()?.to_string(), free()?.to_string());
+            let state = self.state.join(&name);
+            let mut arguments: Vec<[String; 2]> = vec![
+                flag("ingress", &ingress),
+                flag("internal", &internal),
+                token.clone(),
+                redis.clone(),
+                session_list.clone(),
+                template_list.clone(),
+                flag("domain", &self.domain),
+                flag("state", &state.to_string_lossy()),
+                flag("vmm", options.vmm.name()),
+                flag("envd", &envd.to_string_lossy()),
+                flag("max-sessions", &options.max_sessions.to_string()),
+            ];
+            if let Some(memory) = options.memory {
+                arguments.push(flag("memory", &format!("{memory}B")));
+            }
+            let flags: Vec<&[String; 2]> = arguments.iter().collect();
+            add(
+                vec!["--stop-sessions-on-exit".into()],
+                name,
+                "node",
+                &ingress,
+                &flags,
+            );
+        }
+        self.services = services;
+        Ok(())
+    }
+
+    /// State folders of the nodes, for cleaning up after them.
+    pub(super) fn node_states(state: &Path) -> Vec<PathBuf> {
+        (1..=8)
+            .map(|number| {
+                state.join(if number == 1 {
+                    "node".to_owned()
+                } else {
+                    format!("node-{number}")
+                })
+            })
+            .collect()
+    }
+
+    pub(super) fn operators_address(&self) -> String {
+        self.run("operators.sock")
+    }
+}
