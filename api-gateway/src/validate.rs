@@ -154,19 +154,19 @@ mod tests {
         }
     }
 
-    fn seconds(seconds: i64) -> Option<prost_types::Duration> {
-        Some(prost_types::Duration { seconds, nanos: 0 })
+    fn seconds(seconds: i64) -> prost_types::Duration {
+        prost_types::Duration { seconds, nanos: 0 }
     }
 
     #[test]
     fn timeouts_have_bounds() {
         for (timeout, fits) in [
             (None, true),
-            (seconds(1), true),
-            (seconds(86400), true),
-            (seconds(0), false),
-            (seconds(-5), false),
-            (seconds(31_536_000), false),
+            (Some(seconds(1)), true),
+            (Some(seconds(86400)), true),
+            (Some(seconds(0)), false),
+            (Some(seconds(-5)), false),
+            (Some(seconds(31_536_000)), false),
         ] {
             assert_eq!(
                 fields(&CreateSessionRequest { timeout, ..base() }).is_empty(),
@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn every_wrong_field_is_named() {
         let request = CreateSessionRequest {
-            timeout: seconds(0),
+            timeout: Some(seconds(0)),
             metadata: [("k".to_owned(), "v".repeat(1 << 20))].into(),
             env: [("A=B".to_owned(), String::new())].into(),
             request_id: "has space".into(),

@@ -68,7 +68,8 @@ async fn alone<T: Service>(
     outcome
 }
 
-fn admin(
+/// Serves health and metrics of this process, if an address for it is set.
+pub(crate) fn admin(
     config: &TelemetryConfig,
     guard: &telemetry::TelemetryGuard,
     shutdown: CancellationToken,

@@ -26,7 +26,7 @@ mod redis;
 pub(crate) mod status;
 mod supervise;
 
-const READY_LIMIT: Duration = Duration::from_secs(120);
+const READY_LIMIT: Duration = Duration::from_mins(2);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// How guests are run.

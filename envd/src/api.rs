@@ -9,7 +9,7 @@ use proto::envd::v1::{
 };
 use tonic::{Code, Request, Status, service::Interceptor};
 
-use crate::{errors::refuse, identity::Guest, process::Processes};
+use crate::{errors::refuse, identity::Guest, process::Processes, spans::Spans};
 
 mod filesystem;
 mod port;
@@ -47,6 +47,14 @@ pub(crate) fn port() -> PortServiceServer<port::Api> {
     PortServiceServer::new(port::Api)
 }
 
-pub(crate) fn system(processes: Processes, guest: Arc<Guest>) -> SystemServiceServer<system::Api> {
-    SystemServiceServer::new(system::Api { processes, guest })
+pub(crate) fn system(
+    processes: Processes,
+    guest: Arc<Guest>,
+    spans: Spans,
+) -> SystemServiceServer<system::Api> {
+    SystemServiceServer::new(system::Api {
+        processes,
+        guest,
+        spans,
+    })
 }

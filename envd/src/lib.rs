@@ -3,7 +3,7 @@
 //! [`boot`] turns a bare kernel into a system: modules, disks, overlay. Then the services in [`api`] are served over the guest
 //! link, one HTTP/2 connection per epoch. [`process`] runs commands and keeps their output ([`output`]), [`reap`] is PID 1's duty to
 //! collect what has ended, [`users`] knows who is who, [`files`] acts as them, [`ports`] reads who listens, [`identity`] makes the guest a
-//! session's.
+//! session's, [`spans`] tells the node how calls went.
 //!
 //! Nothing but health, reflection and Configure is answered before Configure has succeeded.
 
@@ -22,11 +22,13 @@ mod output;
 mod ports;
 mod process;
 mod reap;
+mod spans;
 mod spawn;
 mod users;
 
 use identity::Guest;
 use process::Processes;
+use spans::{Spans, Trace};
 
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
@@ -44,7 +46,7 @@ pub fn init() -> Result<(), Failure> {
         let guest = Arc::new(Guest::new(true));
         let processes = Processes::new(Arc::clone(&guest));
         tokio::spawn(reap::run(processes.clone()));
-        serve(channel, guest, processes).await;
+        serve(channel, guest, processes, Spans::default()).await;
         Ok(())
     })
 }
@@ -56,7 +58,7 @@ pub fn serve_on_socket(socket: &Path) -> Result<(), Failure> {
         let guest = Arc::new(Guest::new(false));
         let processes = Processes::new(Arc::clone(&guest));
         tokio::spawn(reap::run(processes.clone()));
-        serve(channel, guest, processes).await;
+        serve(channel, guest, processes, Spans::default()).await;
         Ok(())
     })
 }
@@ -69,28 +71,34 @@ fn runtime() -> io::Result<tokio::runtime::Runtime> {
 }
 
 /// Serves one epoch after the other; an older one ends when its host is gone.
-async fn serve<C: Channel>(channel: C, guest: Arc<Guest>, processes: Processes) {
+async fn serve<C: Channel>(channel: C, guest: Arc<Guest>, processes: Processes, spans: Spans) {
     let mut listener = Listener::new(channel);
     loop {
         let link = listener.accept().await;
-        let (guest, processes) = (Arc::clone(&guest), processes.clone());
+        let (guest, processes, spans) = (Arc::clone(&guest), processes.clone(), spans.clone());
         tokio::spawn(async move {
-            if let Err(error) = serve_link(link, guest, processes).await {
+            if let Err(error) = serve_link(link, guest, processes, spans).await {
                 eprintln!("envd: an epoch ended: {error}");
             }
         });
     }
 }
 
-async fn serve_link(link: Link, guest: Arc<Guest>, processes: Processes) -> Result<(), Failure> {
+async fn serve_link(
+    link: Link,
+    guest: Arc<Guest>,
+    processes: Processes,
+    spans: Spans,
+) -> Result<(), Failure> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter
         .set_service_status("", tonic_health::ServingStatus::Serving)
         .await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(proto::ENVD_DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .build_v1()?;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(proto::ENVD_DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
     let gate = api::Gate(Arc::clone(&guest));
     let process = api::process(processes.clone(), Arc::clone(&guest))
         .max_decoding_message_size(LARGEST_MESSAGE);
@@ -100,9 +108,11 @@ async fn serve_link(link: Link, guest: Arc<Guest>, processes: Processes) -> Resu
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
         .max_concurrent_streams(MAX_STREAMS)
+        .layer(Trace(spans.clone()))
         .add_service(health)
-        .add_service(reflection)
-        .add_service(api::system(processes, guest))
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(api::system(processes, guest, spans))
         .add_service(tonic::service::interceptor::InterceptedService::new(
             process,
             gate.clone(),

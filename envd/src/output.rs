@@ -89,7 +89,9 @@ impl Output {
             ring.end += bytes.len() as u64;
             ring.chunks.push_back(bytes);
             while let Some(oldest) = ring.chunks.front().map(|chunk| chunk.len() as u64) {
-                if ring.end - ring.start - oldest < CAPACITY {
+                // One chunk more than fits is kept rather than taken from the reader that is waited for.
+                let unread = ring.primary.is_some_and(|seen| ring.start + oldest > seen);
+                if ring.end - ring.start - oldest < CAPACITY || unread {
                     break;
                 }
                 ring.start += oldest;
@@ -158,6 +160,13 @@ mod tests {
 
     use super::*;
 
+    impl Output {
+        fn kept(&self) -> u64 {
+            let ring = self.ring();
+            ring.end - ring.start
+        }
+    }
+
     fn all(output: &Output, mut offset: u64) -> Result<Vec<u8>, TooLate> {
         let mut read = Vec::new();
         while let Found::Bytes(bytes) = output.read(offset)? {
@@ -196,6 +205,31 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_starting_client_loses_nothing_however_it_reads(
+            steps in prop::collection::vec((1usize..65_536, 0usize..4), 1..200),
+        ) {
+            let output = Output::default();
+            output.set_primary(Some(0));
+            let (mut written, mut seen) = (0_u64, 0_u64);
+            for (size, reads) in steps {
+                // As the process is read: only when there is room.
+                if !output.is_held_back() {
+                    output.push(Bytes::from(vec![1; size]));
+                    written += size as u64;
+                }
+                for _ in 0..reads {
+                    match output.read(seen) {
+                        Ok(Found::Bytes(bytes)) => seen += bytes.len() as u64,
+                        Ok(_) => prop_assert_eq!(seen, written),
+                        Err(late) => prop_assert!(false, "lost {} to {}", seen, late.earliest),
+                    }
+                    output.set_primary(Some(seen));
+                }
+                prop_assert!(output.kept() <= CAPACITY + 2 * 65_536);
+            }
+        }
+
         #[test]
         fn the_ring_is_bounded_and_its_end_is_right(sizes in prop::collection::vec(1usize..300_000, 1..30)) {
             let output = Output::default();

@@ -6,8 +6,12 @@
 
 use std::net::SocketAddr;
 
+use data_encoding::BASE64_NOPAD;
 use serde_json::{Value, json};
-use service_kit::mesh::{MeshToken, TOKEN_HEADER};
+use service_kit::{
+    errors::{Failure, Reason},
+    mesh::{MeshToken, TOKEN_HEADER},
+};
 
 /// What a bootstrap is made from.
 #[derive(Debug, Clone)]
@@ -130,7 +134,7 @@ impl Bootstrap {
                     "mutations": INTERNAL_HEADERS.map(|name| json!({"remove": name})),
                 },
             }],
-            "local_reply_config": local_replies(),
+            "local_reply_config": local_replies(&self.domain),
             "access_log": [access_log()],
             "http_filters": [
                 {"name": "envoy.filters.http.header_to_metadata", "typed_config": home_tag()},
@@ -305,25 +309,84 @@ fn home_tag() -> Value {
     })
 }
 
-/// What Envoy says by itself. gRPC callers get the status and the message; the reason is in `x-sandmesh-reason` for them.
-fn local_replies() -> Value {
-    let reply = |flags: &[&str], reason: &str, message: &str| {
-        json!({
-            "filter": {"response_flag_filter": {"flags": flags}},
-            "status_code": 503,
-            "headers_to_add": [
-                {"header": {"key": "retry-after", "value": "1"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"},
-                {"header": {"key": "x-sandmesh-reason", "value": reason}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"},
-            ],
-            "body_format_override": {
-                "json_format": {"reason": reason, "message": message, "requestId": "%REQ(x-request-id)%"},
-            },
-        })
-    };
-    json!({"mappers": [
-        reply(&["UO"], "EDGE_OVERLOADED", "too many requests at once; try again"),
-        reply(&["UF", "UH", "UC", "UT", "URX", "LR", "UR", "NC"], "NODE_UNREACHABLE", "the part that should answer does not; try again"),
-    ]})
+/// What Envoy says by itself, to each caller in its own tongue. The first that fits is taken.
+fn local_replies(domain: &str) -> Value {
+    let gone = ["UF", "UH", "UC", "UT", "URX", "LR", "UR", "NC"];
+    let overloaded = Failure::unavailable(
+        Reason::new("EDGE_OVERLOADED"),
+        "too many requests at once; try again",
+    );
+    let node = Failure::unavailable(
+        Reason::NODE_UNREACHABLE,
+        "the node that hosts this session does not answer; try again",
+    );
+    let service = Failure::unavailable(
+        Reason::SERVICE_UNAVAILABLE,
+        "the API does not answer; try again",
+    );
+    let for_a_session = json!({"or_filter": {"filters": [
+        {"header_filter": {"header": {"name": "x-session-id", "present_match": true}}},
+        request_has(":authority", json!({"suffix": format!(".{domain}"), "ignore_case": true})),
+    ]}});
+    let mappers: Vec<Value> = [
+        (vec![flagged(&["UO"])], overloaded),
+        (vec![flagged(&gone), for_a_session], node),
+        (vec![flagged(&gone)], service),
+    ]
+    .into_iter()
+    .flat_map(|(filters, failure)| {
+        [
+            grpc_reply(&filters, &failure),
+            http_reply(&filters, &failure),
+        ]
+    })
+    .collect();
+    json!({"mappers": mappers})
+}
+
+/// Envoy makes the status from the 503 (UNAVAILABLE) and the message from the body; the details are a header.
+fn grpc_reply(filters: &[Value], failure: &Failure) -> Value {
+    let is_grpc = request_has("content-type", json!({"prefix": "application/grpc"}));
+    let details = BASE64_NOPAD.encode(failure.clone().into_status().details());
+    json!({
+        "filter": all_of(&[filters, &[is_grpc]].concat()),
+        "status_code": 503,
+        "headers_to_add": [header("grpc-status-details-bin", &details)],
+        "body_format_override": {"text_format_source": {"inline_string": failure.message()}},
+    })
+}
+
+fn http_reply(filters: &[Value], failure: &Failure) -> Value {
+    json!({
+        "filter": all_of(filters),
+        "status_code": 503,
+        "headers_to_add": [header("retry-after", "1")],
+        "body_format_override": {"json_format": {
+            "reason": failure.reason().as_str(),
+            "message": failure.message(),
+            "requestId": "%REQ(x-request-id)%",
+        }},
+    })
+}
+
+/// Envoy wants at least two filters in an `and_filter`.
+fn all_of(filters: &[Value]) -> Value {
+    match filters {
+        [only] => only.clone(),
+        several => json!({"and_filter": {"filters": several}}),
+    }
+}
+
+fn request_has(name: &str, value: Value) -> Value {
+    json!({"header_filter": {"header": {"name": name, "string_match": value}}})
+}
+
+fn flagged(flags: &[&str]) -> Value {
+    json!({"response_flag_filter": {"flags": flags}})
+}
+
+fn header(key: &str, value: &str) -> Value {
+    json!({"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"})
 }
 
 /// No authority and no path: both may hold a session ID.
@@ -380,6 +443,26 @@ mod tests {
         }
         let log = access_log().to_string();
         assert!(!log.contains("AUTHORITY") && !log.contains(":PATH"));
+    }
+
+    #[test]
+    fn envoys_own_refusals_carry_details() {
+        let replies = local_replies("sandmesh.localhost");
+        let mappers = replies["mappers"].as_array().unwrap();
+        let reasons = mappers.iter().filter_map(|mapper| {
+            let header = &mapper["headers_to_add"][0]["header"];
+            let details = header["value"].as_str()?;
+            (header["key"] == "grpc-status-details-bin").then(|| {
+                let details = BASE64_NOPAD.decode(details.as_bytes()).unwrap();
+                let code = tonic::Code::Unavailable;
+                let status = tonic::Status::with_details(code, "", details.into());
+                service_kit::errors::reason_of(&status).unwrap()
+            })
+        });
+        assert_eq!(
+            reasons.collect::<Vec<_>>(),
+            ["EDGE_OVERLOADED", "NODE_UNREACHABLE", "SERVICE_UNAVAILABLE"]
+        );
     }
 
     #[test]

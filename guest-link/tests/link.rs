@@ -164,7 +164,7 @@ async fn a_half_frame_of_a_dead_host_swallows_no_greeting() {
     raw.write_all(&hello(old)).await.unwrap();
     let mut old_link = listener.accept().await;
     raw.write_all(&data(old, 0, b"whole")).await.unwrap();
-    let half = data(old, 1, &[7; 60_000]);
+    let half = data(old, 1, &vec![7; 60_000]);
     raw.write_all(&half[..40_000]).await.unwrap();
 
     let connecting = tokio::spawn(host::connect(raw, soon()));
@@ -334,7 +334,7 @@ async fn a_writer_nobody_reads_waits() {
     let mut written = 0;
     let full = async {
         loop {
-            written += link.write(&[0; 32 * 1024]).await.unwrap();
+            written += link.write(&vec![0; 32 * 1024]).await.unwrap();
         }
     };
     assert!(

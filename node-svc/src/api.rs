@@ -96,6 +96,7 @@ impl NodeService for NodeApi {
                     request,
                     template,
                     internet: network.internet_access.unwrap_or(true),
+                    span: tracing::Span::current(),
                 };
                 let (tell, told) = tokio::sync::oneshot::channel();
                 self.drivers.spawn(Arc::clone(&self.workshop).drive(

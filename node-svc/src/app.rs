@@ -96,6 +96,7 @@ pub enum AppError {
 pub struct App {
     ingress_listener: TcpListener,
     internal: Bound,
+    node_id: NodeId,
     node: Node,
     token: MeshToken,
     redis: redis::Client,
@@ -181,8 +182,9 @@ impl App {
         else {
             return Err(AppError::NotTcp);
         };
+        let node_id = node_id(&config.state).map_err(state)?;
         let node = Node {
-            node_id: node_id(&config.state).map_err(state)?.to_string(),
+            node_id: node_id.to_string(),
             ingress_address: config.advertise_ingress.clone().unwrap_or(ingress_address),
             internal_address: config
                 .advertise_internal
@@ -199,6 +201,7 @@ impl App {
         Ok(Self {
             ingress_listener: ingress_bound.into_tcp().map_err(|_| AppError::NotTcp)?,
             internal,
+            node_id,
             node,
             token,
             redis,
@@ -226,6 +229,7 @@ impl App {
         let Self {
             ingress_listener,
             internal,
+            node_id,
             node,
             token,
             redis,
@@ -241,6 +245,7 @@ impl App {
         let background = TaskTracker::new();
         let catalog = Catalog::new(redis, &config.redis_prefix);
         let ingress = Arc::new(Ingress::new(
+            node_id,
             Arc::clone(&hosted),
             catalog,
             &token,
@@ -391,13 +396,10 @@ fn vmm(config: &Config) -> Result<Arc<dyn Vmm>, AppError> {
     Ok(match config.vmm {
         VmmChoice::Fake => Arc::new(Fake::default()),
         VmmChoice::Qemu | VmmChoice::QemuTcg => {
-            let kernel = config.state.join("trial-kernel");
-            let kernel = kernel.exists().then_some(kernel);
             let only_tcg = config.vmm == VmmChoice::QemuTcg;
             Arc::new(Qemu::probe(
                 &config.qemu,
-                &config.state,
-                kernel.as_deref(),
+                config.trial_kernel.as_deref(),
                 only_tcg,
             )?)
         }

@@ -78,6 +78,9 @@ pub struct Config {
     /// QEMU's program.
     #[arg(long, env = "SANDMESH_QEMU", default_value = "qemu-system-x86_64")]
     pub qemu: PathBuf,
+    /// Guest kernel (an uncompressed ELF) whose trial boot shows whether KVM works here; without it guests are emulated.
+    #[arg(long, env = "SANDMESH_NODE_TRIAL_KERNEL")]
+    pub trial_kernel: Option<PathBuf>,
     /// envd's static program, which becomes every guest's init.
     #[arg(long, env = "SANDMESH_ENVD", default_value = "/usr/lib/sandmesh/envd")]
     pub envd: PathBuf,

@@ -21,6 +21,7 @@ use proto::{
 use service_kit::ids::SessionId;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, Span};
 
 use crate::{
     artifact::{ArtifactError, Artifacts},
@@ -30,6 +31,7 @@ use crate::{
     hosted::{Ended, Hosted, Phase, Reach, Session},
     journal,
     slot::{self, Slot, SlotError, SlotPool},
+    spans,
     vmm::{BootSpec, GuestPlace, Vm, Vmm, VmmError},
 };
 
@@ -67,6 +69,8 @@ pub struct Plan {
     pub template: Template,
     /// Whether it reaches the outside.
     pub internet: bool,
+    /// The call that asked for it.
+    pub span: Span,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -149,11 +153,14 @@ impl Workshop {
     ) {
         let mut taken = Taken::default();
         let started = tokio::select! {
-            started = self.start(&session.id, &plan, &mut taken) => started,
+            started = self.start(&session.id, &plan, &mut taken).instrument(plan.span.clone()) => started,
             () = session.stop.cancelled() => Err(StartError::Stopped),
         };
+        // Traced is how it started, not how long it lives.
+        drop(plan);
         let (ended, report) = match started {
             Ok(started) => {
+                let guest = started.guest.clone();
                 let reach = Reach {
                     guest: started.guest,
                     address: taken.slot.as_ref().map(|slot| slot.reach),
@@ -163,7 +170,10 @@ impl Workshop {
                 // The asker may be gone.
                 let _ = steps.send(started.steps);
                 tracing::info!(session_id = session.id.short(), "session runs");
-                let outcome = self.watch(&session, &mut taken).await;
+                let outcome = tokio::select! {
+                    outcome = self.watch(&session, &mut taken) => outcome,
+                    never = spans::pass_on(&guest, &session.id) => match never {},
+                };
                 session.enter(Phase::Stopping);
                 started.over.cancel();
                 outcome

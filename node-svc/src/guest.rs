@@ -15,7 +15,7 @@ use proto::envd::v1::{
     ConfigureRequest, GuestNetwork, port_service_client::PortServiceClient,
     system_service_client::SystemServiceClient,
 };
-use service_kit::ids::SessionId;
+use service_kit::{ids::SessionId, telemetry};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body};
 use tower::Service;
@@ -96,13 +96,17 @@ impl GuestClient {
             default_user: String::new(),
         });
         request.set_timeout(CONFIGURE_TIMEOUT);
-        let mut system = SystemServiceClient::with_origin(self.clone(), origin());
-        match tokio::time::timeout(CONFIGURE_TIMEOUT, system.configure(request)).await {
+        match tokio::time::timeout(CONFIGURE_TIMEOUT, self.system().configure(request)).await {
             Ok(answer) => answer.map(drop),
             Err(_) => Err(Status::deadline_exceeded(
                 "the guest did not configure itself in time",
             )),
         }
+    }
+
+    /// envd itself.
+    pub fn system(&self) -> SystemServiceClient<Self> {
+        SystemServiceClient::with_origin(self.clone(), origin())
     }
 
     /// envd's ports.
@@ -133,7 +137,8 @@ impl Service<Request<Body>> for GuestClient {
         self.sender.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        telemetry::inject_trace_context(request.headers_mut());
         let answer = self.sender.send_request(request);
         Box::pin(async move { Ok(answer.await?.map(Body::new)) })
     }

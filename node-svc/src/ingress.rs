@@ -16,6 +16,7 @@ use hyper_util::{
 use proto::session::v1::SessionState;
 use service_kit::{
     errors::{Failure, Reason},
+    ids::NodeId,
     mesh::{KEY_HEADER, MeshToken, OPERATOR_HEADER, TEAM_HEADER, TOKEN_HEADER},
     request_id, telemetry,
 };
@@ -68,6 +69,7 @@ pub enum From {
 /// Answers for the sessions of this node.
 #[derive(Debug)]
 pub struct Ingress {
+    node: NodeId,
     hosted: Arc<Hosted>,
     catalog: Catalog,
     ports: Ports,
@@ -79,6 +81,7 @@ pub struct Ingress {
 impl Ingress {
     /// Puts the parts together.
     pub fn new(
+        node: NodeId,
         hosted: Arc<Hosted>,
         catalog: Catalog,
         token: &MeshToken,
@@ -88,6 +91,7 @@ impl Ingress {
         let ports = Ports::new(Arc::clone(&hosted), tasks.clone());
         let peers = Peers::new(token, tasks.clone());
         Self {
+            node,
             hosted,
             catalog,
             ports,
@@ -219,10 +223,14 @@ impl Ingress {
     ) -> Result<Response<Body>, answer::Refusal> {
         let target = target?;
         match self.hosted.lookup(&target.session) {
-            Lookup::Here(session) => self.carry_here(&session, request, &target).await,
+            Lookup::Here(session) => self
+                .carry_here(&session, request, &target)
+                .await
+                .map_err(|refusal| refusal.about(&target)),
             // A session that moved on lives elsewhere; one that ended here has ended.
             Lookup::Was(ended) => Err(ended_here(&target, &ended)),
-            Lookup::Unknown if from == From::Peer => Err(unknown(&target)),
+            // The other node had it from the catalog that it is here.
+            Lookup::Unknown if from == From::Peer => Err(lost(&target)),
             Lookup::Unknown => self.carry_elsewhere(request, &target, authority).await,
         }
     }
@@ -263,9 +271,9 @@ impl Ingress {
             refuse(target, failure, 503)
         })?;
         let Place::On {
+            node,
             internal_address,
             state,
-            ..
         } = place
         else {
             return Err(unknown(target));
@@ -283,15 +291,7 @@ impl Ingress {
                 ),
                 404,
             )),
-            SessionState::Lost => Err(refuse(
-                target,
-                Failure::new(
-                    Code::NotFound,
-                    Reason::SESSION_LOST,
-                    "the session's node was lost",
-                ),
-                410,
-            )),
+            SessionState::Lost => Err(lost(target)),
             SessionState::Paused | SessionState::Pausing => Err(refuse(
                 target,
                 Failure::new(
@@ -301,6 +301,8 @@ impl Ingress {
                 ),
                 409,
             )),
+            // It was here before this node restarted; the registry is about to note that.
+            _ if node == self.node => Err(lost(target)),
             _ => match internal_address {
                 Some(address) => self
                     .peers
@@ -318,6 +320,15 @@ fn node_unreachable() -> Failure {
         Reason::NODE_UNREACHABLE,
         "the node that hosts this session does not answer",
     )
+}
+
+fn lost(target: &Target) -> answer::Refusal {
+    let failure = Failure::new(
+        Code::NotFound,
+        Reason::SESSION_LOST,
+        "the session was lost with its node",
+    );
+    refuse(target, failure, 410)
 }
 
 fn stopped_failure() -> Failure {

@@ -55,12 +55,12 @@ impl Error {
     /// Whether the connection broke rather than the server having said no.
     pub(crate) fn is_interruption(&self) -> bool {
         match self {
-            Self::Status(status) => {
-                matches!(
-                    status.code(),
-                    Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal
-                ) && reason_of(status).is_none()
-            }
+            Self::Status(status) => match status.code() {
+                Code::Unavailable => true,
+                // What a broken connection looks like to a client; a server gives a reason.
+                Code::Unknown | Code::Cancelled | Code::Internal => reason_of(status).is_none(),
+                _ => false,
+            },
             _ => false,
         }
     }

@@ -163,7 +163,7 @@ mod tests {
         let file = file("name = 'from file'\nwait = '9s'\nloud = true\npeers = ['a', 'b']\n");
         let (settings, _) = load::<Settings>("test", argv(&file, &["--wait", "1m"])).unwrap();
         assert_eq!(settings.name, "from file");
-        assert_eq!(settings.wait, Duration::from_secs(60));
+        assert_eq!(settings.wait, Duration::from_mins(1));
         assert!(settings.loud);
         assert_eq!(settings.peers, ["a", "b"]);
         assert_eq!(settings.listen.to_string(), "127.0.0.1:1");

@@ -150,13 +150,16 @@ impl Grpc {
         reporter
             .set_service_status("", tonic_health::ServingStatus::Serving)
             .await;
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_file_descriptor_set(self.descriptors())
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1()?;
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_file_descriptor_set(self.descriptors())
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
         let mut router = routes
             .add_service(health)
-            .add_service(reflection)
+            .add_service(reflection().build_v1()?)
+            // Tools of some years ago, packaged grpcurl among them, know only this one.
+            .add_service(reflection().build_v1alpha()?)
             .prepare()
             .into_axum_router();
         if let Some(token) = &self.token {

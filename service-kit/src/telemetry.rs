@@ -3,7 +3,12 @@
 //! Logs are `tracing` events on stderr, JSON or for people. Traces go to an OTLP collector when one is set; context travels as
 //! W3C `traceparent`. Metrics are Prometheus text on `/metrics`.
 
-use std::{io, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    sync::{LazyLock, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
 
 use axum::{Router, routing::get};
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -14,7 +19,11 @@ use opentelemetry::{
     trace::TracerProvider as _,
 };
 use opentelemetry_otlp::WithExportConfig as _;
-use opentelemetry_sdk::{Resource, propagation::TraceContextPropagator, trace::SdkTracerProvider};
+use opentelemetry_sdk::{
+    Resource,
+    propagation::TraceContextPropagator,
+    trace::{SdkTracer, SdkTracerProvider},
+};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
@@ -23,7 +32,7 @@ use tracing_subscriber::{
 };
 
 mod grpc;
-pub use grpc::observe_grpc;
+pub use grpc::{method_label, observe_grpc};
 
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 const SECONDS_BUCKETS: [f64; 14] = [
@@ -86,6 +95,12 @@ pub enum TelemetryError {
     },
 }
 
+/// The collector of this process, once telemetry is set up with one.
+static COLLECTOR: OnceLock<String> = OnceLock::new();
+/// Providers of [`tracer_of`], by the service they speak for.
+static OTHERS: LazyLock<Mutex<HashMap<&'static str, SdkTracerProvider>>> =
+    LazyLock::new(Mutex::default);
+
 /// Keeps telemetry going; [`TelemetryGuard::shutdown`] sends what is buffered.
 #[derive(Debug)]
 pub struct TelemetryGuard {
@@ -105,6 +120,10 @@ pub fn init(
         .as_deref()
         .map(|endpoint| tracer_provider(service, endpoint))
         .transpose()?;
+    if let Some(endpoint) = &config.otlp_endpoint {
+        // Set once: a second set-up is refused below.
+        let _ = COLLECTOR.set(endpoint.clone());
+    }
     let traces = provider.as_ref().map(|provider| {
         let only_ours =
             EnvFilter::new("info,h2=off,hyper=off,tonic=off,tower=off,opentelemetry=off");
@@ -136,21 +155,45 @@ fn tracer_provider(
         .with_tonic()
         .with_endpoint(endpoint)
         .build()?;
-    let provider = SdkTracerProvider::builder()
+    Ok(SdkTracerProvider::builder()
         .with_batch_exporter(exporter)
         .with_resource(Resource::builder().with_service_name(service).build())
-        .build();
-    global::set_tracer_provider(provider.clone());
-    Ok(provider)
+        .build())
+}
+
+/// A tracer that speaks for a service which cannot reach the collector itself; `None` where nothing is traced. Call it within the
+/// runtime.
+pub fn tracer_of(service: &'static str) -> Option<SdkTracer> {
+    let endpoint = COLLECTOR.get()?;
+    let mut others = OTHERS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(provider) = others.get(service) {
+        return Some(provider.tracer(service));
+    }
+    match tracer_provider(service, endpoint) {
+        Ok(provider) => {
+            let tracer = provider.tracer(service);
+            others.insert(service, provider);
+            Some(tracer)
+        }
+        Err(error) => {
+            tracing::warn!(%error, service, "its spans cannot be passed on");
+            None
+        }
+    }
 }
 
 impl TelemetryGuard {
     /// Sends what is buffered. Blocks for a bounded time (the exporter's own timeout).
     pub fn shutdown(self) {
-        if let Some(provider) = self.provider
-            && let Err(error) = provider.shutdown()
+        let mut others = OTHERS.lock().unwrap_or_else(PoisonError::into_inner);
+        for provider in self
+            .provider
+            .into_iter()
+            .chain(others.drain().map(|(_, other)| other))
         {
-            tracing::warn!(%error, "the last traces were not sent");
+            if let Err(error) = provider.shutdown() {
+                tracing::warn!(%error, "the last traces were not sent");
+            }
         }
     }
 }

@@ -9,13 +9,18 @@ create table nodes (
     draining boolean not null default false,
     dead boolean not null default false,
     last_heartbeat bigint not null,
-    -- Encoded sandmesh.node.v1.Node as the node last described itself.
-    description bytea not null
+    -- Encoded sandmesh.node.v1.Node as the node described itself when it registered.
+    description bytea not null,
+    -- Encoded sandmesh.node.v1.Capacity: what its last heartbeat said is given out.
+    used bytea not null
 );
 
 create table sessions (
     session_id text primary key,
+    -- IDs it had before it first ran, while nodes turned it down; their events go when it goes.
+    former_ids text[] not null default '{}',
     team text not null,
+    -- Null again once the create has failed, so that another try with the same ID is a new one.
     request_id text,
     state smallint not null,
     node_id text not null,
@@ -72,3 +77,11 @@ create table session_events (
 );
 
 create index session_events_session on session_events (session_id, number);
+
+-- Up to where the feed is not whole any more: the newest event ever purged. One row, written only by purges.
+create table feed (
+    only_row boolean primary key default true check (only_row),
+    floor_xid bigint not null,
+    floor_seq bigint not null
+);
+insert into feed (floor_xid, floor_seq) values (0, 0);

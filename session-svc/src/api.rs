@@ -1,5 +1,6 @@
 //! The gRPC services: conversion and nothing else.
 
+mod limits;
 mod registry;
 mod session;
 

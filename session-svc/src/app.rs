@@ -16,6 +16,7 @@ use tonic::service::Routes;
 
 use crate::{
     api::{Registry, SessionApi},
+    audit::Audit,
     catalog::Catalog,
     changes::Changes,
     config::Config,
@@ -28,6 +29,9 @@ use crate::{
 };
 
 const MIGRATION_RETRY: Duration = Duration::from_millis(500);
+
+/// How long serving waits for the first migration.
+const MIGRATION_FIRST: Duration = Duration::from_secs(2);
 
 /// session-svc cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -94,10 +98,6 @@ impl App {
             config,
             shutdown,
         } = self;
-        tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
-            migrated = migrate(&store) => migrated?,
-        }
         let tasks = TaskTracker::new();
         let changes = Changes::new(&config.redis_prefix);
         let hosts = HostPattern::new(&config.domain, config.edge_port);
@@ -105,7 +105,9 @@ impl App {
         let limits = Limits {
             start: config.start_timeout,
             stop: config.stop_timeout,
+            lease: config.lease,
             max_memory: config.max_memory,
+            max_disk: config.max_disk,
         };
         let sessions = Sessions::new(
             store.clone(),
@@ -122,33 +124,79 @@ impl App {
             changes: changes.clone(),
             hosts,
             tasks: tasks.clone(),
+            heartbeat: config.watch_heartbeat,
             shutdown: shutdown.clone(),
+        };
+        let audit = Audit {
+            store: store.clone(),
+            nodes: nodes.clone(),
+            sessions: sessions.clone(),
         };
         let registry = Registry {
             store: store.clone(),
             nodes,
             sessions: sessions.clone(),
+            audit: audit.clone(),
+            tasks: tasks.clone(),
+            shutdown: shutdown.clone(),
             heartbeat_interval: config.heartbeat_interval,
         };
         let reconciler = Reconciler {
             store: store.clone(),
             sessions: sessions.clone(),
+            audit,
             node_dead_after: config.node_dead_after,
+            audit_interval: config.audit_interval,
+            lease: config.lease,
             retention: config.retention,
         };
-        let catalog = Catalog::new(store, changes.clone(), redis.clone(), &config.redis_prefix);
+        let catalog = Catalog::new(
+            store.clone(),
+            changes.clone(),
+            redis.clone(),
+            &config.redis_prefix,
+        );
         let background = TaskTracker::new();
-        background.spawn(changes.run(redis, shutdown.clone()));
-        background.spawn(catalog.run(shutdown.clone()));
-        background.spawn(reconciler.run(shutdown.clone()));
+        let (migrated, fate) = tokio::sync::oneshot::channel();
+        let stop = shutdown.clone();
+        let work = async move {
+            let outcome = migrate(&store).await;
+            let ready = outcome.is_ok();
+            // Nobody waits for it once serving has ended.
+            let _ = migrated.send(outcome);
+            if ready {
+                tokio::join!(
+                    changes.run(redis, stop.clone()),
+                    catalog.run(stop.clone()),
+                    reconciler.run(stop)
+                );
+            }
+        };
+        let ends = shutdown.clone();
+        let work = Box::pin(async move { ends.run_until_cancelled(work).await });
+        background.spawn(work);
+        // With the database there, the first call finds it migrated; without it, calls are told so rather than kept waiting.
+        let mut fate = Some(fate);
+        if let Some(first) = &mut fate
+            && let Ok(known) = tokio::time::timeout(MIGRATION_FIRST, first).await
+        {
+            if let Ok(Err(error)) = known {
+                return Err(error);
+            }
+            fate = None;
+        }
 
         let routes = Routes::new(SessionServiceServer::new(SessionApi { sessions, watches }))
             .add_service(NodeRegistryServiceServer::new(registry));
-        let served = Grpc::new("session-svc")
+        let serving = Grpc::new("session-svc")
             .mesh_only(token)
             .reflect(&["sandmesh.session.v1", "sandmesh.node.v1"])
-            .serve(bound, routes, shutdown.clone())
-            .await;
+            .serve(bound, routes, shutdown.clone());
+        tokio::pin!(serving);
+        let served = tokio::select! {
+            served = &mut serving => served.map_err(AppError::from),
+            Err(error) = failed_migration(fate) => Err(error),
+        };
         // Serving may have failed by itself; the rest must end all the same.
         shutdown.cancel();
         background.close();
@@ -160,8 +208,21 @@ impl App {
         {
             tracing::warn!("starts or stops are left to their leases");
         }
-        Ok(served?)
+        served
     }
+}
+
+/// Answers only if a migration went wrong for good.
+async fn failed_migration(
+    fate: Option<tokio::sync::oneshot::Receiver<Result<(), AppError>>>,
+) -> Result<std::convert::Infallible, AppError> {
+    if let Some(fate) = fate
+        && let Ok(Err(error)) = fate.await
+    {
+        return Err(error);
+    }
+    // It is done, or serving is about to end.
+    std::future::pending().await
 }
 
 async fn migrate(store: &Store) -> Result<(), AppError> {

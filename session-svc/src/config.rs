@@ -68,4 +68,16 @@ pub struct Config {
     /// Largest memory a session may ask for.
     #[arg(long, env = "SANDMESH_SESSION_MAX_MEMORY", value_parser = parse_bytes, default_value = "64GiB")]
     pub max_memory: u64,
+    /// Largest writable disk a session may ask for.
+    #[arg(long, env = "SANDMESH_SESSION_MAX_DISK", value_parser = parse_bytes, default_value = "1TiB")]
+    pub max_disk: u64,
+    /// How long after the last sign of life of a replica others go on with the starts and stops it was at.
+    #[arg(long, env = "SANDMESH_SESSION_LEASE", value_parser = parse_duration, default_value = "10s")]
+    pub lease: Duration,
+    /// How often each node is asked what it hosts, to find what differs from the database.
+    #[arg(long, env = "SANDMESH_AUDIT_INTERVAL", value_parser = parse_duration, default_value = "30s")]
+    pub audit_interval: Duration,
+    /// After how long without a change a watch sends a heartbeat.
+    #[arg(long, env = "SANDMESH_WATCH_HEARTBEAT", value_parser = parse_duration, default_value = "10s")]
+    pub watch_heartbeat: Duration,
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use service_kit::{
-    errors::{Failure, Reason},
+    errors::{Failure, Reason, reason_of},
     ids::SessionId,
 };
 use tonic::{Code, Status};
@@ -83,10 +83,17 @@ impl From<StoreError> for Failure {
                 tracing::warn!(error = %cause, "database unavailable");
                 unavailable()
             }
+            StoreError::TimedOut => {
+                tracing::warn!("the database did not answer in time");
+                unavailable()
+            }
             // Classes 08 (connection), 53 (resources) and 57 (operator intervention) pass by themselves.
             StoreError::Database(sqlx::Error::Database(cause))
                 if cause.code().is_some_and(|code| {
-                    code.starts_with("08") || code.starts_with("53") || code.starts_with("57")
+                    ["08", "53", "57"]
+                        .iter()
+                        .any(|class| code.starts_with(class))
+                        || NOT_MIGRATED_YET.contains(&&*code)
                 }) =>
             {
                 tracing::warn!(error = %cause, "database unavailable");
@@ -103,6 +110,9 @@ impl From<StoreError> for Failure {
         }
     }
 }
+
+/// Undefined table and schema: this replica, or another, has not migrated the database yet.
+const NOT_MIGRATED_YET: [&str; 2] = ["42P01", "3F000"];
 
 fn unavailable() -> Failure {
     Failure::unavailable(
@@ -155,6 +165,7 @@ impl From<SessionError> for Failure {
             SessionError::Contended(id) => {
                 Self::new(Code::Aborted, Reason::WRONG_STATE, message).with("sessionId", id).retry_after(Duration::from_millis(100))
             }
+            // No answer of its own: it could not be reached.
             SessionError::Template(_) | SessionError::ShuttingDown => Self::unavailable(Reason::SERVICE_UNAVAILABLE, message),
         }
     }
@@ -164,7 +175,7 @@ impl From<SessionError> for Status {
     fn from(error: SessionError) -> Self {
         match error {
             // template-svc has said it well: TEMPLATE_UNKNOWN with the closest names.
-            SessionError::Template(status) if status.code() != Code::Unavailable => status,
+            SessionError::Template(status) if reason_of(&status).is_some() => status,
             other => Failure::from(other).into_status(),
         }
     }

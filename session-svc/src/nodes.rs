@@ -12,10 +12,10 @@ use service_kit::{
     ids::{HomeTag, NodeId},
     mesh::{self, MeshChannel, MeshToken},
 };
-use tokio::sync::RwLock;
+use tokio::{sync::Mutex as AsyncMutex, time::Instant};
 
 use crate::{
-    placement::{Candidate, Free},
+    placement::{Candidate, Free, Need, choose, most_free},
     session::Micros,
     store::{NodeRow, Registration, Store, StoreError},
 };
@@ -26,8 +26,21 @@ const MISSED: u32 = 3;
 const VIEW_AGE: Duration = Duration::from_millis(500);
 const PAGE: i64 = 10_000;
 
-/// The candidates, and when they were read.
-type View = (tokio::time::Instant, Arc<[Candidate]>);
+/// The nodes that take sessions, as they were read, less what was placed on them since.
+#[derive(Debug)]
+struct View {
+    read: Instant,
+    candidates: Vec<Candidate>,
+}
+
+/// Where a session may go.
+#[derive(Debug)]
+pub enum Placed {
+    /// To this node.
+    On(Candidate),
+    /// Nowhere; the most that any node has left.
+    Nowhere(Free),
+}
 
 /// Knows the nodes.
 #[derive(Debug, Clone)]
@@ -35,7 +48,7 @@ pub struct Nodes {
     store: Store,
     token: MeshToken,
     silent_after: Duration,
-    view: Arc<RwLock<Option<View>>>,
+    view: Arc<AsyncMutex<Option<View>>>,
     channels: Arc<Mutex<HashMap<String, MeshChannel>>>,
 }
 
@@ -51,54 +64,100 @@ impl Nodes {
         }
     }
 
-    /// Nodes that take sessions, as of half a second ago at most.
-    pub async fn candidates(&self) -> Result<Arc<[Candidate]>, StoreError> {
-        if let Some((read, view)) = &*self.view.read().await
-            && read.elapsed() < VIEW_AGE
-        {
-            return Ok(Arc::clone(view));
+    /// Picks a node for a session and counts it there until the next look at the registry.
+    pub async fn place(&self, need: Need, tried: &[NodeId]) -> Result<Placed, StoreError> {
+        let mut slot = self.view.lock().await;
+        let fresh = slot
+            .as_ref()
+            .is_some_and(|view| view.read.elapsed() < VIEW_AGE);
+        for look_again in [!fresh, true] {
+            if look_again {
+                // One reader asks the database, the others wait for its answer: that is the point of holding the lock.
+                *slot = Some(self.look().await?);
+            }
+            let Some(view) = slot.as_mut() else { continue };
+            let picks = (rand::random(), rand::random());
+            let chosen =
+                choose(&view.candidates, need, tried, picks).map(|node| node.node_id.clone());
+            let mut candidates = view.candidates.iter_mut();
+            if let Some(node) = candidates.find(|node| Some(&node.node_id) == chosen.as_ref()) {
+                node.take(need);
+                return Ok(Placed::On(node.clone()));
+            }
+            if look_again {
+                return Ok(Placed::Nowhere(most_free(&view.candidates)));
+            }
         }
-        // One reader asks the database, the others wait for its answer: that is the point of holding the lock.
-        let mut slot = self.view.write().await;
-        if let Some((read, view)) = &*slot
-            && read.elapsed() < VIEW_AGE
-        {
-            return Ok(Arc::clone(view));
+        Ok(Placed::Nowhere(Free::default()))
+    }
+
+    /// A node said that it is full: so it is, until its next heartbeat says otherwise. Answers the most that any node has left.
+    pub async fn is_full(&self, node: &NodeId) -> Free {
+        let mut slot = self.view.lock().await;
+        let Some(view) = slot.as_mut() else {
+            return Free::default();
+        };
+        for candidate in &mut view.candidates {
+            if candidate.node_id == *node {
+                candidate.free = Free::default();
+            }
         }
-        let now = Micros::now();
+        most_free(&view.candidates)
+    }
+
+    async fn look(&self) -> Result<View, StoreError> {
+        let (now, read) = (Micros::now(), Instant::now());
         let rows = self.store.nodes(false, "", PAGE).await?;
         let ready = rows
             .iter()
             .filter(|row| self.state_of(row, now) == wire::NodeState::Ready);
-        let view: Arc<[Candidate]> = ready.map(candidate).collect();
-        *slot = Some((tokio::time::Instant::now(), Arc::clone(&view)));
-        Ok(view)
+        Ok(View {
+            read,
+            candidates: ready.map(candidate).collect(),
+        })
     }
 
     /// Looks anew at the next placement: a node came or went.
     pub async fn forget_view(&self) {
-        *self.view.write().await = None;
+        *self.view.lock().await = None;
     }
 
-    /// Where a node is called.
-    pub async fn internal_address(&self, node: &NodeId) -> Result<Option<String>, StoreError> {
-        if let Some(known) = self
-            .candidates()
-            .await?
-            .iter()
-            .find(|known| known.node_id == *node)
-        {
-            return Ok(Some(known.internal_address.clone()));
-        }
-        let rows = self.store.nodes(true, "", PAGE).await?;
-        Ok(rows
-            .into_iter()
-            .find(|row| row.node_id == *node)
-            .map(|row| row.description.internal_address))
+    /// A client for a node; `None` if it is not known, or dead.
+    pub async fn reach(
+        &self,
+        node: &NodeId,
+    ) -> Result<Option<NodeServiceClient<MeshChannel>>, StoreError> {
+        let known = self.view.lock().await.as_ref().and_then(|view| {
+            let mut candidates = view.candidates.iter();
+            candidates
+                .find(|known| known.node_id == *node)
+                .filter(|_| view.read.elapsed() < VIEW_AGE)
+                .map(|known| known.internal_address.clone())
+        });
+        let address = if known.is_some() {
+            known
+        } else {
+            let row = self.store.node(node).await?.filter(|row| !row.dead);
+            row.map(|row| row.description.internal_address)
+        };
+        Ok(address.and_then(|address| self.client(&address)))
+    }
+
+    /// Nodes that are heard of, for an audit of what they host.
+    pub async fn heard_of(&self) -> Result<Vec<NodeId>, StoreError> {
+        let now = Micros::now();
+        let rows = self.store.nodes(false, "", PAGE).await?;
+        let heard = rows.into_iter().filter(|row| {
+            matches!(
+                self.state_of(row, now),
+                wire::NodeState::Ready | wire::NodeState::Draining
+            )
+        });
+        Ok(heard.map(|row| row.node_id).collect())
     }
 
     /// A client for the node at an address; `None` if it is not an address.
-    pub fn client(&self, address: &str) -> Option<NodeServiceClient<MeshChannel>> {
+    fn client(&self, address: &str) -> Option<NodeServiceClient<MeshChannel>> {
         let parsed: Address = address.parse().ok()?;
         let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         let channel = channels

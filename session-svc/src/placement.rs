@@ -15,6 +15,17 @@ pub struct Need {
     pub disk_bytes: u64,
 }
 
+impl Need {
+    /// Of a session of this size.
+    pub fn of(size: &proto::session::v1::Resources) -> Self {
+        Self {
+            memory_bytes: size.memory_bytes,
+            vcpus: size.vcpus,
+            disk_bytes: size.disk_bytes,
+        }
+    }
+}
+
 /// What a node has left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Free {
@@ -42,6 +53,16 @@ pub struct Candidate {
 }
 
 impl Candidate {
+    /// Counts a session that was sent there and that no heartbeat shows yet.
+    pub fn take(&mut self, need: Need) {
+        self.free = Free {
+            sessions: self.free.sessions.saturating_sub(1),
+            memory_bytes: self.free.memory_bytes.saturating_sub(need.memory_bytes),
+            vcpus: self.free.vcpus.saturating_sub(need.vcpus),
+            disk_bytes: self.free.disk_bytes.saturating_sub(need.disk_bytes),
+        };
+    }
+
     fn fits(&self, need: Need) -> bool {
         self.free.sessions > 0
             && self.free.memory_bytes >= need.memory_bytes

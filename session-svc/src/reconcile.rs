@@ -1,24 +1,32 @@
-//! What has to happen though nobody asks: deadlines, starts and stops whose replica died, dead nodes, old rows.
+//! What has to happen though nobody asks: deadlines, starts and stops whose replica died, dead nodes, audits, old rows.
 //!
-//! Every replica does all of it; compare-and-set on the rows decides who is first, so no leader is needed.
+//! Every replica does all of it; leases and compare-and-set on the rows decide who is first, so no leader is needed. Each concern
+//! has a loop of its own and waits for no node, so that one that hangs holds up nothing else.
 
 use std::time::Duration;
 
-use tokio::time::{Instant, MissedTickBehavior};
+use futures::{StreamExt as _, stream};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    audit::{Audit, Cause},
     errors::SessionError,
-    lifecycle::State,
     session::{EndReason, Micros, Session},
     sessions::Sessions,
     store::{Store, StoreError},
 };
 
 const EVERY: Duration = Duration::from_millis(500);
-const PURGE_EVERY: Duration = Duration::from_mins(1);
+const PURGE_EVERY: Duration = Duration::from_secs(30);
+const PURGE_BATCH: i64 = 500;
 const BATCH: i64 = 64;
-const LEASE: Duration = Duration::from_mins(3);
+/// Stops and starts a replica works on at once on nobody's behalf.
+const AT_ONCE: usize = 512;
+const AUDITS_AT_ONCE: usize = 8;
 
 /// Brings the database and reality together.
 #[derive(Debug)]
@@ -27,92 +35,182 @@ pub struct Reconciler {
     pub store: Store,
     /// Starts and stops.
     pub sessions: Sessions,
+    /// What nodes really host.
+    pub audit: Audit,
     /// Without a heartbeat for so long a node is dead.
     pub node_dead_after: Duration,
+    /// How often each node is asked what it hosts.
+    pub audit_interval: Duration,
     /// Ended sessions are kept for so long.
     pub retention: Duration,
+    /// How long a lease is.
+    pub lease: Duration,
 }
 
 impl Reconciler {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut ticks = tokio::time::interval(EVERY);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // Heartbeats come through this database: only after it has been there for a while does silence mean anything.
-        let mut database_since: Option<Instant> = None;
-        let mut purge_due = Instant::now();
+        let loops = async {
+            tokio::join!(
+                self.deadlines(),
+                self.abandoned(),
+                self.dead_nodes(),
+                self.audits(),
+                self.purges()
+            )
+        };
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            _ = loops => {}
+        }
+    }
+
+    async fn deadlines(&self) {
+        let mut stops = JoinSet::new();
+        let mut ticks = ticks(EVERY);
         loop {
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
-            let listening_for = database_since.map_or(Duration::ZERO, |since| since.elapsed());
-            match self.once(listening_for, Instant::now() >= purge_due).await {
-                Ok(()) => {
-                    database_since.get_or_insert_with(Instant::now);
-                    if Instant::now() >= purge_due {
-                        purge_due = Instant::now() + PURGE_EVERY;
+            ticks.tick().await;
+            collect(&mut stops);
+            let Some(room) = room(&stops) else { continue };
+            match self.store.expired(Micros::now(), room).await {
+                Ok(expired) => {
+                    for session in expired {
+                        let sessions = self.sessions.clone();
+                        let end = EndReason::new("DEADLINE_EXPIRED", "its time to live was over");
+                        stops.spawn(async move { sessions.stop(session, end, "deadline").await });
                     }
                 }
+                Err(error) => tracing::warn!(%error, "deadlines cannot be looked at right now"),
+            }
+        }
+    }
+
+    async fn abandoned(&self) {
+        let mut work = JoinSet::new();
+        let mut ticks = ticks(EVERY);
+        loop {
+            ticks.tick().await;
+            collect(&mut work);
+            let Some(room) = room(&work) else { continue };
+            let found = match self.store.abandoned(Micros::now(), room).await {
+                Ok(found) => found,
                 Err(error) => {
-                    database_since = None;
-                    tracing::warn!(%error, "reconciling is not possible right now");
+                    tracing::warn!(%error, "leases cannot be looked at right now");
+                    continue;
+                }
+            };
+            for mut session in found {
+                let until = Micros::now().plus(self.lease);
+                match self.store.take_lease(&session, until).await {
+                    Ok(true) => {
+                        session.lease_until = Some(until);
+                        tracing::info!(session_id = session.id.short(), state = ?session.state, "taking over what another replica began");
+                        let sessions = self.sessions.clone();
+                        work.spawn(async move { sessions.take_over(session).await });
+                    }
+                    // Another replica was faster.
+                    Ok(false) => {}
+                    Err(error) => tracing::warn!(%error, "a lease cannot be taken over right now"),
                 }
             }
         }
     }
 
-    async fn once(&self, listening_for: Duration, purge: bool) -> Result<(), StoreError> {
-        let now = Micros::now();
-        let expired = self.store.expired(now, BATCH).await?;
-        let expire = expired.into_iter().map(|session| {
-            let end = EndReason::new("DEADLINE_EXPIRED", "its time to live was over");
-            self.sessions.stop(session, end, "deadline")
-        });
-        for outcome in futures::future::join_all(expire).await {
-            note(outcome);
+    async fn dead_nodes(&self) {
+        // Heartbeats come through this database: only after it has been there for a while does silence mean anything.
+        let mut database_since: Option<Instant> = None;
+        let mut ticks = ticks(EVERY);
+        loop {
+            ticks.tick().await;
+            let listening_for = database_since.map_or(Duration::ZERO, |since| since.elapsed());
+            match self.bury(listening_for).await {
+                Ok(()) => {
+                    database_since.get_or_insert_with(Instant::now);
+                }
+                Err(error) => {
+                    database_since = None;
+                    tracing::warn!(%error, "dead nodes cannot be told right now");
+                }
+            }
         }
-        let abandoned = self.store.abandoned(now, BATCH).await?;
-        for outcome in
-            futures::future::join_all(abandoned.into_iter().map(|session| self.adopt(session)))
-                .await
-        {
-            note(outcome);
-        }
+    }
+
+    async fn bury(&self, listening_for: Duration) -> Result<(), StoreError> {
         if listening_for > self.node_dead_after {
-            let buried = self
-                .store
-                .bury_nodes(now.minus(self.node_dead_after))
-                .await?;
-            for node in &buried {
+            let silent_since = Micros::now().minus(self.node_dead_after);
+            for node in self.store.bury_nodes(silent_since).await? {
                 tracing::error!(node_id = %node, "node declared dead");
             }
         }
         for node in self.store.dead_nodes_with_sessions().await? {
-            for session in self.store.living(Some(&node), "", 1000).await? {
+            for session in self.store.living(&node, "", BATCH).await? {
                 let end = EndReason::new("NODE_DEAD", "its node sent no heartbeat for too long");
                 note(self.sessions.lose(session, end, "reconciler").await);
             }
         }
-        if purge {
-            self.store.purge(now.minus(self.retention), 1000).await?;
-        }
         Ok(())
     }
 
-    async fn adopt(&self, session: Session) -> Result<Session, SessionError> {
-        if !self
-            .store
-            .take_lease(&session, Micros::now().plus(LEASE))
-            .await?
-        {
-            return Ok(session);
+    async fn audits(&self) {
+        let mut ticks = ticks(self.audit_interval);
+        loop {
+            ticks.tick().await;
+            match self.audit.nodes.heard_of().await {
+                Ok(nodes) => {
+                    stream::iter(nodes)
+                        .for_each_concurrent(AUDITS_AT_ONCE, |node| async move {
+                            if let Err(error) = self.audit.ask(&node, Cause::Missing).await {
+                                tracing::warn!(node_id = %node, %error, "a node could not be audited");
+                            }
+                        })
+                        .await;
+                }
+                Err(error) => tracing::warn!(%error, "nodes cannot be audited right now"),
+            }
         }
-        tracing::info!(session_id = session.id.short(), state = ?session.state, "taking over what another replica began");
-        match session.state {
-            State::Pending | State::Starting => self.sessions.start(session, vec![]).await,
-            State::Stopping => self.sessions.finish_stop(session).await,
-            _ => Ok(session),
+    }
+
+    async fn purges(&self) {
+        let mut ticks = ticks(PURGE_EVERY.min(self.retention));
+        loop {
+            ticks.tick().await;
+            // In small steps, until nothing is left to forget.
+            loop {
+                let before = Micros::now().minus(self.retention);
+                match self.store.purge(before, PURGE_BATCH).await {
+                    Ok(0) => break,
+                    Ok(sessions) => tracing::debug!(sessions, "old sessions were forgotten"),
+                    Err(error) => {
+                        tracing::warn!(%error, "old sessions cannot be forgotten right now");
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+type Work = JoinSet<Result<Session, SessionError>>;
+
+fn ticks(every: Duration) -> tokio::time::Interval {
+    let mut ticks = tokio::time::interval(every);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+fn room(work: &Work) -> Option<i64> {
+    let room = AT_ONCE.saturating_sub(work.len());
+    i64::try_from(room)
+        .ok()
+        .map(|room| room.min(BATCH))
+        .filter(|room| *room > 0)
+}
+
+fn collect(work: &mut Work) {
+    while let Some(done) = work.try_join_next() {
+        match done {
+            Ok(outcome) => note(outcome),
+            Err(error) => tracing::error!(%error, "a reconciling task broke"),
         }
     }
 }

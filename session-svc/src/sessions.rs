@@ -1,42 +1,39 @@
 //! Sessions: created, found, changed and ended.
 //!
-//! A start or stop runs in a task of its own that the service joins at shutdown, so that a client which goes away leaves nothing
-//! half done. The row carries a lease for as long as the task may take; when a replica dies in between, another takes the lease
-//! over ([`crate::reconcile`]) and repeats the same idempotent call to the node.
+//! A start ([`start`]) or stop ([`stop`]) runs in a task of its own that the service joins at shutdown, so that a client which goes
+//! away leaves nothing half done. The task keeps renewing a lease on the row; when its replica dies, another takes the lease over
+//! ([`crate::reconcile`]) and repeats the same idempotent call to the node.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use proto::{
-    node::v1::{StartSessionRequest, StopSessionRequest},
-    session::v1 as wire,
-    template::v1::{GetTemplateRequest, Template, template_service_client::TemplateServiceClient},
-};
+use proto::{session::v1 as wire, template::v1::Template};
 use service_kit::{
-    errors::reason_of,
-    ids::{NodeId, SessionId, TeamId},
+    ids::SessionId,
     mesh::{Caller, MeshChannel, MeshToken},
     request_id,
 };
 use tokio_util::task::TaskTracker;
-use tonic::{Code, Request};
 use tracing::Instrument as _;
 
 use crate::{
     changes::Changes,
     errors::SessionError,
     lifecycle::{Happening, State, Step, decide},
-    nodes::Nodes,
-    placement::{Candidate, Need, choose, most_free},
-    session::{EndReason, HostPattern, Micros, Session, access_token, access_token_sha256},
+    nodes::{Nodes, Placed},
+    placement::Need,
+    session::{HostPattern, Micros, Session, access_token},
     store::{Filter, NewEvent, Store},
 };
 
-/// How many nodes are tried before a create is given up.
-const PLACEMENT_TRIES: usize = 3;
+mod start;
+mod stop;
+mod template;
+use template::{Templates, sized};
+
 /// How often a change is tried anew when others were faster.
 const UPDATE_TRIES: usize = 8;
-/// What a lease has beyond the node's own time limit.
-const LEASE_MARGIN: Duration = Duration::from_secs(5);
+/// A session begins with two events.
+const FIRST_VERSION: i64 = 2;
 
 /// What a session is created from, checked.
 #[derive(Debug, Clone)]
@@ -70,8 +67,12 @@ pub struct Limits {
     pub start: Duration,
     /// For a stop.
     pub stop: Duration,
+    /// How long after its last sign of life a replica's starts and stops are taken over.
+    pub lease: Duration,
     /// Largest memory a session may ask for, in bytes.
     pub max_memory: u64,
+    /// Largest disk a session may ask for, in bytes.
+    pub max_disk: u64,
 }
 
 /// Sessions of all teams.
@@ -79,22 +80,12 @@ pub struct Limits {
 pub struct Sessions {
     store: Store,
     nodes: Nodes,
-    templates: TemplateServiceClient<MeshChannel>,
-    template_cache: moka::future::Cache<(TeamId, String), Arc<Template>>,
+    templates: Templates,
     token: MeshToken,
     changes: Changes,
     hosts: HostPattern,
     limits: Limits,
     tasks: TaskTracker,
-}
-
-/// How a node answered a start.
-enum Start {
-    Runs,
-    Full,
-    Failed(EndReason),
-    /// No answer: the lease decides.
-    Unclear,
 }
 
 impl Sessions {
@@ -110,16 +101,10 @@ impl Sessions {
         limits: Limits,
         tasks: TaskTracker,
     ) -> Self {
-        // Names may be moved to another version at any time; five seconds is what a create may lag behind.
-        let template_cache = moka::future::Cache::builder()
-            .max_capacity(1000)
-            .time_to_live(Duration::from_secs(5))
-            .build();
         Self {
             store,
             nodes,
-            templates: TemplateServiceClient::new(templates),
-            template_cache,
+            templates: Templates::new(templates),
             token,
             changes,
             hosts,
@@ -148,26 +133,19 @@ impl Sessions {
         {
             return self.started(earlier).await;
         }
-        let template = self.template(caller, &new.template).await?;
-        let resources = self.sized(new.resources, &template)?;
-        let need = Need {
-            memory_bytes: resources.memory_bytes,
-            vcpus: resources.vcpus,
-            disk_bytes: resources.disk_bytes,
-        };
-        let candidates = self.nodes.candidates().await?;
-        let Some(node) = choose(&candidates, need, &[], (rand::random(), rand::random())) else {
-            return Err(SessionError::NoCapacity {
-                most: most_free(&candidates),
-            });
+        let template = self.templates.get(caller, &new.template).await?;
+        let resources = sized(new.resources, &template, &self.limits)?;
+        let node = match self.nodes.place(Need::of(&resources), &[]).await? {
+            Placed::On(node) => node,
+            Placed::Nowhere(most) => return Err(SessionError::NoCapacity { most }),
         };
         let now = Micros::now();
         let session = Session {
             id: SessionId::random(&node.home_tag),
             team: caller.team.clone(),
-            request_id: new.request_id.clone(),
+            request_id: new.request_id,
             state: State::Starting,
-            node_id: node.node_id.clone(),
+            node_id: node.node_id,
             template: template.name.clone(),
             template_version: format!("{}@{}", template.name, template.version),
             template_spec: Template::clone(&template),
@@ -184,268 +162,59 @@ impl Sessions {
             deadline: now.plus(new.timeout),
             end_time: None,
             end_reason: None,
-            lease_until: Some(now.plus(self.limits.start + LEASE_MARGIN)),
-            version: 2,
+            lease_until: Some(now.plus(self.limits.lease)),
+            version: FIRST_VERSION,
         };
-        let actor = format!("team:{}", caller.team);
-        let events = [
-            NewEvent::new("CREATED", &*actor),
-            NewEvent::new("STARTING", &*actor),
-        ];
-        if !self.store.insert(&session, &events).await? {
+        if !self.store.insert(&session, &beginning(&session)).await? {
             // Somebody else was faster with the same request ID.
-            let request_id = new.request_id.unwrap_or_default();
-            let winner = self.store.by_request(&caller.team, &request_id).await?;
+            let request_id = session.request_id.as_deref().unwrap_or_default();
+            let winner = self.store.by_request(&caller.team, request_id).await?;
             return self
                 .started(winner.ok_or(SessionError::Contended(session.id))?)
                 .await;
         }
         self.changes.tell();
         let sessions = self.clone();
+        self.owned(async move { sessions.start(session).await })
+            .await
+    }
+
+    /// Runs work to its end even if the caller goes away meanwhile; the service joins it at shutdown.
+    async fn owned(
+        &self,
+        work: impl Future<Output = Result<Session, SessionError>> + Send + 'static,
+    ) -> Result<Session, SessionError> {
         let request = request_id::current().unwrap_or_else(request_id::random);
-        let start = request_id::scope(
-            request,
-            async move { sessions.start(session, vec![]).await },
-        );
-        // The task goes on when this handler is dropped.
+        let work = request_id::scope(request, work).in_current_span();
         self.tasks
-            .spawn(start.in_current_span())
+            .spawn(work)
             .await
             .map_err(|_| SessionError::ShuttingDown)?
     }
 
-    /// Takes a Starting session to Running or Failed. Also how an abandoned start is repeated.
-    pub async fn start(
-        &self,
-        mut session: Session,
-        mut tried: Vec<NodeId>,
-    ) -> Result<Session, SessionError> {
+    /// Works on a session while holding its lease, so that no other replica takes it for abandoned.
+    async fn holding<T>(&self, session: &Session, work: impl Future<Output = T> + Send) -> T {
+        tokio::select! {
+            done = work => done,
+            never = self.renew(session.clone()) => match never {},
+        }
+    }
+
+    async fn renew(&self, mut session: Session) -> std::convert::Infallible {
+        let every = self.limits.lease / 3;
+        let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
         loop {
-            let outcome = self.ask_to_start(&session).await?;
-            match outcome {
-                Start::Runs => {
-                    let started = self
-                        .change(
-                            session,
-                            Happening::StartDone,
-                            NewEvent::new("RUNNING", "node"),
-                            |session, now| {
-                                session.start_time = Some(now);
-                                session.deadline =
-                                    now.plus(Duration::from_micros(session.timeout.unsigned_abs()));
-                                session.lease_until = None;
-                            },
-                        )
-                        .await?;
-                    return Self::only_running(started);
-                }
-                Start::Full => {
-                    tried.push(session.node_id.clone());
-                    let need = Need {
-                        memory_bytes: session.resources.memory_bytes,
-                        vcpus: session.resources.vcpus,
-                        disk_bytes: session.resources.disk_bytes,
-                    };
-                    let candidates = self.nodes.candidates().await?;
-                    let next = choose(&candidates, need, &tried, (rand::random(), rand::random()));
-                    match next {
-                        Some(node) if tried.len() < PLACEMENT_TRIES => {
-                            session = self.move_to(session, node).await?;
-                        }
-                        _ => {
-                            let most = most_free(&candidates);
-                            self.fail(session, EndReason::new("NO_CAPACITY", "no node had room"))
-                                .await?;
-                            return Err(SessionError::NoCapacity { most });
-                        }
-                    }
-                }
-                Start::Failed(end) => {
-                    let id = session.id.clone();
-                    self.fail(session, end.clone()).await?;
-                    return Err(SessionError::DidNotStart { id, end });
-                }
-                Start::Unclear => {
-                    // The node may or may not have it. Ending it here makes the answer true: stop is idempotent.
-                    let id = session.id.clone();
-                    let end = EndReason::new("NODE_UNREACHABLE", "its node did not answer in time");
-                    if self.ask_to_stop(&session).await.is_ok() {
-                        self.fail(session, end.clone()).await?;
-                        return Err(SessionError::DidNotStart { id, end });
-                    }
-                    return Err(SessionError::NodeUnreachable { id });
+            ticks.tick().await;
+            let until = Micros::now().plus(self.limits.lease);
+            match self.store.take_lease(&session, until).await {
+                Ok(true) => session.lease_until = Some(until),
+                // Stopped, or taken over: what comes of the work is decided by the row's version.
+                Ok(false) => std::future::pending().await,
+                Err(error) => {
+                    tracing::warn!(session_id = session.id.short(), %error, "a lease could not be renewed");
                 }
             }
         }
-    }
-
-    async fn move_to(&self, session: Session, node: &Candidate) -> Result<Session, SessionError> {
-        let old = session.id.clone();
-        let moved = Session {
-            id: SessionId::random(&node.home_tag),
-            node_id: node.node_id.clone(),
-            version: session.version + 1,
-            ..session
-        };
-        let event = NewEvent::new("RESCHEDULED", "placement")
-            .because("NODE_FULL", "the first node had no room left");
-        if !self.store.move_before_start(&old, &moved, &event).await? {
-            return Err(SessionError::Contended(old));
-        }
-        self.changes.tell();
-        Ok(moved)
-    }
-
-    async fn ask_to_start(&self, session: &Session) -> Result<Start, SessionError> {
-        let Some(mut node) = self.node_client(session).await? else {
-            return Ok(Start::Failed(EndReason::new(
-                "NODE_DEAD",
-                "its node is not known any more",
-            )));
-        };
-        let mut request = Request::new(StartSessionRequest {
-            session_id: session.id.to_string(),
-            template: Some(session.template_spec.clone()),
-            resources: Some(session.resources),
-            network: Some(session.network()),
-            env: session.env.clone().into_iter().collect(),
-            access_token_sha256: access_token_sha256(&self.token, &session.id),
-            team_id: session.team.to_string(),
-        });
-        request.set_timeout(self.limits.start);
-        let answer = tokio::time::timeout(self.limits.start, node.start_session(request)).await;
-        Ok(match answer {
-            Ok(Ok(_)) => Start::Runs,
-            Ok(Err(status)) if status.code() == Code::ResourceExhausted => Start::Full,
-            Ok(Err(status))
-                if matches!(
-                    status.code(),
-                    Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded
-                ) =>
-            {
-                tracing::warn!(session_id = session.id.short(), %status, "the node gave no clear answer to a start");
-                Start::Unclear
-            }
-            Ok(Err(status)) => {
-                let reason = reason_of(&status).unwrap_or_else(|| "START_FAILED".into());
-                tracing::warn!(session_id = session.id.short(), %status, "a start failed");
-                Start::Failed(EndReason::new(reason, status.message()))
-            }
-            Err(_) => Start::Unclear,
-        })
-    }
-
-    /// Ends a session; returns when nothing of it is left on its node. Stopping twice is stopping once.
-    pub async fn stop(
-        &self,
-        session: Session,
-        end: EndReason,
-        actor: &str,
-    ) -> Result<Session, SessionError> {
-        let sessions = self.clone();
-        let actor = actor.to_owned();
-        let request = request_id::current().unwrap_or_else(request_id::random);
-        let stop = request_id::scope(request, async move {
-            sessions.stop_now(session, end, &actor).await
-        });
-        self.tasks
-            .spawn(stop.in_current_span())
-            .await
-            .map_err(|_| SessionError::ShuttingDown)?
-    }
-
-    async fn stop_now(
-        &self,
-        session: Session,
-        end: EndReason,
-        actor: &str,
-    ) -> Result<Session, SessionError> {
-        let lease = self.limits.stop + LEASE_MARGIN;
-        let event = NewEvent::new("STOPPING", actor).because(&*end.reason, &*end.message);
-        let stopping = self
-            .change(session, Happening::StopAsked, event, |session, now| {
-                session.lease_until = Some(now.plus(lease));
-                session.end_reason = Some(end);
-            })
-            .await?;
-        if stopping.state.is_final() {
-            return Ok(stopping);
-        }
-        self.finish_stop(stopping).await
-    }
-
-    /// The second half of a stop; also how an abandoned one is repeated.
-    pub async fn finish_stop(&self, stopping: Session) -> Result<Session, SessionError> {
-        self.ask_to_stop(&stopping).await?;
-        let event = NewEvent::new("STOPPED", "node");
-        self.change(stopping, Happening::StopDone, event, |session, now| {
-            session.end_time = Some(now);
-            session.lease_until = None;
-        })
-        .await
-    }
-
-    async fn ask_to_stop(&self, session: &Session) -> Result<(), SessionError> {
-        let unreachable = || SessionError::NodeUnreachable {
-            id: session.id.clone(),
-        };
-        let mut node = self.node_client(session).await?.ok_or_else(unreachable)?;
-        let mut request = Request::new(StopSessionRequest {
-            session_id: session.id.to_string(),
-        });
-        request.set_timeout(self.limits.stop);
-        match tokio::time::timeout(self.limits.stop, node.stop_session(request)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(status)) => {
-                tracing::warn!(session_id = session.id.short(), %status, "a stop failed; it will be repeated");
-                Err(unreachable())
-            }
-            Err(_) => Err(unreachable()),
-        }
-    }
-
-    async fn node_client(
-        &self,
-        session: &Session,
-    ) -> Result<
-        Option<proto::node::v1::node_service_client::NodeServiceClient<MeshChannel>>,
-        SessionError,
-    > {
-        let address = self.nodes.internal_address(&session.node_id).await?;
-        Ok(address.and_then(|address| self.nodes.client(&address)))
-    }
-
-    /// Notes that a session broke.
-    pub async fn fail(&self, session: Session, end: EndReason) -> Result<Session, SessionError> {
-        let event = NewEvent::new("FAILED", format!("node:{}", session.node_id))
-            .because(&*end.reason, &*end.message);
-        self.end(session, Happening::Broke, event, end).await
-    }
-
-    /// Notes that a session's node is gone.
-    pub async fn lose(
-        &self,
-        session: Session,
-        end: EndReason,
-        actor: &str,
-    ) -> Result<Session, SessionError> {
-        let event = NewEvent::new("LOST", actor).because(&*end.reason, &*end.message);
-        self.end(session, Happening::NodeGone, event, end).await
-    }
-
-    async fn end(
-        &self,
-        session: Session,
-        happening: Happening,
-        event: NewEvent,
-        end: EndReason,
-    ) -> Result<Session, SessionError> {
-        self.change(session, happening, event, |session, now| {
-            session.end_time = Some(now);
-            session.end_reason.get_or_insert(end);
-            session.lease_until = None;
-        })
-        .await
     }
 
     /// Moves a session on as `decide` says, against the newest state of it: whoever changed it meanwhile is heard first.
@@ -514,24 +283,6 @@ impl Sessions {
         Err(SessionError::Contended(id.clone()))
     }
 
-    /// Tells the node of a session what changed about its network.
-    pub async fn push_network(&self, session: &Session) -> Result<(), SessionError> {
-        let unreachable = || SessionError::NodeUnreachable {
-            id: session.id.clone(),
-        };
-        let mut node = self.node_client(session).await?.ok_or_else(unreachable)?;
-        let request = proto::node::v1::UpdateSessionRequest {
-            session_id: session.id.to_string(),
-            network: Some(session.network()),
-        };
-        let mut request = Request::new(request);
-        request.set_timeout(self.limits.stop);
-        node.update_session(request)
-            .await
-            .map_err(|_| unreachable())?;
-        Ok(())
-    }
-
     /// A session of the caller's team; another team's looks unknown.
     pub async fn get(&self, caller: &Caller, id: &SessionId) -> Result<Session, SessionError> {
         let session = self
@@ -567,7 +318,7 @@ impl Sessions {
             }
             Ok(session.clone())
         };
-        match tokio::time::timeout(self.limits.start + LEASE_MARGIN, waiting).await {
+        match tokio::time::timeout(self.limits.start + self.limits.lease, waiting).await {
             Ok(found) => Self::only_running(found?),
             Err(_) => Err(SessionError::StillStarting(session.id)),
         }
@@ -582,59 +333,13 @@ impl Sessions {
             _ => Ok(session),
         }
     }
+}
 
-    async fn template(&self, caller: &Caller, name: &str) -> Result<Arc<Template>, SessionError> {
-        let key = (caller.team.clone(), name.to_owned());
-        if let Some(template) = self.template_cache.get(&key).await {
-            return Ok(template);
-        }
-        let mut request = Request::new(GetTemplateRequest {
-            template: name.to_owned(),
-        });
-        caller.apply(request.metadata_mut());
-        request.set_timeout(Duration::from_secs(3));
-        let answer = self
-            .templates
-            .clone()
-            .get_template(request)
-            .await
-            .map_err(SessionError::Template)?;
-        let template = Arc::new(answer.into_inner().template.unwrap_or_default());
-        self.template_cache.insert(key, Arc::clone(&template)).await;
-        Ok(template)
-    }
-
-    fn sized(
-        &self,
-        asked: wire::Resources,
-        template: &Template,
-    ) -> Result<wire::Resources, SessionError> {
-        const MIB: u64 = 1 << 20;
-        let or = |asked: u64, default: u64| if asked == 0 { default } else { asked };
-        let resources = wire::Resources {
-            vcpus: if asked.vcpus == 0 {
-                template.default_vcpus
-            } else {
-                asked.vcpus
-            },
-            memory_bytes: or(asked.memory_bytes, template.default_memory_bytes)
-                .div_ceil(MIB)
-                .saturating_mul(MIB),
-            disk_bytes: or(asked.disk_bytes, template.default_disk_bytes)
-                .div_ceil(MIB)
-                .saturating_mul(MIB),
-        };
-        let invalid =
-            |field, description: String| Err(SessionError::Invalid { field, description });
-        if resources.memory_bytes > self.limits.max_memory {
-            return invalid(
-                "resources.memory_bytes",
-                format!("must be at most {}", self.limits.max_memory),
-            );
-        }
-        if !(1..=64).contains(&resources.vcpus) {
-            return invalid("resources.vcpus", "must be from 1 to 64".into());
-        }
-        Ok(resources)
-    }
+/// The first events of a session, whose version is then [`FIRST_VERSION`].
+fn beginning(session: &Session) -> [NewEvent; FIRST_VERSION as usize] {
+    let actor = format!("team:{}", session.team);
+    [
+        NewEvent::new("CREATED", &*actor),
+        NewEvent::new("STARTING", actor),
+    ]
 }

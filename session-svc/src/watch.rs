@@ -25,7 +25,8 @@ use crate::{
 
 const PAGE: i64 = 200;
 const BUFFER: usize = 16;
-const HEARTBEAT: Duration = Duration::from_secs(10);
+/// How long a client has to take why its watch ends.
+const LAST_WORD: Duration = Duration::from_secs(2);
 
 /// Opens watches.
 #[derive(Debug, Clone)]
@@ -38,6 +39,8 @@ pub struct Watches {
     pub hosts: HostPattern,
     /// Joined at shutdown.
     pub tasks: TaskTracker,
+    /// After how long without a change a watch says so.
+    pub heartbeat: Duration,
     /// Ends all watches.
     pub shutdown: CancellationToken,
 }
@@ -91,6 +94,12 @@ impl Watches {
                 Some(revision)
             }
         };
+        if let Some(id) = &only {
+            let known = self.store.get(id).await.map_err(SessionError::from)?;
+            if known.is_none_or(|session| session.team != caller.team) {
+                return Err(SessionError::Unknown(id.clone()).into());
+            }
+        }
         let (to, stream) = mpsc::channel(BUFFER);
         let watch = Watch {
             team: caller.team.clone(),
@@ -111,29 +120,27 @@ impl Watches {
                 },
             };
             if let Some(failure) = end {
-                // A client that is gone needs no reason.
-                let _ = to.send(Err(failure.into_status())).await;
+                // A client that is gone needs no reason, one that reads nothing gets none in time.
+                let _ = to
+                    .send_timeout(Err(failure.into_status()), LAST_WORD)
+                    .await;
             }
         });
         Ok(ReceiverStream::new(stream))
     }
 
     async fn still_kept(&self, revision: Revision) -> Result<(), Status> {
-        let oldest = self
-            .store
-            .oldest_kept()
-            .await
-            .map_err(|error| Failure::from(error).into_status())?;
-        // Rows are only ever removed a retention after their session ended, so a revision before the oldest row may miss some.
-        if oldest.is_some_and(|oldest| revision < oldest) && revision != Revision::default() {
-            return Err(Failure::new(
-                Code::OutOfRange,
-                Reason::REVISION_TOO_OLD,
-                "changes after this revision are not all kept any more; watch without a revision",
-            )
-            .into());
+        let span = self.store.span().await;
+        let span = span.map_err(|error| Failure::from(error).into_status())?;
+        if span.holds(revision) {
+            return Ok(());
         }
-        Ok(())
+        Err(Failure::new(
+            Code::OutOfRange,
+            Reason::REVISION_TOO_OLD,
+            "changes after this revision are not all kept any more; watch without a revision",
+        )
+        .into())
     }
 
     async fn follow(&self, watch: Watch, from: Option<Revision>) -> End {
@@ -168,7 +175,7 @@ impl Watches {
             if full {
                 continue;
             }
-            if last_sent.elapsed() >= HEARTBEAT {
+            if last_sent.elapsed() >= self.heartbeat {
                 watch
                     .send(WatchEventType::Heartbeat, None, None, revision)
                     .await?;

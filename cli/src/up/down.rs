@@ -18,7 +18,7 @@ use super::{
 };
 use crate::context::Context;
 
-const POLITE_LIMIT: Duration = Duration::from_secs(60);
+const POLITE_LIMIT: Duration = Duration::from_mins(1);
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 

@@ -17,6 +17,8 @@ pub(super) struct Plan {
     pub(super) envoy_admin: SocketAddr,
     pub(super) control: SocketAddr,
     pub(super) gateway: SocketAddr,
+    /// Where this process serves /metrics of the services it hosts.
+    pub(super) admin: SocketAddr,
     pub(super) domain: String,
     pub(super) otlp: Option<SocketAddr>,
     pub(super) services: Vec<ServicePlan>,
@@ -32,6 +34,15 @@ pub(super) struct ServicePlan {
     pub(super) arguments: Vec<String>,
     /// Where it is reached.
     pub(super) address: String,
+    /// Where its process serves /metrics.
+    pub(super) admin: SocketAddr,
+}
+
+impl ServicePlan {
+    /// Where Prometheus finds its metrics.
+    pub(super) fn metrics(&self) -> String {
+        format!("http://{}/metrics", self.admin)
+    }
 }
 
 /// A port nobody uses right now.
@@ -65,6 +76,7 @@ impl Plan {
             envoy_admin: free()?,
             control: free()?,
             gateway: free()?,
+            admin: free()?,
             domain: options.domain.clone(),
             otlp: options.otlp,
             services: Vec::new(),
@@ -108,6 +120,7 @@ impl Plan {
         let otlp = options
             .otlp
             .map(|otlp| flag("otlp-endpoint", &format!("http://{otlp}")));
+        let admin = self.admin;
         let mut services: Vec<ServicePlan> = Vec::new();
         let mut add =
             |more: Vec<String>, name: String, service, address: &str, flags: &[&[String; 2]]| {
@@ -118,6 +131,7 @@ impl Plan {
                     service,
                     arguments,
                     address: address.to_owned(),
+                    admin,
                 });
             };
         let kernel = cache.join("guest-kernel/current");
@@ -211,6 +225,7 @@ impl Plan {
                 flag("vmm", options.vmm.name()),
                 flag("envd", &envd.to_string_lossy()),
                 flag("max-sessions", &options.max_sessions.to_string()),
+                flag("trial-kernel", &kernel.join("vmlinux").to_string_lossy()),
             ];
             if let Some(memory) = options.memory {
                 arguments.push(flag("memory", &format!("{memory}B")));
@@ -223,6 +238,13 @@ impl Plan {
                 &ingress,
                 &flags,
             );
+        }
+        if options.separate {
+            for service in &mut services {
+                service.admin = free()?;
+                let admin = flag("admin-address", &service.admin.to_string());
+                service.arguments.extend(admin);
+            }
         }
         self.services = services;
         Ok(())

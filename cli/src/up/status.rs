@@ -51,6 +51,8 @@ pub(crate) struct PartRecord {
     pub(crate) name: String,
     pub(crate) process: ProcessRecord,
     pub(crate) address: String,
+    /// Where Prometheus finds its metrics.
+    pub(crate) metrics: Option<String>,
 }
 
 /// What the supervisor wrote down.
@@ -110,6 +112,7 @@ struct Part {
     pid: u32,
     healthy: bool,
     address: String,
+    metrics: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -154,6 +157,7 @@ pub(crate) async fn run(context: &Context) -> anyhow::Result<u8> {
             pid: part.process.pid,
             healthy,
             address: part.address,
+            metrics: part.metrics,
         });
     }
     let healthy =

@@ -33,7 +33,7 @@ use crate::{
 };
 
 const BACK_OFF: Duration = Duration::from_millis(500);
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_mins(1);
 const STOP_LIMIT: Duration = Duration::from_secs(45);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -42,7 +42,7 @@ pub(super) async fn run(state: &Path, options: &Options) -> anyhow::Result<()> {
     for folder in ["run", "logs"] {
         fs::create_dir_all(state.join(folder))?;
     }
-    let telemetry_config = TelemetryConfig {
+    let mut telemetry_config = TelemetryConfig {
         log_format: LogFormat::Json,
         log: std::env::var("SANDMESH_LOG").unwrap_or_else(|_| "info".into()),
         otlp_endpoint: options.otlp.map(|otlp| format!("http://{otlp}")),
@@ -56,9 +56,14 @@ pub(super) async fn run(state: &Path, options: &Options) -> anyhow::Result<()> {
     let plan = Plan::make(state, options)?;
     let token = MeshToken::load_or_create(&state.join("mesh.token"))?;
     let supervisor = Supervisor::new(&plan, shutdown.clone())?;
+    if !options.separate {
+        telemetry_config.admin_address = Some(plan.admin.to_string());
+    }
+    let admin = serve::admin(&telemetry_config, &guard, shutdown.clone());
     let outcome = supervisor.run(&plan, &token, options).await;
     shutdown.cancel();
     supervisor.stop().await;
+    admin.await?;
     Record::remove(state)?;
     tokio::task::spawn_blocking(move || guard.shutdown()).await?;
     outcome
@@ -105,10 +110,11 @@ struct Supervisor {
 #[derive(Debug, Clone)]
 struct Program {
     name: String,
-    program: PathBuf,
+    path: PathBuf,
     arguments: Vec<String>,
     user: Option<User>,
     address: String,
+    metrics: Option<String>,
 }
 
 impl Supervisor {
@@ -151,10 +157,11 @@ impl Supervisor {
             &self.stores,
             Program {
                 name: "postgres".into(),
-                program: postgres.program,
+                path: postgres.program,
                 arguments: postgres.arguments,
                 user: Some(postgres.user),
                 address: format!("unix:{}", postgres.socket.display()),
+                metrics: None,
             },
         )
         .await?;
@@ -162,10 +169,11 @@ impl Supervisor {
             &self.stores,
             Program {
                 name: "redis".into(),
-                program: redis.program,
+                path: redis.program,
                 arguments: redis.arguments,
                 user: None,
                 address: format!("unix:{}", plan.redis_socket().display()),
+                metrics: None,
             },
         )
         .await?;
@@ -181,10 +189,11 @@ impl Supervisor {
                     &self.services,
                     Program {
                         name: service.name.clone(),
-                        program: std::env::current_exe()?,
+                        path: std::env::current_exe()?,
                         arguments,
                         user: None,
                         address: service.address.clone(),
+                        metrics: Some(service.metrics()),
                     },
                 )
                 .await?;
@@ -205,10 +214,11 @@ impl Supervisor {
             &self.edge,
             Program {
                 name: "envoy".into(),
-                program: envoy.program,
+                path: envoy.program,
                 arguments: envoy.arguments,
                 user: None,
                 address: plan.edge.to_string(),
+                metrics: Some(format!("http://{}/stats/prometheus", plan.envoy_admin)),
             },
         )
         .await
@@ -233,7 +243,13 @@ impl Supervisor {
         record.write(&self.state)
     }
 
-    fn note_part(&self, name: &str, pid: u32, address: &str) -> anyhow::Result<()> {
+    fn note_part(
+        &self,
+        name: &str,
+        pid: u32,
+        address: &str,
+        metrics: Option<&str>,
+    ) -> anyhow::Result<()> {
         let process = ProcessRecord::of(pid).with_context(|| format!("{name} ended at once"))?;
         self.note(|record| {
             match record.parts.iter_mut().find(|part| part.name == name) {
@@ -242,6 +258,7 @@ impl Supervisor {
                     name: name.to_owned(),
                     process,
                     address: address.to_owned(),
+                    metrics: metrics.map(str::to_owned),
                 }),
             }
             if name == "gateway"
@@ -301,12 +318,17 @@ impl Supervisor {
         program: &Program,
         log: &Path,
     ) -> anyhow::Result<tokio::process::Child> {
-        let child = child::start(&program.program, &program.arguments, log, program.user)
-            .with_context(|| program.program.display().to_string())?;
+        let child = child::start(&program.path, &program.arguments, log, program.user)
+            .with_context(|| program.path.display().to_string())?;
         let pid = child
             .id()
             .with_context(|| format!("{} ended at once", program.name))?;
-        self.note_part(&program.name, pid, &program.address)?;
+        self.note_part(
+            &program.name,
+            pid,
+            &program.address,
+            program.metrics.as_deref(),
+        )?;
         Ok(child)
     }
 
@@ -315,7 +337,8 @@ impl Supervisor {
         let (stop, plan) = (self.services.stop.clone(), plan.clone());
         // Wrong settings are found before anything is served.
         check(&plan)?;
-        self.note_part(&plan.name, std::process::id(), &plan.address)?;
+        let pid = std::process::id();
+        self.note_part(&plan.name, pid, &plan.address, Some(&plan.metrics()))?;
         let (failed, mut failure) = tokio::sync::watch::channel(None);
         let (name, address) = (plan.name.clone(), plan.address.clone());
         self.services.tasks.spawn(async move {
@@ -323,7 +346,7 @@ impl Supervisor {
                 match run_service(&plan, stop.clone()).await {
                     Ok(()) if stop.is_cancelled() => return,
                     Ok(()) => {
-                        tracing::error!(part = plan.name, "a service ended; starting it again")
+                        tracing::error!(part = plan.name, "a service ended; starting it again");
                     }
                     Err(error) => {
                         tracing::error!(

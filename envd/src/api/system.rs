@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures::stream;
 use nix::sys::{
     reboot::{RebootMode, reboot},
     signal::Signal,
@@ -15,13 +16,14 @@ use proto::envd::v1::{
 use tonic::{Request, Response, Status};
 
 use super::Answers;
-use crate::{errors::not_yet, identity::Guest, process::Processes};
+use crate::{errors::not_yet, identity::Guest, process::Processes, spans::Spans};
 
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 pub(crate) struct Api {
     pub(crate) processes: Processes,
     pub(crate) guest: Arc<Guest>,
+    pub(crate) spans: Spans,
 }
 
 #[tonic::async_trait]
@@ -69,7 +71,10 @@ impl SystemService for Api {
         &self,
         _: Request<StreamSpansRequest>,
     ) -> Result<Response<Self::StreamSpansStream>, Status> {
-        Err(not_yet("StreamSpans"))
+        let finished = stream::unfold(self.spans.clone(), |spans| async move {
+            Some((Ok(spans.take().await), spans))
+        });
+        Ok(Response::new(Box::pin(finished)))
     }
 
     async fn shutdown(

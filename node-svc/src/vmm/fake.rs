@@ -13,7 +13,7 @@ use proto::{
 };
 use service_kit::errors::Failure;
 use tokio::{io::DuplexStream, sync::watch};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Request, Response, Status, transport::server::Connected};
 
@@ -77,7 +77,9 @@ impl Vm for FakeVm {
         let server = tonic::transport::Server::builder()
             .add_service(SystemServiceServer::new(FakeGuest))
             .serve_with_incoming_shutdown(
-                tokio_stream::once(Ok::<_, std::io::Error>(Pipe(guests))),
+                // One connection, and then none that ends: the server must outlive the handshake.
+                tokio_stream::once(Ok::<_, std::io::Error>(Pipe(guests)))
+                    .chain(tokio_stream::pending()),
                 stop.cancelled_owned(),
             );
         tokio::spawn(async move {

@@ -6,13 +6,14 @@
 use std::{
     ffi::OsString,
     fs::{self, File},
-    io,
+    io::{self, Read as _, Seek as _, Write as _},
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
 };
 
+use nix::fcntl::{Flock, FlockArg};
 use proto::node::v1::VmmKind;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -25,6 +26,8 @@ const CONSOLE_TAIL: usize = 4 << 10;
 const CONNECT_RETRY: Duration = Duration::from_millis(5);
 const TRIAL_LIMIT: Duration = Duration::from_secs(10);
 const MIB: u64 = 1 << 20;
+/// Emptied when the host boots, as a verdict must be.
+const VERDICTS: &str = "/run/sandmesh";
 
 /// How QEMU runs the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,12 +46,11 @@ pub struct Qemu {
     tsc_khz: Option<u64>,
 }
 
-/// What a trial boot showed, kept for as long as nothing it rests on changes.
+/// What a trial boot showed, kept for all nodes of this host until it boots anew or has another QEMU.
 #[derive(Debug, Serialize, Deserialize, PartialEq, Eq)]
 struct Verdict {
     accelerator: Accelerator,
     qemu: String,
-    host_kernel: String,
 }
 
 /// QEMU cannot be used here.
@@ -65,11 +67,10 @@ pub enum QemuError {
 }
 
 impl Qemu {
-    /// Finds out what QEMU can do here. KVM is believed only after a guest kernel has booted on it; the verdict is cached in the
-    /// state folder. Blocking for up to ten seconds the first time.
+    /// Finds out what QEMU can do here. KVM is believed only after `trial_kernel` has booted on it. Blocking, for up to ten seconds
+    /// the first time since the host booted.
     pub fn probe(
         program: &Path,
-        state: &Path,
         trial_kernel: Option<&Path>,
         only_tcg: bool,
     ) -> Result<Self, QemuError> {
@@ -94,51 +95,55 @@ impl Qemu {
             accelerator: Accelerator::Tcg,
             tsc_khz: tsc_khz(),
         };
-        if !only_tcg {
-            qemu.accelerator = qemu.verdict(state, trial_kernel);
+        match (only_tcg || !Path::new("/dev/kvm").exists(), trial_kernel) {
+            (true, _) => {}
+            (false, Some(kernel)) => match qemu.verdict(kernel, Path::new(VERDICTS)) {
+                Ok(accelerator) => qemu.accelerator = accelerator,
+                Err(error) => {
+                    tracing::warn!(%error, "whether KVM works cannot be found out; guests are emulated");
+                }
+            },
+            (false, None) => {
+                tracing::warn!(
+                    "guests are emulated: without --trial-kernel it is not known whether KVM works"
+                );
+            }
         }
         Ok(qemu)
     }
 
-    fn verdict(&self, state: &Path, trial_kernel: Option<&Path>) -> Accelerator {
-        let host_kernel = fs::read_to_string("/proc/sys/kernel/osrelease")
-            .unwrap_or_default()
-            .trim()
-            .to_owned();
-        let file = state.join("kvm-verdict.json");
-        let cached = fs::read(&file)
-            .ok()
-            .and_then(|bytes| serde_json::from_slice::<Verdict>(&bytes).ok());
-        if let Some(cached) = cached
-            && cached.qemu == self.version
-            && cached.host_kernel == host_kernel
+    /// The verdict of an earlier trial on this host, else of one made now; others that ask meanwhile wait for it.
+    fn verdict(&self, kernel: &Path, folder: &Path) -> io::Result<Accelerator> {
+        fs::create_dir_all(folder)?;
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(folder.join("kvm-verdict.json"))?;
+        let mut file = Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| io::Error::from(errno))?;
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        if let Ok(known) = serde_json::from_str::<Verdict>(&text)
+            && known.qemu == self.version
         {
-            return cached.accelerator;
+            return Ok(known.accelerator);
         }
-        let Some(kernel) = trial_kernel.filter(|_| Path::new("/dev/kvm").exists()) else {
-            return Accelerator::Tcg;
-        };
-        let accelerator = match self.trial_boot(kernel) {
-            Ok(true) => Accelerator::Kvm,
-            Ok(false) => Accelerator::Tcg,
-            Err(error) => {
-                tracing::warn!(%error, "the KVM trial boot could not be made");
-                return Accelerator::Tcg;
-            }
+        let accelerator = if self.trial_boot(kernel)? {
+            Accelerator::Kvm
+        } else {
+            Accelerator::Tcg
         };
         tracing::info!(?accelerator, "KVM trial boot");
         let verdict = Verdict {
             accelerator,
             qemu: self.version.clone(),
-            host_kernel,
         };
-        let written = serde_json::to_vec(&verdict)
-            .map_err(io::Error::from)
-            .and_then(|bytes| fs::write(&file, bytes));
-        if let Err(error) = written {
-            tracing::warn!(%error, "the KVM verdict is not cached");
-        }
-        accelerator
+        file.set_len(0)?;
+        file.rewind()?;
+        file.write_all(&serde_json::to_vec(&verdict)?)?;
+        Ok(accelerator)
     }
 
     /// A kernel without a root panics and, with `panic=-1`, ends QEMU: when that happens in time, KVM ran a kernel.
@@ -447,5 +452,39 @@ mod tests {
     #[test]
     fn commas_in_paths_stay_in_the_path() {
         assert_eq!(path(Path::new("/a,b/c")), "/a,,b/c");
+    }
+
+    #[test]
+    fn a_trial_is_made_once_and_only_a_kernel_that_ran_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("qemu");
+        let calls = folder.path().join("calls");
+        // Stands in for a QEMU on which KVM works: what it is asked to boot decides.
+        let script = format!(
+            "#!/bin/sh\necho x >> {}\ncase \"$*\" in *good*) exit 0;; esac\nexit 1\n",
+            calls.display()
+        );
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(
+            &program,
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )
+        .unwrap();
+        let qemu = |version: &str| Qemu {
+            program: program.clone(),
+            version: version.into(),
+            accelerator: Accelerator::Tcg,
+            tsc_khz: None,
+        };
+        let verdict = |version, kernel: &str| {
+            qemu(version)
+                .verdict(Path::new(kernel), &folder.path().join("run"))
+                .unwrap()
+        };
+        assert_eq!(verdict("1", "bad"), Accelerator::Tcg);
+        assert_eq!(verdict("1", "good"), Accelerator::Tcg, "remembered");
+        assert_eq!(verdict("2", "good"), Accelerator::Kvm, "another QEMU");
+        assert_eq!(verdict("2", "bad"), Accelerator::Kvm, "remembered");
+        assert_eq!(fs::read_to_string(calls).unwrap().lines().count(), 2);
     }
 }

@@ -39,6 +39,13 @@ static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
         .collect()
 });
 
+/// A method's path as a label: its name if it exists, else `other`.
+pub fn method_label(path: &str) -> &'static str {
+    METHODS
+        .get(path)
+        .map_or("other", |known| known.trim_start_matches('/'))
+}
+
 /// Middleware: continues the caller's trace, keeps the request ID, and records how the call ended.
 pub async fn observe_grpc(
     State(service): State<&'static str>,
@@ -46,10 +53,7 @@ pub async fn observe_grpc(
     next: Next,
 ) -> Response {
     let id = request_id::from_headers(request.headers());
-    let method = request.uri().path();
-    let method = METHODS
-        .get(method)
-        .map_or("other", |known| known.trim_start_matches('/'));
+    let method = method_label(request.uri().path());
     let span = tracing::info_span!(
         "grpc",
         otel.name = method,

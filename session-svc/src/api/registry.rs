@@ -1,6 +1,6 @@
 //! `sandmesh.node.v1.NodeRegistryService`.
 
-use std::{collections::HashSet, time::Duration};
+use std::time::Duration;
 
 use proto::node::v1::{
     HeartbeatRequest, HeartbeatResponse, HostedSession, ListNodesRequest, ListNodesResponse,
@@ -10,16 +10,21 @@ use service_kit::{
     errors::Failure,
     ids::{NodeId, SessionId},
 };
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status};
 
 use crate::{
+    audit::{Audit, Cause},
     errors::SessionError,
     lifecycle::State,
     nodes::Nodes,
-    session::{EndReason, Micros, Session},
+    session::{EndReason, Micros},
     sessions::Sessions,
     store::{Registration, Store},
 };
+
+/// After a registration; longer than what a listing says nothing about.
+const AUDIT_AGAIN: Duration = Duration::from_secs(4);
 
 /// Serves the registry.
 #[derive(Debug)]
@@ -30,6 +35,12 @@ pub struct Registry {
     pub nodes: Nodes,
     /// The sessions on them.
     pub sessions: Sessions,
+    /// What nodes really host.
+    pub audit: Audit,
+    /// Joined at shutdown.
+    pub tasks: TaskTracker,
+    /// Ends what waits.
+    pub shutdown: CancellationToken,
     /// How often nodes are asked to send heartbeats.
     pub heartbeat_interval: Duration,
 }
@@ -39,51 +50,15 @@ fn node_id(text: &str) -> Result<NodeId, Status> {
         .map_err(|error| Failure::field_invalid("node_id", error.to_string()).into_status())
 }
 
+fn is_final(hosted: &HostedSession) -> bool {
+    State::from_wire(hosted.state).is_some_and(State::is_final)
+}
+
 fn store_error(error: crate::store::StoreError) -> Status {
     Failure::from(error).into_status()
 }
 
 impl Registry {
-    /// Rows of this node that it does not host any more become Lost; a start that another replica is at is left to its lease.
-    async fn reconcile(&self, node: &NodeId, hosted: &HashSet<String>) -> Result<(), Status> {
-        let now = Micros::now();
-        for session in self
-            .store
-            .living(Some(node), "", 10_000)
-            .await
-            .map_err(store_error)?
-        {
-            let being_moved = session.lease_until.is_some_and(|until| until > now);
-            if hosted.contains(session.id.as_str()) || being_moved {
-                continue;
-            }
-            let end = EndReason::new("NODE_RESTARTED", "its node restarted without it");
-            self.sessions
-                .lose(session, end, &format!("node:{node}"))
-                .await?;
-        }
-        Ok(())
-    }
-
-    /// Sessions the node hosts and should not: they are final here, or another node's.
-    async fn unwanted(
-        &self,
-        node: &NodeId,
-        hosted: &[HostedSession],
-    ) -> Result<Vec<String>, Status> {
-        let mut unwanted = Vec::new();
-        for hosted in hosted {
-            let Ok(id) = SessionId::parse(&hosted.session_id) else {
-                continue;
-            };
-            let known = self.store.get(&id).await.map_err(store_error)?;
-            if known.is_none_or(|session| session.state.is_final() || session.node_id != *node) {
-                unwanted.push(hosted.session_id.clone());
-            }
-        }
-        Ok(unwanted)
-    }
-
     async fn note_end(&self, node: &NodeId, hosted: &HostedSession) -> Result<bool, SessionError> {
         let Ok(id) = SessionId::parse(&hosted.session_id) else {
             return Ok(true);
@@ -96,10 +71,13 @@ impl Registry {
             return Ok(true);
         }
         let end = hosted.end_reason.clone().unwrap_or_default();
-        let _: Session = self
-            .sessions
-            .fail(session, EndReason::new(end.reason, end.message))
-            .await?;
+        let end = EndReason::new(end.reason, end.message);
+        if State::from_wire(hosted.state) == Some(State::Lost) {
+            let actor = format!("node:{node}");
+            self.sessions.lose(session, end, &actor).await?;
+        } else {
+            self.sessions.fail(session, end).await?;
+        }
         Ok(true)
     }
 }
@@ -114,6 +92,7 @@ impl NodeRegistryService for Registry {
         let description =
             node.ok_or_else(|| Failure::field_invalid("node", "is required").into_status())?;
         let id = node_id(&description.node_id)?;
+        let listed_at = Micros::now();
         let tag = self
             .nodes
             .register(&Registration {
@@ -122,12 +101,27 @@ impl NodeRegistryService for Registry {
             })
             .await
             .map_err(store_error)?;
-        let hosted: HashSet<String> = sessions
-            .iter()
-            .map(|hosted| hosted.session_id.clone())
-            .collect();
-        self.reconcile(&id, &hosted).await?;
-        let stop_session_ids = self.unwanted(&id, &sessions).await?;
+        // What ended by itself has a better reason than not being there.
+        for ended in sessions.iter().filter(|hosted| is_final(hosted)) {
+            self.note_end(&id, ended).await?;
+        }
+        let audit = &self.audit;
+        audit
+            .lose_missing(&id, &sessions, listed_at, Cause::Restarted)
+            .await?;
+        let stop_session_ids = audit.unwanted(&id, &sessions).await.map_err(store_error)?;
+        // Its listing says nothing about sessions that were started around now: ask once more when that is over.
+        let (again, node) = (self.audit.clone(), id.clone());
+        let shutdown = self.shutdown.clone();
+        self.tasks.spawn(async move {
+            let later = tokio::time::sleep(AUDIT_AGAIN);
+            if shutdown.run_until_cancelled(later).await.is_none() {
+                return;
+            }
+            if let Err(error) = again.ask(&node, Cause::Restarted).await {
+                tracing::warn!(node_id = %node, %error, "a node could not be audited after it registered");
+            }
+        });
         tracing::info!(node_id = %id, home_tag = %tag, sessions = sessions.len(), "node registered");
         Ok(Response::new(RegisterNodeResponse {
             home_tag: tag.to_string(),

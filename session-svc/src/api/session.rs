@@ -21,6 +21,7 @@ use service_kit::{
 };
 use tonic::{Code, Request, Response, Status};
 
+use super::limits;
 use crate::{
     lifecycle::State,
     session::EndReason,
@@ -123,6 +124,10 @@ impl SessionService for SessionApi {
     ) -> Result<Response<CreateSessionResponse>, Status> {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        limits::template(&request.template)?;
+        limits::metadata(&request.metadata)?;
+        limits::env(&request.env)?;
+        limits::request_id(&request.request_id)?;
         let new = NewSession {
             timeout: timeout(request.timeout, Some(DEFAULT_TIMEOUT))?,
             resources: request.resources.unwrap_or_default(),
@@ -167,6 +172,7 @@ impl SessionService for SessionApi {
             State::from_wire(*number)
                 .ok_or_else(|| Failure::field_invalid("states", "holds a number that is no state"))
         });
+        limits::metadata(&request.metadata)?;
         let filter = Filter {
             team: caller.team,
             states: states.collect::<Result<_, _>>()?,
@@ -230,8 +236,13 @@ impl SessionService for SessionApi {
             )
             .into());
         }
+        limits::metadata(&request.metadata)?;
         let asked = |field: &str| paths.iter().any(|path| path == field);
-        let on_timeout = on_timeout(request.on_timeout())?;
+        let on_timeout = if asked("on_timeout") {
+            on_timeout(request.on_timeout())?
+        } else {
+            wire::OnTimeout::Stop
+        };
         let access = port_access(request.network.as_ref());
         let metadata: BTreeMap<String, String> = request.metadata.into_iter().collect();
         let session = self

@@ -7,7 +7,7 @@ use proto::session::v1 as wire;
 use service_kit::ids::{SessionId, TeamId};
 use sqlx::{FromRow, Postgres, Transaction};
 
-use super::{Query, Store, StoreError, state_number};
+use super::{Query, Store, StoreError, bounded, state_number};
 use crate::session::{HostPattern, Micros, Session};
 
 /// An event about to be stored; its number and state follow from the session.
@@ -134,24 +134,23 @@ impl Columns {
             .bind(self.actor)
             .bind(self.session)
     }
-}
 
-pub(super) async fn insert_one(
-    transaction: &mut Transaction<'_, Postgres>,
-    session: &Session,
-    event: &NewEvent,
-    hosts: &HostPattern,
-) -> Result<(), StoreError> {
-    let columns = Columns::of(session, std::slice::from_ref(event), hosts);
-    let query = sqlx::query(
-        "insert into session_events (session_id, team, number, type, state, time, reason, message, actor, session) \
-         select $1, $2, e.* from \
-         unnest($3::bigint[], $4::text[], $5::smallint[], $6::bigint[], $7::text[], $8::text[], $9::text[], $10::bytea[]) as e",
-    )
-    .bind(session.id.to_string())
-    .bind(session.team.to_string());
-    columns.bind(query).execute(&mut **transaction).await?;
-    Ok(())
+    /// Adds the events within a transaction.
+    pub(super) async fn insert(
+        self,
+        session: &Session,
+        transaction: &mut Transaction<'_, Postgres>,
+    ) -> Result<(), StoreError> {
+        let query = sqlx::query(
+            "insert into session_events (session_id, team, number, type, state, time, reason, message, actor, session) \
+             select $1, $2, e.* from \
+             unnest($3::bigint[], $4::text[], $5::smallint[], $6::bigint[], $7::text[], $8::text[], $9::text[], $10::bytea[]) as e",
+        )
+        .bind(session.id.to_string())
+        .bind(session.team.to_string());
+        self.bind(query).execute(&mut **transaction).await?;
+        Ok(())
+    }
 }
 
 #[derive(FromRow)]
@@ -199,15 +198,34 @@ impl TryFrom<EventRow> for Event {
 
 const EVENT_COLUMNS: &str = "xid::text::bigint as xid, seq, session_id, team, number, type, state, time, reason, message, actor, session";
 
+/// The part of the feed that is whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// Everything after this is kept.
+    pub floor: Revision,
+    /// Nothing this database gave out is after this.
+    pub ceiling: Revision,
+}
+
+impl Span {
+    /// Whether a reader that has seen everything up to `revision` can go on from there.
+    pub fn holds(&self, revision: Revision) -> bool {
+        (self.floor..=self.ceiling).contains(&revision)
+    }
+}
+
 impl Store {
     /// Where the feed stands now: what is committed from here on comes after it.
     pub async fn head(&self) -> Result<Revision, StoreError> {
-        let (xid,): (i64,) =
-            sqlx::query_as("select pg_snapshot_xmin(pg_current_snapshot())::text::bigint - 1")
-                .fetch_one(&self.pool)
-                .await?;
-        // Everything of earlier transactions is before it, whatever their sequence numbers.
-        Ok(Revision { xid, seq: i64::MAX })
+        bounded(async {
+            let (xid,): (i64,) =
+                sqlx::query_as("select pg_snapshot_xmin(pg_current_snapshot())::text::bigint - 1")
+                    .fetch_one(&self.pool)
+                    .await?;
+            // Everything of earlier transactions is before it, whatever their sequence numbers.
+            Ok(Revision { xid, seq: i64::MAX })
+        })
+        .await
     }
 
     /// The next changes of all teams, in the order of the feed.
@@ -223,22 +241,35 @@ impl Store {
             "select {EVENT_COLUMNS} from session_events where (xid, seq) > ($1::text::xid8, $2) \
              and xid < pg_snapshot_xmin(pg_current_snapshot()) order by session_events.xid, seq limit $3"
         );
-        let rows = sqlx::query_as::<_, EventRow>(sqlx::AssertSqlSafe(sql))
-            .bind(revision.xid.to_string())
-            .bind(revision.seq)
-            .bind(limit)
-            .fetch_all(&self.pool)
-            .await?;
-        rows.into_iter().map(Event::try_from).collect()
+        bounded(async {
+            let rows = sqlx::query_as::<_, EventRow>(sqlx::AssertSqlSafe(sql))
+                .bind(revision.xid.to_string())
+                .bind(revision.seq)
+                .bind(limit)
+                .fetch_all(&self.pool)
+                .await?;
+            rows.into_iter().map(Event::try_from).collect()
+        })
+        .await
     }
 
-    /// The oldest place from which the feed is whole.
-    pub async fn oldest_kept(&self) -> Result<Option<Revision>, StoreError> {
-        let row: Option<(i64, i64)> =
-            sqlx::query_as("select xid::text::bigint, seq from session_events order by session_events.xid, seq limit 1")
-                .fetch_optional(&self.pool)
-                .await?;
-        Ok(row.map(|(xid, seq)| Revision { xid, seq }))
+    /// From where to where the feed can be read.
+    pub async fn span(&self) -> Result<Span, StoreError> {
+        bounded(async {
+            let (xid, seq, ceiling): (i64, i64, i64) = sqlx::query_as(
+                "select floor_xid, floor_seq, pg_snapshot_xmax(pg_current_snapshot())::text::bigint from feed",
+            )
+            .fetch_one(&self.pool)
+            .await?;
+            Ok(Span {
+                floor: Revision { xid, seq },
+                ceiling: Revision {
+                    xid: ceiling,
+                    seq: i64::MAX,
+                },
+            })
+        })
+        .await
     }
 
     /// A page of one session's history, oldest first.
@@ -253,16 +284,19 @@ impl Store {
             "select {EVENT_COLUMNS} from session_events where session_id = $1 and team = $2 and number > $3 \
              order by number limit $4"
         );
-        let rows = sqlx::query_as::<_, EventRow>(sqlx::AssertSqlSafe(sql))
-            .bind(id.as_str())
-            .bind(team.as_str())
-            .bind(after)
-            .bind(limit)
-            .fetch_all(&self.pool)
-            .await?;
-        rows.into_iter()
-            .map(|row| Event::try_from(row).map(|event| event.event))
-            .collect()
+        bounded(async {
+            let rows = sqlx::query_as::<_, EventRow>(sqlx::AssertSqlSafe(sql))
+                .bind(id.as_str())
+                .bind(team.as_str())
+                .bind(after)
+                .bind(limit)
+                .fetch_all(&self.pool)
+                .await?;
+            rows.into_iter()
+                .map(|row| Event::try_from(row).map(|event| event.event))
+                .collect()
+        })
+        .await
     }
 }
 

@@ -3,9 +3,9 @@
 use prost::Message as _;
 use proto::node::v1 as wire;
 use service_kit::ids::{HomeTag, NodeId};
-use sqlx::FromRow;
+use sqlx::{FromRow, postgres::PgArguments};
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, bounded};
 use crate::session::Micros;
 
 /// How many tags are tried until a free one is found; with 60 million tags two tries are rare.
@@ -48,6 +48,7 @@ struct Columns {
     dead: bool,
     last_heartbeat: i64,
     description: Vec<u8>,
+    used: Vec<u8>,
 }
 
 impl TryFrom<Columns> for NodeRow {
@@ -55,10 +56,12 @@ impl TryFrom<Columns> for NodeRow {
 
     fn try_from(row: Columns) -> Result<Self, StoreError> {
         let malformed = || StoreError::Malformed(row.node_id.clone());
+        let mut description = wire::Node::decode(&*row.description).map_err(|_| malformed())?;
+        description.used = Some(wire::Capacity::decode(&*row.used).map_err(|_| malformed())?);
         Ok(Self {
+            description,
             node_id: NodeId::parse(&row.node_id).map_err(|_| malformed())?,
             home_tag: HomeTag::parse(&row.home_tag).map_err(|_| malformed())?,
-            description: wire::Node::decode(&*row.description).map_err(|_| malformed())?,
             incarnation: row.incarnation,
             draining: row.draining,
             dead: row.dead,
@@ -67,7 +70,10 @@ impl TryFrom<Columns> for NodeRow {
     }
 }
 
-const COLUMNS: &str = "node_id, home_tag, incarnation, draining, dead, last_heartbeat, description";
+type IdQuery<'q> = sqlx::query::QueryAs<'q, sqlx::Postgres, (String,), PgArguments>;
+
+const COLUMNS: &str =
+    "node_id, home_tag, incarnation, draining, dead, last_heartbeat, description, used";
 
 impl Store {
     /// Makes a node known, or known again; its home tag stays the same for good.
@@ -77,26 +83,34 @@ impl Store {
         now: Micros,
     ) -> Result<HomeTag, StoreError> {
         for _ in 0..TAG_TRIES {
-            let row: Option<(String,)> = sqlx::query_as(
-                "insert into nodes (node_id, home_tag, incarnation, ingress_address, internal_address, last_heartbeat, description) \
-                 values ($1, $2, $3, $4, $5, $6, $7) \
+            let query = sqlx::query_as(
+                "insert into nodes (node_id, home_tag, incarnation, ingress_address, internal_address, last_heartbeat, description, used) \
+                 values ($1, $2, $3, $4, $5, $6, $7, $8) \
                  on conflict (node_id) do update set incarnation = $3, ingress_address = $4, internal_address = $5, \
-                 last_heartbeat = $6, description = $7, dead = false, draining = false returning home_tag",
+                 last_heartbeat = $6, description = $7, used = $8, dead = false, draining = false returning home_tag",
             )
             .bind(node.node_id.as_str())
-            .bind(HomeTag::random().as_str())
+            .bind(HomeTag::random().to_string())
             .bind(&node.description.incarnation)
             .bind(&node.description.ingress_address)
             .bind(&node.description.internal_address)
             .bind(now.0)
             .bind(node.description.encode_to_vec())
-            .fetch_optional(&self.pool)
-            .await
-            .or_else(|error| match &error {
-                // The tag is another node's.
-                sqlx::Error::Database(database) if database.is_unique_violation() => Ok(None),
-                _ => Err(error),
-            })?;
+            .bind(node.description.used.unwrap_or_default().encode_to_vec())
+;
+            let row: Option<(String,)> = bounded(async {
+                query
+                    .fetch_optional(&self.pool)
+                    .await
+                    .or_else(|error| match &error {
+                        // The tag is another node's.
+                        sqlx::Error::Database(database) if database.is_unique_violation() => {
+                            Ok(None)
+                        }
+                        _ => Err(error.into()),
+                    })
+            })
+            .await?;
             if let Some((tag,)) = row {
                 return HomeTag::parse(&tag)
                     .map_err(|_| StoreError::Malformed(node.node_id.to_string()));
@@ -116,28 +130,34 @@ impl Store {
         draining: bool,
         now: Micros,
     ) -> Result<bool, StoreError> {
-        let mut transaction = self.pool.begin().await?;
-        let row: Option<(Vec<u8>,)> =
-            sqlx::query_as("select description from nodes where node_id = $1 and incarnation = $2 and not dead for update")
-                .bind(node.as_str())
-                .bind(incarnation)
-                .fetch_optional(&mut *transaction)
-                .await?;
-        let Some((bytes,)) = row else {
-            return Ok(false);
-        };
-        let mut description =
-            wire::Node::decode(&*bytes).map_err(|_| StoreError::Malformed(node.to_string()))?;
-        description.used = used.or(description.used);
-        sqlx::query("update nodes set last_heartbeat = $2, draining = $3, description = $4 where node_id = $1")
+        bounded(async {
+            let done = sqlx::query(
+                "update nodes set last_heartbeat = $3, draining = $4, used = coalesce($5, used) \
+                 where node_id = $1 and incarnation = $2 and not dead",
+            )
             .bind(node.as_str())
+            .bind(incarnation)
             .bind(now.0)
             .bind(draining)
-            .bind(description.encode_to_vec())
-            .execute(&mut *transaction)
+            .bind(used.map(|used| used.encode_to_vec()))
+            .execute(&self.pool)
             .await?;
-        transaction.commit().await?;
-        Ok(true)
+            Ok(done.rows_affected() > 0)
+        })
+        .await
+    }
+
+    /// One node, dead or not.
+    pub async fn node(&self, node: &NodeId) -> Result<Option<NodeRow>, StoreError> {
+        let sql = format!("select {COLUMNS} from nodes where node_id = $1");
+        bounded(async {
+            let row = sqlx::query_as::<_, Columns>(sqlx::AssertSqlSafe(sql))
+                .bind(node.as_str())
+                .fetch_optional(&self.pool)
+                .await?;
+            row.map(NodeRow::try_from).transpose()
+        })
+        .await
     }
 
     /// Known nodes by ID, after one.
@@ -150,38 +170,42 @@ impl Store {
         let sql = format!(
             "select {COLUMNS} from nodes where (not dead or $1) and node_id > $2 order by node_id limit $3"
         );
-        let rows = sqlx::query_as::<_, Columns>(sqlx::AssertSqlSafe(sql))
-            .bind(include_dead)
-            .bind(after)
-            .bind(limit)
-            .fetch_all(&self.pool)
-            .await?;
-        rows.into_iter().map(NodeRow::try_from).collect()
+        bounded(async {
+            let rows = sqlx::query_as::<_, Columns>(sqlx::AssertSqlSafe(sql))
+                .bind(include_dead)
+                .bind(after)
+                .bind(limit)
+                .fetch_all(&self.pool)
+                .await?;
+            rows.into_iter().map(NodeRow::try_from).collect()
+        })
+        .await
     }
 
     /// Declares nodes dead that were not heard of since a time.
     pub async fn bury_nodes(&self, silent_since: Micros) -> Result<Vec<NodeId>, StoreError> {
-        let rows: Vec<(String,)> = sqlx::query_as(
+        let query = sqlx::query_as(
             "update nodes set dead = true where not dead and last_heartbeat < $1 returning node_id",
-        )
-        .bind(silent_since.0)
-        .fetch_all(&self.pool)
-        .await?;
-        rows.into_iter()
-            .map(|(id,)| NodeId::parse(&id).map_err(|_| StoreError::Malformed(id)))
-            .collect()
+        );
+        self.node_ids(query.bind(silent_since.0)).await
     }
 
     /// Dead nodes that still have sessions which are not final: a replica died between the two steps.
     pub async fn dead_nodes_with_sessions(&self) -> Result<Vec<NodeId>, StoreError> {
-        let rows: Vec<(String,)> = sqlx::query_as(
+        let query = sqlx::query_as(
             "select node_id from nodes where dead and exists \
              (select 1 from sessions where sessions.node_id = nodes.node_id and state < 8)",
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        rows.into_iter()
-            .map(|(id,)| NodeId::parse(&id).map_err(|_| StoreError::Malformed(id)))
-            .collect()
+        );
+        self.node_ids(query).await
+    }
+
+    async fn node_ids(&self, query: IdQuery<'_>) -> Result<Vec<NodeId>, StoreError> {
+        bounded(async {
+            let rows = query.fetch_all(&self.pool).await?;
+            rows.into_iter()
+                .map(|(id,)| NodeId::parse(&id).map_err(|_| StoreError::Malformed(id)))
+                .collect()
+        })
+        .await
     }
 }

@@ -1,0 +1,85 @@
+//! What tests run inside sandboxes: one port that speaks HTTP/1.1, HTTP/2, WebSocket, server-sent events and gRPC.
+//! usage: guest-server ADDRESS
+
+use std::{convert::Infallible, time::Duration};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{
+        Path,
+        ws::{WebSocket, WebSocketUpgrade},
+    },
+    http::HeaderMap,
+    response::{
+        Html, Sse,
+        sse::{self},
+    },
+    routing::{any, get, post},
+};
+use futures::{Stream, StreamExt as _, stream};
+use tokio::net::TcpListener;
+use tonic::service::Routes;
+
+const BETWEEN_EVENTS: Duration = Duration::from_millis(300);
+const ZEROES: &[u8] = &[0; 64 << 10];
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let address = std::env::args().nth(1).ok_or("usage: guest-server ADDRESS")?;
+    let (_reporter, health) = tonic_health::server::health_reporter();
+    let router: Router = Routes::new(health).prepare().into_axum_router();
+    let router = router
+        .route("/", get(async || Html("<h1>in a microVM</h1>")))
+        .route("/headers", get(headers))
+        .route("/events", get(async || Sse::new(events())))
+        .route("/count", post(count))
+        .route("/zeroes/{bytes}", get(zeroes))
+        .route("/ws", any(async |upgrade: WebSocketUpgrade| upgrade.on_upgrade(echo)));
+    axum::serve(TcpListener::bind(address).await?, router).await?;
+    Ok(())
+}
+
+/// The headers as they arrived.
+async fn headers(headers: HeaderMap) -> String {
+    let lines = headers
+        .iter()
+        .map(|(name, value)| format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
+    lines.collect()
+}
+
+/// Three, slowly.
+fn events() -> impl Stream<Item = Result<sse::Event, Infallible>> {
+    stream::iter(0..3).then(async |number| {
+        if number > 0 {
+            tokio::time::sleep(BETWEEN_EVENTS).await;
+        }
+        Ok(sse::Event::default().data(number.to_string()))
+    })
+}
+
+/// How long a body is.
+async fn count(body: Body) -> String {
+    let mut data = body.into_data_stream();
+    let mut count = 0;
+    while let Some(Ok(part)) = data.next().await {
+        count += part.len() as u64;
+    }
+    count.to_string()
+}
+
+/// A body of this many zeroes.
+async fn zeroes(Path(bytes): Path<u64>) -> Body {
+    Body::from_stream(stream::unfold(bytes, async |left| {
+        let part = ZEROES.get(..left.min(ZEROES.len() as u64) as usize)?;
+        (!part.is_empty()).then(|| (Ok::<_, Infallible>(part), left - part.len() as u64))
+    }))
+}
+
+async fn echo(mut socket: WebSocket) {
+    while let Some(Ok(message)) = socket.recv().await {
+        if socket.send(message).await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! What a deployment may not leave behind on the host.
+
+use std::{collections::BTreeSet, fs, process::Command};
+
+/// Everything of Sandmesh that is on this host now. Others may run at the same time, so two views are compared for what is new and
+/// belongs to one state folder or is of a kind nobody else makes.
+pub fn of_state(state: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let command = String::from_utf8_lossy(&command).replace('\0', " ");
+        if command.contains(state) {
+            found.insert(format!("process {command}"));
+        }
+    }
+    for line in fs::read_to_string("/proc/self/mounts")
+        .unwrap()
+        .lines()
+        .filter(|line| line.contains(state))
+    {
+        found.insert(format!("mount {line}"));
+    }
+    found
+}
+
+/// Network objects of a block of slots: namespaces, links, firewall tables.
+pub fn of_block(block: u32) -> BTreeSet<String> {
+    let first = block * 64;
+    let mut found = BTreeSet::new();
+    for index in first..first + 64 {
+        if fs::exists(format!("/run/netns/sandmesh-{index}")).unwrap() {
+            found.insert(format!("namespace sandmesh-{index}"));
+        }
+        if fs::exists(format!("/sys/class/net/smh{index}")).unwrap() {
+            found.insert(format!("link smh{index}"));
+        }
+    }
+    let tables = Command::new("nft")
+        .args(["list", "tables"])
+        .output()
+        .unwrap();
+    let tables = String::from_utf8_lossy(&tables.stdout).into_owned();
+    if tables
+        .lines()
+        .any(|line| line.ends_with(&format!(" sandmesh_{block}")))
+    {
+        found.insert(format!("table sandmesh_{block}"));
+    }
+    found
+}
+
+/// The block that a node with this state folder has.
+pub fn block_of(node_state: &str) -> Option<u32> {
+    (0..512).find(|block| {
+        fs::read_to_string(format!("/run/sandmesh/blocks/{block}.lock"))
+            .is_ok_and(|owner| owner == node_state)
+    })
+}

@@ -1,0 +1,337 @@
+//! One deployment.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use proto::session::v1::{Resources, Session};
+use sdk::{Client, NewSession};
+use serde::Deserialize;
+use tempfile::TempDir;
+
+const READY_LIMIT: Duration = Duration::from_secs(90);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const DOWN_LIMIT: Duration = Duration::from_mins(1);
+/// The least a guest with Python needs.
+const GUEST_MEMORY: u64 = 128 << 20;
+
+/// How a deployment is started.
+#[derive(Debug, Clone, Default)]
+pub struct MeshOptions {
+    /// More arguments of `sandmesh up`.
+    pub arguments: Vec<String>,
+    /// No template is imported.
+    pub without_template: bool,
+}
+
+impl MeshOptions {
+    /// With these arguments.
+    pub fn with(arguments: &[&str]) -> Self {
+        Self {
+            arguments: arguments.iter().map(|text| (*text).to_owned()).collect(),
+            without_template: false,
+        }
+    }
+}
+
+/// A running deployment; dropping it takes it down.
+#[derive(Debug)]
+pub struct Mesh {
+    supervisor: Child,
+    folder: TempDir,
+    endpoint: String,
+    client: Client,
+}
+
+/// A part as `status -o json` shows it.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Part {
+    /// Its name.
+    pub name: String,
+    /// Its process.
+    pub pid: i32,
+    /// Whether it answers.
+    pub healthy: bool,
+    /// Where.
+    pub address: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Status {
+    healthy: bool,
+    #[serde(default)]
+    endpoint: String,
+    parts: Vec<Part>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ClientFile {
+    api_key: String,
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the workspace")
+        .to_owned()
+}
+
+/// A program under test: named by the environment, else where cargo and `deploy/test` put it.
+fn program(variable: &str, default: &str) -> PathBuf {
+    let path = std::env::var_os(variable).map_or_else(
+        || {
+            std::env::var_os("CARGO_TARGET_DIR")
+                .map_or_else(|| workspace().join("target"), PathBuf::from)
+                .join(default)
+        },
+        PathBuf::from,
+    );
+    assert!(
+        path.exists(),
+        "{} is missing: ./deploy/test builds it ({variable} may name another)",
+        path.display()
+    );
+    path
+}
+
+/// The `sandmesh` program under test.
+pub fn sandmesh() -> PathBuf {
+    program("SANDMESH_BIN", "debug/sandmesh")
+}
+
+impl Mesh {
+    /// Starts a deployment and imports the template `base`.
+    pub fn start(options: &MeshOptions) -> Self {
+        // Unix sockets lie in it: the name must be short.
+        let folder = tempfile::Builder::new()
+            .prefix("sm")
+            .tempdir_in("/tmp")
+            .unwrap();
+        let log = std::fs::File::create(folder.path().join("up.log")).unwrap();
+        // The supervisor is asked to stop when the test dies, however it does.
+        let supervisor = Command::new("setpriv")
+            .args(["--pdeathsig", "TERM"])
+            .arg(sandmesh())
+            .args(["up", "--foreground", "--edge", "127.0.0.1:0", "--envd"])
+            .arg(program("SANDMESH_ENVD", "guest-envd"))
+            .args(&options.arguments)
+            .env("SANDMESH_STATE", folder.path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .expect("setpriv starts sandmesh");
+        let mut mesh = Self {
+            supervisor,
+            endpoint: String::new(),
+            client: Client::connect("http://127.0.0.1:1", "none").unwrap(),
+            folder,
+        };
+        mesh.wait_until_ready();
+        if !options.without_template {
+            let tarball = cache().join("base-rootfs.tar");
+            assert!(
+                tarball.exists(),
+                "{} is missing: run ./deploy/install test",
+                tarball.display()
+            );
+            let memory = format!("{GUEST_MEMORY}B");
+            let imported = mesh.run(&[
+                "template",
+                "import",
+                "base",
+                &tarball.to_string_lossy(),
+                "--shared",
+                "--memory",
+                &memory,
+                "--disk",
+                "256MiB",
+            ]);
+            assert!(
+                imported.status.success(),
+                "{}",
+                String::from_utf8_lossy(&imported.stderr)
+            );
+        }
+        mesh
+    }
+
+    fn wait_until_ready(&mut self) {
+        let limit = Instant::now() + READY_LIMIT;
+        loop {
+            if let Some(status) = self.status().filter(|status| status.healthy) {
+                self.endpoint = status.endpoint;
+                break;
+            }
+            if let Some(exit) = self.supervisor.try_wait().unwrap() {
+                panic!("sandmesh up ended ({exit}):\n{}", self.log());
+            }
+            assert!(
+                Instant::now() < limit,
+                "the mesh is not ready:\n{}",
+                self.log()
+            );
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        let file = std::fs::read_to_string(self.state().join("client.toml")).unwrap();
+        let file: ClientFile = toml::from_str(&file).unwrap();
+        self.client = Client::connect(&self.endpoint, &file.api_key).unwrap();
+    }
+
+    /// Its state folder.
+    pub fn state(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What it said so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.state().join("up.log")).unwrap_or_default()
+    }
+
+    /// Host and port of Envoy.
+    pub fn edge(&self) -> &str {
+        self.endpoint.trim_start_matches("http://")
+    }
+
+    /// Where clients connect.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// A client of the team `default`.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The team's API key.
+    pub fn api_key(&self) -> String {
+        let file = std::fs::read_to_string(self.state().join("client.toml")).unwrap();
+        toml::from_str::<ClientFile>(&file).unwrap().api_key
+    }
+
+    /// Runs `sandmesh` against it.
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        Command::new(sandmesh())
+            .args(arguments)
+            .env("SANDMESH_STATE", self.state())
+            .env_remove("SANDMESH_ENDPOINT")
+            .env_remove("SANDMESH_API_KEY")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    fn status(&self) -> Option<Status> {
+        serde_json::from_slice(&self.run(&["status", "-o", "json"]).stdout).ok()
+    }
+
+    /// Its parts as they are now.
+    pub fn parts(&self) -> Vec<Part> {
+        self.status().map(|status| status.parts).unwrap_or_default()
+    }
+
+    /// One part.
+    pub fn part(&self, name: &str) -> Part {
+        self.parts()
+            .into_iter()
+            .find(|part| part.name == name)
+            .unwrap_or_else(|| panic!("no part {name}"))
+    }
+
+    /// Kills a part as a crash would, and waits until the supervisor has started another.
+    pub fn crash(&self, name: &str) {
+        let old = self.part(name).pid;
+        self.kill(name);
+        wait_for(&format!("{name} is back"), READY_LIMIT, || {
+            let part = self.part(name);
+            part.pid != old && part.healthy
+        });
+    }
+
+    /// Kills a part and does not wait.
+    pub fn kill(&self, name: &str) {
+        let pid = nix::unistd::Pid::from_raw(self.part(name).pid);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+
+    /// A session as small as works.
+    pub async fn session(&self) -> Session {
+        self.client
+            .create(small())
+            .await
+            .unwrap_or_else(|error| panic!("create: {error}\n{}", self.log()))
+    }
+
+    /// Takes it down as an operator would.
+    pub fn down(&mut self) {
+        let down = self.run(&["down"]);
+        assert!(
+            down.status.success(),
+            "{}",
+            String::from_utf8_lossy(&down.stderr)
+        );
+        self.supervisor.wait().unwrap();
+    }
+}
+
+/// A session as small as works.
+pub fn small() -> NewSession {
+    NewSession {
+        resources: Some(Resources {
+            vcpus: 1,
+            memory_bytes: GUEST_MEMORY,
+            disk_bytes: 256 << 20,
+        }),
+        timeout: Some(Duration::from_mins(10)),
+        ..NewSession::from_template("base")
+    }
+}
+
+/// Waits for something that no event tells of.
+pub fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + limit;
+    while !done() {
+        assert!(Instant::now() < end, "waited {limit:?} in vain: {what}");
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
+fn cache() -> PathBuf {
+    let home = || PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache");
+    std::env::var_os("SANDMESH_CACHE").map_or_else(
+        || {
+            std::env::var_os("XDG_CACHE_HOME")
+                .map_or_else(home, PathBuf::from)
+                .join("sandmesh")
+        },
+        PathBuf::from,
+    )
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the mesh's log ends with:\n{}", tail(&self.log(), 30));
+        }
+        let down = self.run(&["down"]);
+        if !down.status.success() {
+            eprintln!("down: {}", String::from_utf8_lossy(&down.stderr));
+        }
+        let end = Instant::now() + DOWN_LIMIT;
+        while matches!(self.supervisor.try_wait(), Ok(None)) {
+            if Instant::now() > end {
+                self.supervisor.kill().expect("the supervisor is ours");
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all.get(all.len().saturating_sub(lines)..)
+        .unwrap_or_default()
+        .join("\n")
+}

@@ -1,0 +1,274 @@
+//! From nothing to a command and a web page inside a microVM, through Envoy; and nothing left at the end.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use e2e::{Mesh, MeshOptions, http, leaks};
+use futures::{SinkExt as _, StreamExt as _};
+use proto::envd::v1::WriteHeader;
+use sdk::{Command, Event};
+use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest as _};
+
+/// A WebSocket echo and an event stream, with nothing but Python's own library.
+const SERVER: &str = r#"
+import base64, hashlib, http.server, socketserver, struct, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *args): pass
+    def do_GET(self):
+        if self.headers.get("upgrade", "").lower() == "websocket":
+            key = self.headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+            self.send_response(101)
+            self.send_header("upgrade", "websocket"); self.send_header("connection", "upgrade")
+            self.send_header("sec-websocket-accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+            self.end_headers()
+            while True:
+                head = self.rfile.read(2)
+                if len(head) < 2 or head[0] & 15 == 8: break
+                size = head[1] & 127
+                if size == 126: size = struct.unpack(">H", self.rfile.read(2))[0]
+                mask = self.rfile.read(4)
+                data = bytes(b ^ mask[i % 4] for i, b in enumerate(self.rfile.read(size)))
+                self.wfile.write(bytes([head[0], size]) + data); self.wfile.flush()
+            self.close_connection = True
+        elif self.path == "/events":
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream"); self.send_header("connection", "close")
+            self.end_headers()
+            for n in range(3):
+                self.wfile.write(b"data: %d\n\n" % n); self.wfile.flush(); time.sleep(0.3)
+            self.close_connection = True
+        elif self.path.startswith("/headers"):
+            body = str(self.headers).encode()
+            self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
+            self.wfile.write(body)
+        else:
+            body = b"<h1>in a microVM</h1>"
+            self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
+            self.wfile.write(body)
+    def do_POST(self):
+        count = 0
+        if self.headers.get("transfer-encoding") == "chunked":
+            while True:
+                size = int(self.rfile.readline(), 16)
+                left = size
+                while left: left -= len(self.rfile.read(min(left, 1 << 16)))
+                self.rfile.readline()
+                if size == 0: break
+                count += size
+        else:
+            left = int(self.headers["content-length"])
+            while left:
+                part = len(self.rfile.read(min(left, 1 << 16))); left -= part; count += part
+        body = str(count).encode()
+        self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+import sys
+Server((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_files_and_ports_work_and_nothing_is_left() {
+    let mut mesh = Mesh::start(&MeshOptions::default());
+    let session = mesh.session().await;
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+
+    // Routable and configured the moment create returns.
+    let info = sandbox.info().await.unwrap();
+    assert_eq!(info.session_id, session.session_id);
+    assert!(info.hostname.starts_with("sandbox-"));
+
+    // Bytes are bytes, streams are apart, exit codes and signals are told.
+    let output = sandbox
+        .run(["sh", "-c", r"printf '\000\377out'; printf err >&2; exit 7"])
+        .await
+        .unwrap();
+    assert_eq!(
+        (output.stdout.as_slice(), output.stderr.as_slice()),
+        (&b"\x00\xffout"[..], &b"err"[..])
+    );
+    assert_eq!(output.exit.code(), 7);
+    let killed = sandbox.run(["sh", "-c", "kill -9 $$"]).await.unwrap();
+    assert_eq!(killed.exit.code(), 137);
+
+    // A login's environment, and errors with reasons instead of mystery codes.
+    let env = sandbox
+        .run(["sh", "-c", "echo $HOME $USER $LANG; pwd"])
+        .await
+        .unwrap();
+    assert_eq!(env.stdout, b"/home/user user C.UTF-8\n/home/user\n");
+    let missing = sandbox.run(["no-such-program"]).await.unwrap_err();
+    assert_eq!(missing.reason().as_deref(), Some("PROGRAM_NOT_FOUND"));
+    let nobody = sandbox
+        .start(Command {
+            user: "nobody-here".into(),
+            ..Command::new(["true"])
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(nobody.reason().as_deref(), Some("USER_UNKNOWN"));
+
+    // All output arrives, 20 MB of it, and stdin is acknowledged by offset: sending twice is harmless.
+    let big = sandbox
+        .run(["head", "-c", "20000000", "/dev/zero"])
+        .await
+        .unwrap();
+    assert_eq!(big.stdout.len(), 20_000_000);
+    let mut cat = sandbox
+        .start(Command {
+            stdin: true,
+            ..Command::new(["cat"])
+        })
+        .await
+        .unwrap();
+    let remote = cat.remote();
+    assert_eq!(
+        remote
+            .send_input(0, Bytes::from_static(b"hello "))
+            .await
+            .unwrap(),
+        6
+    );
+    assert_eq!(
+        remote
+            .send_input(0, Bytes::from_static(b"hello world"))
+            .await
+            .unwrap(),
+        11
+    );
+    remote.close_input().await.unwrap();
+    let mut echoed = Vec::new();
+    while let Some(event) = cat.next().await.unwrap() {
+        if let Event::Stdout(bytes) = event {
+            echoed.extend_from_slice(&bytes);
+        }
+    }
+    assert_eq!(echoed, b"hello world");
+
+    // A deadline ends a process; a client that leaves does not.
+    let late = Command {
+        deadline: Some(Duration::from_millis(300)),
+        ..Command::new(["sleep", "60"])
+    };
+    let late = sandbox.start(late).await.unwrap().output().await.unwrap();
+    assert!(late.exit.0.deadline_exceeded);
+
+    // Files: any bytes, as a user, and only what that user may.
+    let data: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
+    let header = WriteHeader {
+        path: "deep/er/file".into(),
+        make_parents: true,
+        ..WriteHeader::default()
+    };
+    let entry = sandbox
+        .write_from(header, &mut data.as_slice(), |_| {})
+        .await
+        .unwrap();
+    assert_eq!((entry.size_bytes, entry.uid), (data.len() as u64, 1000));
+    let mut back = Vec::new();
+    sandbox
+        .read_to("~/deep/er/file", &mut back, |_| {})
+        .await
+        .unwrap();
+    assert_eq!(back, data);
+    assert_eq!(sandbox.list("deep").await.unwrap().len(), 1);
+    let denied = sandbox
+        .read_to("/etc/shadow", &mut Vec::new(), |_| {})
+        .await
+        .unwrap_err();
+    assert_eq!(denied.reason().as_deref(), Some("PATH_PERMISSION_DENIED"));
+
+    // Ports: on every address and on the loopback alone; WebSocket, events, headers, uploads.
+    let header = WriteHeader {
+        path: "server.py".into(),
+        ..WriteHeader::default()
+    };
+    sandbox
+        .write_from(header, &mut SERVER.as_bytes(), |_| {})
+        .await
+        .unwrap();
+    for (host, port) in [("0.0.0.0", "8000"), ("127.0.0.1", "8001")] {
+        sandbox
+            .start(Command::new(["python3", "server.py", host, port]))
+            .await
+            .unwrap();
+    }
+    let name = |port: u16| session.host.replace("{port}", &port.to_string());
+    let page = http::get_when_open(mesh.edge(), &name(8000), "/").await;
+    assert_eq!(
+        (page.status.as_u16(), page.body.as_ref()),
+        (200, &b"<h1>in a microVM</h1>"[..])
+    );
+    let loopback = http::get_when_open(mesh.edge(), &name(8001), "/").await;
+    assert_eq!(loopback.status, 200);
+    let listeners = sandbox.ports().await.unwrap();
+    assert!(listeners.iter().any(|found| found.port == 8001
+        && found.address == "127.0.0.1"
+        && found.command == "python3"));
+    let upper = http::get(mesh.edge(), &name(8000).to_uppercase(), "/", &[]).await;
+    assert_eq!(upper.status, 200, "host names keep no case");
+    let events = http::get(mesh.edge(), &name(8000), "/events", &[]).await;
+    assert_eq!(events.body.as_ref(), b"data: 0\n\ndata: 1\n\ndata: 2\n\n");
+    let spoofed = [
+        ("x-sandmesh-team", "evil"),
+        ("x-sandmesh-hop", "1"),
+        ("x-mine", "kept"),
+    ];
+    let seen = http::get(mesh.edge(), &name(8000), "/headers", &spoofed).await;
+    let seen = String::from_utf8_lossy(&seen.body).to_lowercase();
+    assert!(
+        seen.contains("x-mine: kept") && !seen.contains("evil") && !seen.contains("x-sandmesh"),
+        "{seen}"
+    );
+    let mut request = format!("ws://{}/", mesh.edge())
+        .into_client_request()
+        .unwrap();
+    request
+        .headers_mut()
+        .insert("host", name(8000).parse().unwrap());
+    let (mut socket, _) = tokio_tungstenite::connect_async(request).await.unwrap();
+    for text in ["one", "two"] {
+        socket.send(Message::text(text)).await.unwrap();
+        assert_eq!(socket.next().await.unwrap().unwrap(), Message::text(text));
+    }
+    drop(socket);
+
+    // The command line: raw bytes through a pipe, the command's own exit code, addresses.
+    let exec = mesh.run(&[
+        "exec",
+        &session.session_id,
+        "--",
+        "sh",
+        "-c",
+        "printf '\\377'; exit 3",
+    ]);
+    assert_eq!(
+        (exec.stdout.as_slice(), exec.status.code()),
+        (&b"\xff"[..], Some(3))
+    );
+    let url = mesh.run(&["url", &session.session_id, "8000"]);
+    assert_eq!(
+        String::from_utf8_lossy(&url.stdout).trim(),
+        format!("http://{}/", name(8000))
+    );
+
+    // After the stop nothing of the sandbox is left, and everybody is told so.
+    mesh.client().stop(&session.session_id).await.unwrap();
+    let ended = http::get(mesh.edge(), &name(8000), "/", &[]).await;
+    assert_eq!(ended.refusal(), (404, "SESSION_STOPPED".to_owned()));
+    let ended = sandbox.info().await.unwrap_err();
+    assert_eq!(ended.reason().as_deref(), Some("SESSION_STOPPED"));
+    let node_state = mesh.state().join("node");
+    assert_eq!(std::fs::read_dir(node_state.join("s")).unwrap().count(), 0);
+
+    let block =
+        leaks::block_of(&node_state.to_string_lossy()).expect("the node has a block of slots");
+    let state = mesh.state().to_string_lossy().into_owned();
+    assert!(!leaks::of_block(block).is_empty());
+    mesh.down();
+    assert_eq!(leaks::of_state(&state), std::collections::BTreeSet::new());
+    assert_eq!(leaks::of_block(block), std::collections::BTreeSet::new());
+}

@@ -1,0 +1,286 @@
+//! The rows of sessions.
+
+use std::collections::BTreeMap;
+
+use service_kit::ids::{NodeId, SessionId, TeamId};
+use sqlx::{postgres::PgArguments, types::Json};
+
+use super::{
+    NewEvent, Store, StoreError, bounded,
+    events::Columns,
+    row::{self, SessionRow},
+    state_number,
+};
+use crate::{
+    lifecycle::State,
+    session::{Micros, Session},
+};
+
+/// Which sessions a listing shows.
+#[derive(Debug, Clone)]
+pub struct Filter {
+    /// Owner.
+    pub team: TeamId,
+    /// Only these; empty: all that are not final.
+    pub states: Vec<State>,
+    /// Only with all of these labels.
+    pub metadata: BTreeMap<String, String>,
+    /// Only of this template.
+    pub template: Option<String>,
+    /// After this one, in the order of the listing.
+    pub after: Option<(i64, String)>,
+    /// How many.
+    pub limit: i64,
+}
+
+type RowQuery<'q> = sqlx::query::QueryAs<'q, sqlx::Postgres, SessionRow, PgArguments>;
+
+/// Selects whole sessions by a condition of our own making: it holds no outside text.
+fn select<'q>(condition: &str) -> RowQuery<'q> {
+    sqlx::query_as(sqlx::AssertSqlSafe(format!(
+        "select {} from sessions where {condition}",
+        row::COLUMNS
+    )))
+}
+
+impl Store {
+    async fn one(&self, query: RowQuery<'_>) -> Result<Option<Session>, StoreError> {
+        bounded(async {
+            let row = query.fetch_optional(&self.pool).await?;
+            row.map(Session::try_from).transpose()
+        })
+        .await
+    }
+
+    async fn many(&self, query: RowQuery<'_>) -> Result<Vec<Session>, StoreError> {
+        bounded(async {
+            let rows = query.fetch_all(&self.pool).await?;
+            rows.into_iter().map(Session::try_from).collect()
+        })
+        .await
+    }
+
+    /// Stores a new session with its first events; `false` if its team has used the request ID before.
+    pub async fn insert(&self, session: &Session, events: &[NewEvent]) -> Result<bool, StoreError> {
+        let sql = format!(
+            "with made as (insert into sessions ({}) values \
+             ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26) \
+             on conflict (team, request_id) where request_id is not null do nothing returning session_id) \
+             insert into session_events (session_id, team, number, type, state, time, reason, message, actor, session) \
+             select made.session_id, $2, e.* from made, \
+             unnest($27::bigint[], $28::text[], $29::smallint[], $30::bigint[], $31::text[], $32::text[], $33::text[], $34::bytea[]) as e",
+            row::COLUMNS
+        );
+        let query = row::bind(sqlx::query(sqlx::AssertSqlSafe(sql)), session);
+        let query = Columns::of(session, events, &self.hosts).bind(query);
+        bounded(async { Ok(query.execute(&self.pool).await?.rows_affected() > 0) }).await
+    }
+
+    /// Stores a changed session with its event if nobody changed it since it was read; `session.version` is the new version.
+    pub async fn update(&self, session: &Session, event: &NewEvent) -> Result<bool, StoreError> {
+        let query = sqlx::query(
+            "with changed as (update sessions set state = $3, port_access = $4, internet_access = $5, metadata = $6, \
+             on_timeout = $7, wake_on_request = $8, start_time = $9, deadline = $10, end_time = $11, end_reason = $12, \
+             end_message = $13, lease_until = $14, version = $15, request_id = $16, timeout = $17 \
+             where session_id = $1 and version = $15 - 1 returning session_id) \
+             insert into session_events (session_id, team, number, type, state, time, reason, message, actor, session) \
+             select changed.session_id, $2, e.* from changed, \
+             unnest($18::bigint[], $19::text[], $20::smallint[], $21::bigint[], $22::text[], $23::text[], $24::text[], $25::bytea[]) as e",
+        )
+        .bind(session.id.to_string())
+        .bind(session.team.to_string())
+        .bind(state_number(session.state))
+        .bind(session.port_access as i16)
+        .bind(session.internet_access)
+        .bind(Json(session.metadata.clone()))
+        .bind(session.on_timeout as i16)
+        .bind(session.wake_on_request)
+        .bind(session.start_time.map(|time| time.0))
+        .bind(session.deadline.0)
+        .bind(session.end_time.map(|time| time.0))
+        .bind(session.end_reason.as_ref().map(|end| end.reason.clone()))
+        .bind(session.end_reason.as_ref().map(|end| end.message.clone()))
+        .bind(session.lease_until.map(|time| time.0))
+        .bind(session.version)
+        .bind(session.request_id.clone())
+        .bind(session.timeout);
+        let columns = Columns::of(session, std::slice::from_ref(event), &self.hosts);
+        bounded(async {
+            Ok(columns
+                .bind(query)
+                .execute(&self.pool)
+                .await?
+                .rows_affected()
+                > 0)
+        })
+        .await
+    }
+
+    /// Gives a session that has not started anywhere another ID and node, in one transaction with the end of its old ID.
+    ///
+    /// Nothing in the feed is rewritten: readers see the old ID end (`ended`) and the new one begin.
+    pub async fn move_before_start(
+        &self,
+        old: (&Session, &NewEvent),
+        new: (&Session, &[NewEvent]),
+    ) -> Result<bool, StoreError> {
+        let (ended, end) = old;
+        let (session, begin) = new;
+        bounded(async {
+            let mut transaction = self.pool.begin().await?;
+            let moved = sqlx::query(
+                "update sessions set session_id = $2, node_id = $3, version = $4, lease_until = $5, \
+                 former_ids = array_append(former_ids, session_id) \
+                 where session_id = $1 and version = $6 and state = $7",
+            )
+            .bind(ended.id.as_str())
+            .bind(session.id.as_str())
+            .bind(session.node_id.as_str())
+            .bind(session.version)
+            .bind(session.lease_until.map(|time| time.0))
+            .bind(ended.version - 1)
+            .bind(state_number(State::Starting))
+            .execute(&mut *transaction)
+            .await?;
+            if moved.rows_affected() == 0 {
+                return Ok(false);
+            }
+            let events = [(ended, std::slice::from_ref(end)), (session, begin)];
+            for (session, events) in events {
+                Columns::of(session, events, &self.hosts)
+                    .insert(session, &mut transaction)
+                    .await?;
+            }
+            transaction.commit().await?;
+            Ok(true)
+        })
+        .await
+    }
+
+    /// One session, whoever owns it.
+    pub async fn get(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
+        self.one(select("session_id = $1").bind(id.to_string()))
+            .await
+    }
+
+    /// Those of the given IDs that are known.
+    pub async fn get_all(&self, ids: Vec<String>) -> Result<Vec<Session>, StoreError> {
+        self.many(select("session_id = any($1)").bind(ids)).await
+    }
+
+    /// The session a team made with this request ID.
+    pub async fn by_request(
+        &self,
+        team: &TeamId,
+        request_id: &str,
+    ) -> Result<Option<Session>, StoreError> {
+        let query = select("team = $1 and request_id = $2");
+        self.one(query.bind(team.to_string()).bind(request_id.to_owned()))
+            .await
+    }
+
+    /// A page of a team's sessions, newest first.
+    pub async fn list(&self, filter: &Filter) -> Result<Vec<Session>, StoreError> {
+        let states: Vec<i16> = if filter.states.is_empty() {
+            State::ALL
+                .into_iter()
+                .filter(|state| !state.is_final())
+                .map(state_number)
+                .collect()
+        } else {
+            filter.states.iter().copied().map(state_number).collect()
+        };
+        let (time, id) = filter.after.clone().unwrap_or((i64::MAX, String::new()));
+        let query = select(
+            "team = $1 and state = any($2) and metadata @> $3 \
+             and ($4::text is null or template = $4) and (create_time, session_id) < ($5, $6) \
+             order by create_time desc, session_id desc limit $7",
+        )
+        .bind(filter.team.to_string())
+        .bind(states)
+        .bind(Json(filter.metadata.clone()))
+        .bind(filter.template.clone())
+        .bind(time)
+        .bind(id)
+        .bind(filter.limit);
+        self.many(query).await
+    }
+
+    /// Sessions of one node that are not final, by ID after one.
+    pub async fn living(
+        &self,
+        node: &NodeId,
+        after: &str,
+        limit: i64,
+    ) -> Result<Vec<Session>, StoreError> {
+        let query =
+            select("state < 8 and node_id = $1 and session_id > $2 order by session_id limit $3");
+        self.many(
+            query
+                .bind(node.to_string())
+                .bind(after.to_owned())
+                .bind(limit),
+        )
+        .await
+    }
+
+    /// Sessions that are not final or ended after a time, by ID after one: what the catalog holds.
+    pub async fn known(
+        &self,
+        ended_after: Micros,
+        after: &str,
+        limit: i64,
+    ) -> Result<Vec<Session>, StoreError> {
+        let query =
+            select("(state < 8 or end_time > $1) and session_id > $2 order by session_id limit $3");
+        self.many(query.bind(ended_after.0).bind(after.to_owned()).bind(limit))
+            .await
+    }
+
+    /// Running sessions whose deadline has passed.
+    pub async fn expired(&self, now: Micros, limit: i64) -> Result<Vec<Session>, StoreError> {
+        let query = select("state = 3 and deadline <= $1 order by deadline limit $2");
+        self.many(query.bind(now.0).bind(limit)).await
+    }
+
+    /// Sessions whose move to another state was begun by a replica that does not renew its lease any more.
+    pub async fn abandoned(&self, now: Micros, limit: i64) -> Result<Vec<Session>, StoreError> {
+        let query = select("state < 8 and lease_until <= $1 order by lease_until limit $2");
+        self.many(query.bind(now.0).bind(limit)).await
+    }
+
+    /// Takes a lease over, or renews it; `false` if it is not as it was read any more.
+    pub async fn take_lease(&self, session: &Session, until: Micros) -> Result<bool, StoreError> {
+        let query = sqlx::query(
+            "update sessions set lease_until = $3 where session_id = $1 and lease_until = $2",
+        )
+        .bind(session.id.as_str())
+        .bind(session.lease_until.map(|time| time.0))
+        .bind(until.0);
+        bounded(async { Ok(query.execute(&self.pool).await?.rows_affected() > 0) }).await
+    }
+
+    /// Forgets sessions that ended before a time, with their events; the feed is whole only after those.
+    pub async fn purge(&self, before: Micros, limit: i64) -> Result<u64, StoreError> {
+        bounded(async {
+            let (gone,): (i64,) = sqlx::query_as(
+                "with gone as (delete from sessions where session_id in \
+                 (select session_id from sessions where state >= 8 and end_time < $1 limit $2 for update skip locked) \
+                 returning session_id, former_ids), \
+                 ids as (select session_id from gone union all select unnest(former_ids) from gone), \
+                 removed as (delete from session_events using ids where session_events.session_id = ids.session_id \
+                 returning xid::text::bigint as xid, seq), \
+                 newest as (select xid, seq from removed order by xid desc, seq desc limit 1), \
+                 raised as (update feed set floor_xid = newest.xid, floor_seq = newest.seq from newest \
+                 where (floor_xid, floor_seq) < (newest.xid, newest.seq)) \
+                 select count(*) from gone",
+            )
+            .bind(before.0)
+            .bind(limit)
+            .fetch_one(&self.pool)
+            .await?;
+            Ok(gone.unsigned_abs())
+        })
+        .await
+    }
+}
