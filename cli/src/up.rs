@@ -77,6 +77,9 @@ pub(crate) struct Options {
     /// Memory for guests; default: three quarters of the machine's.
     #[arg(long, value_parser = parse_bytes)]
     memory: Option<u64>,
+    /// Virtual CPUs for guests; default: 16 for each of the machine's.
+    #[arg(long)]
+    vcpus: Option<u32>,
     /// Nodes, all on this machine.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     nodes: u32,

@@ -4,11 +4,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode};
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde_json::Value;
 
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_mins(2);
+
+/// A request's body: whole, or streamed.
+pub type Body = BoxBody<Bytes, std::io::Error>;
 
 /// An answer, whole.
 #[derive(Debug)]
@@ -29,46 +32,92 @@ impl Answer {
 
     /// Status and reason of a refusal.
     pub fn refusal(&self) -> (u16, String) {
-        (
-            self.status.as_u16(),
-            self.json()["reason"]
-                .as_str()
-                .unwrap_or_default()
-                .to_owned(),
-        )
+        let reason = self.json()["reason"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        (self.status.as_u16(), reason)
     }
+}
+
+/// A body that is there already.
+pub fn whole(bytes: Bytes) -> Body {
+    Full::new(bytes).map_err(|never| match never {}).boxed()
 }
 
 /// Gets a path of a host by way of the edge.
 pub async fn get(edge: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> Answer {
+    send(
+        edge,
+        Request::get(format!("http://{edge}{path}")),
+        host,
+        headers,
+        Body::default(),
+    )
+    .await
+}
+
+/// Posts a body to a path of a host by way of the edge.
+pub async fn post(
+    edge: &str,
+    host: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: Body,
+) -> Answer {
+    send(
+        edge,
+        Request::post(format!("http://{edge}{path}")),
+        host,
+        headers,
+        body,
+    )
+    .await
+}
+
+async fn send(
+    edge: &str,
+    mut request: http::request::Builder,
+    host: &str,
+    headers: &[(&str, &str)],
+    body: Body,
+) -> Answer {
     let client = Client::builder(TokioExecutor::new())
         .set_host(false)
         .build_http();
-    let mut request = Request::get(format!("http://{edge}{path}")).header("host", host);
+    request = request.header("host", host);
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    let answer = client.request(request.body(Full::<Bytes>::default()).unwrap());
-    let answer = tokio::time::timeout(LIMIT, answer)
-        .await
-        .expect("an answer in time")
-        .expect("an answer");
-    let (parts, body) = answer.into_parts();
-    let body = tokio::time::timeout(LIMIT, body.collect())
-        .await
-        .expect("a body in time")
-        .expect("a body")
-        .to_bytes();
-    Answer {
-        status: parts.status,
-        headers: parts.headers,
-        body,
-    }
+    let request = request.body(body).unwrap();
+    let what = format!(
+        "{} {} of {host} at {edge}",
+        request.method(),
+        request.uri().path()
+    );
+    let exchange = async {
+        let answer = client
+            .request(request)
+            .await
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
+        let (parts, body) = answer.into_parts();
+        let body = body
+            .collect()
+            .await
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
+        Answer {
+            status: parts.status,
+            headers: parts.headers,
+            body: body.to_bytes(),
+        }
+    };
+    let answer = tokio::time::timeout(LIMIT, exchange).await;
+    answer.unwrap_or_else(|_| panic!("{what}: no whole answer in {LIMIT:?}"))
 }
 
 /// Gets again until the port is open.
 pub async fn get_when_open(edge: &str, host: &str, path: &str) -> Answer {
-    for _ in 0..300 {
+    for _ in 0..600 {
         let answer = get(edge, host, path, &[]).await;
         if answer.status != StatusCode::BAD_GATEWAY {
             return answer;

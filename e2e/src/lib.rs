@@ -2,11 +2,14 @@
 //! free ports, so that any number of meshes run side by side.
 //!
 //! [`Mesh`] is one deployment, started with the `sandmesh` program under test and taken down when dropped; [`leaks`] is what may not
-//! differ before and after.
+//! differ before and after; [`guest`] is the server that tests run inside; [`Collector`] takes traces.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot be set up has failed
 
+mod collector;
+pub mod guest;
 pub mod http;
 pub mod leaks;
 mod mesh;
 
-pub use mesh::{Mesh, MeshOptions, Part, sandmesh, small, wait_for};
+pub use collector::Collector;
+pub use mesh::{Mesh, MeshOptions, Part, cache, sandmesh, small, wait_for};

@@ -56,6 +56,8 @@ pub struct Part {
     pub healthy: bool,
     /// Where.
     pub address: String,
+    /// Where its metrics are.
+    pub metrics: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -256,6 +258,29 @@ impl Mesh {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     }
 
+    /// Sends a signal to a part and all processes it started, itself first.
+    pub fn signal_tree(&self, name: &str, signal: nix::sys::signal::Signal) {
+        let mut tree = vec![self.part(name).pid];
+        let all: Vec<(i32, i32)> = procfs::process::all_processes()
+            .unwrap()
+            .filter_map(|process| process.ok()?.stat().ok())
+            .map(|stat| (stat.pid, stat.ppid))
+            .collect();
+        let mut at = 0;
+        while let Some(parent) = tree.get(at).copied() {
+            tree.extend(
+                all.iter()
+                    .filter(|(_, of)| *of == parent)
+                    .map(|(pid, _)| pid),
+            );
+            at += 1;
+        }
+        for pid in tree {
+            // A child may have ended in between.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
+        }
+    }
+
     /// A session as small as works.
     pub async fn session(&self) -> Session {
         self.client
@@ -298,7 +323,8 @@ pub fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
     }
 }
 
-fn cache() -> PathBuf {
+/// Where tools lie that `deploy/install` fetched.
+pub fn cache() -> PathBuf {
     let home = || PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache");
     std::env::var_os("SANDMESH_CACHE").map_or_else(
         || {

@@ -4,71 +4,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use e2e::{Mesh, MeshOptions, http, leaks};
+use e2e::{Mesh, MeshOptions, guest, http, leaks};
 use futures::{SinkExt as _, StreamExt as _};
 use proto::envd::v1::WriteHeader;
 use sdk::{Command, Event};
 use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest as _};
-
-/// A WebSocket echo and an event stream, with nothing but Python's own library.
-const SERVER: &str = r#"
-import base64, hashlib, http.server, socketserver, struct, time
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def log_message(self, *args): pass
-    def do_GET(self):
-        if self.headers.get("upgrade", "").lower() == "websocket":
-            key = self.headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-            self.send_response(101)
-            self.send_header("upgrade", "websocket"); self.send_header("connection", "upgrade")
-            self.send_header("sec-websocket-accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
-            self.end_headers()
-            while True:
-                head = self.rfile.read(2)
-                if len(head) < 2 or head[0] & 15 == 8: break
-                size = head[1] & 127
-                if size == 126: size = struct.unpack(">H", self.rfile.read(2))[0]
-                mask = self.rfile.read(4)
-                data = bytes(b ^ mask[i % 4] for i, b in enumerate(self.rfile.read(size)))
-                self.wfile.write(bytes([head[0], size]) + data); self.wfile.flush()
-            self.close_connection = True
-        elif self.path == "/events":
-            self.send_response(200)
-            self.send_header("content-type", "text/event-stream"); self.send_header("connection", "close")
-            self.end_headers()
-            for n in range(3):
-                self.wfile.write(b"data: %d\n\n" % n); self.wfile.flush(); time.sleep(0.3)
-            self.close_connection = True
-        elif self.path.startswith("/headers"):
-            body = str(self.headers).encode()
-            self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
-            self.wfile.write(body)
-        else:
-            body = b"<h1>in a microVM</h1>"
-            self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
-            self.wfile.write(body)
-    def do_POST(self):
-        count = 0
-        if self.headers.get("transfer-encoding") == "chunked":
-            while True:
-                size = int(self.rfile.readline(), 16)
-                left = size
-                while left: left -= len(self.rfile.read(min(left, 1 << 16)))
-                self.rfile.readline()
-                if size == 0: break
-                count += size
-        else:
-            left = int(self.headers["content-length"])
-            while left:
-                part = len(self.rfile.read(min(left, 1 << 16))); left -= part; count += part
-        body = str(count).encode()
-        self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
-        self.wfile.write(body)
-class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    daemon_threads = True
-import sys
-Server((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
-"#;
+use tonic::transport::Endpoint;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_files_and_ports_work_and_nothing_is_left() {
@@ -181,60 +123,68 @@ async fn commands_files_and_ports_work_and_nothing_is_left() {
         .unwrap_err();
     assert_eq!(denied.reason().as_deref(), Some("PATH_PERMISSION_DENIED"));
 
-    // Ports: on every address and on the loopback alone; WebSocket, events, headers, uploads.
-    let header = WriteHeader {
-        path: "server.py".into(),
-        ..WriteHeader::default()
-    };
-    sandbox
-        .write_from(header, &mut SERVER.as_bytes(), |_| {})
-        .await
-        .unwrap();
-    for (host, port) in [("0.0.0.0", "8000"), ("127.0.0.1", "8001")] {
-        sandbox
-            .start(Command::new(["python3", "server.py", host, port]))
-            .await
-            .unwrap();
-    }
+    // Ports: on every address and on the loopback alone.
+    guest::upload(&sandbox, env!("CARGO_BIN_EXE_guest-server")).await;
+    guest::serve(&sandbox, "0.0.0.0:8000").await;
+    guest::serve(&sandbox, "127.0.0.1:8001").await;
     let name = |port: u16| session.host.replace("{port}", &port.to_string());
-    let page = http::get_when_open(mesh.edge(), &name(8000), "/").await;
-    assert_eq!(
-        (page.status.as_u16(), page.body.as_ref()),
-        (200, &b"<h1>in a microVM</h1>"[..])
-    );
-    let loopback = http::get_when_open(mesh.edge(), &name(8001), "/").await;
-    assert_eq!(loopback.status, 200);
+    for port in [8000, 8001] {
+        let page = http::get_when_open(mesh.edge(), &name(port), "/").await;
+        assert_eq!(page.status, 200);
+        assert_eq!(page.body.as_ref(), b"<h1>in a microVM</h1>");
+        let events = http::get(mesh.edge(), &name(port), "/events", &[]).await;
+        assert_eq!(events.body.as_ref(), b"data: 0\n\ndata: 1\n\ndata: 2\n\n");
+        web_socket_echoes(mesh.edge(), &name(port)).await;
+        assert_eq!(grpc_health(mesh.endpoint(), &name(port)).await, 1);
+    }
     let listeners = sandbox.ports().await.unwrap();
-    assert!(listeners.iter().any(|found| found.port == 8001
-        && found.address == "127.0.0.1"
-        && found.command == "python3"));
+    assert!(listeners.iter().any(|found| {
+        (found.port, found.address.as_str()) == (8001, "127.0.0.1")
+            && found.command == "guest-server"
+    }));
     let upper = http::get(mesh.edge(), &name(8000).to_uppercase(), "/", &[]).await;
     assert_eq!(upper.status, 200, "host names keep no case");
-    let events = http::get(mesh.edge(), &name(8000), "/events", &[]).await;
-    assert_eq!(events.body.as_ref(), b"data: 0\n\ndata: 1\n\ndata: 2\n\n");
+    let by_header = [
+        ("x-session-id", session.session_id.as_str()),
+        ("x-session-port", "8000"),
+    ];
+    let by_header = http::get(mesh.edge(), "anything", "/", &by_header).await;
+    assert_eq!(by_header.status, 200, "headers name a port as well");
+
+    // What strangers say under our own names does not arrive; all else does.
     let spoofed = [
         ("x-sandmesh-team", "evil"),
         ("x-sandmesh-hop", "1"),
+        ("x-sandmesh-authority", "evil"),
+        ("x-sandmesh-mesh", "evil"),
         ("x-mine", "kept"),
+        ("under_score", "kept"),
     ];
     let seen = http::get(mesh.edge(), &name(8000), "/headers", &spoofed).await;
     let seen = String::from_utf8_lossy(&seen.body).to_lowercase();
     assert!(
-        seen.contains("x-mine: kept") && !seen.contains("evil") && !seen.contains("x-sandmesh"),
+        seen.contains("x-mine: kept") && seen.contains("under_score: kept"),
         "{seen}"
     );
-    let mut request = format!("ws://{}/", mesh.edge())
-        .into_client_request()
-        .unwrap();
-    request
-        .headers_mut()
-        .insert("host", name(8000).parse().unwrap());
-    let (mut socket, _) = tokio_tungstenite::connect_async(request).await.unwrap();
-    for text in ["one", "two"] {
-        socket.send(Message::text(text)).await.unwrap();
-        assert_eq!(socket.next().await.unwrap().unwrap(), Message::text(text));
-    }
-    drop(socket);
+    assert!(
+        !seen.contains("evil") && !seen.contains("x-sandmesh"),
+        "{seen}"
+    );
+
+    // A response that ends with its connection, from a server that knows nothing of lengths.
+    let old = r"
+import socket
+server = socket.create_server(('127.0.0.1', 8002))
+while True:
+    client, _ = server.accept()
+    client.recv(65536)
+    client.sendall(b'HTTP/1.1 200 OK\r\n\r\nbye')
+    client.close()
+";
+    let old = Command::new(["python3", "-c", old]);
+    sandbox.start(old).await.unwrap();
+    let answer = http::get_when_open(mesh.edge(), &name(8002), "/").await;
+    assert_eq!(answer.body.as_ref(), b"bye");
 
     // The command line: raw bytes through a pipe, the command's own exit code, addresses.
     let exec = mesh.run(&[
@@ -271,4 +221,27 @@ async fn commands_files_and_ports_work_and_nothing_is_left() {
     mesh.down();
     assert_eq!(leaks::of_state(&state), std::collections::BTreeSet::new());
     assert_eq!(leaks::of_block(block), std::collections::BTreeSet::new());
+}
+
+async fn web_socket_echoes(edge: &str, host: &str) {
+    let mut request = format!("ws://{edge}/ws").into_client_request().unwrap();
+    request.headers_mut().insert("host", host.parse().unwrap());
+    let (mut socket, _) = tokio_tungstenite::connect_async(request).await.unwrap();
+    for text in ["one", "two"] {
+        socket.send(Message::text(text)).await.unwrap();
+        assert_eq!(socket.next().await.unwrap().unwrap(), Message::text(text));
+    }
+}
+
+/// A unary gRPC call to a server in the sandbox, found by authority: its `grpc.health.v1` status.
+async fn grpc_health(endpoint: &str, host: &str) -> i32 {
+    let channel = Endpoint::from_shared(endpoint.to_owned())
+        .unwrap()
+        .origin(format!("http://{host}").parse().unwrap())
+        .connect()
+        .await
+        .unwrap();
+    let mut health = HealthClient::new(channel);
+    let answer = health.check(HealthCheckRequest::default()).await.unwrap();
+    answer.into_inner().status
 }

@@ -173,6 +173,12 @@ impl Ingress {
         let asker = Asker::of(&request);
         let authority = authority(&request, from);
         clean(&mut request);
+        if from == From::Peer
+            && let Some(told) = authority.as_deref().and_then(|name| name.parse().ok())
+        {
+            // Not the other node's name for this one, but the name the client used.
+            request.headers_mut().insert(http::header::HOST, told);
+        }
         let target = target::read(&request, authority.as_deref(), &self.domain);
         let kind = match &target {
             Ok(Target {

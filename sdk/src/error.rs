@@ -1,5 +1,7 @@
 //! What can go wrong, with the server's stable word in reach.
 
+use std::time::Duration;
+
 use service_kit::errors::reason_of;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -48,6 +50,14 @@ impl Error {
     pub fn fact(&self, key: &str) -> Option<String> {
         match self {
             Self::Status(status) => status.get_details_error_info()?.metadata.remove(key),
+            _ => None,
+        }
+    }
+
+    /// When another try makes sense, if the server said so.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Status(status) => status.get_details_retry_info()?.retry_delay,
             _ => None,
         }
     }

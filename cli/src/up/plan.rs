@@ -230,6 +230,9 @@ impl Plan {
             if let Some(memory) = options.memory {
                 arguments.push(flag("memory", &format!("{memory}B")));
             }
+            if let Some(vcpus) = options.vcpus {
+                arguments.push(flag("vcpus", &vcpus.to_string()));
+            }
             let flags: Vec<&[String; 2]> = arguments.iter().collect();
             add(
                 vec!["--stop-sessions-on-exit".into()],

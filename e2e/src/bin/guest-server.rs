@@ -26,7 +26,9 @@ const ZEROES: &[u8] = &[0; 64 << 10];
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let address = std::env::args().nth(1).ok_or("usage: guest-server ADDRESS")?;
+    let address = std::env::args()
+        .nth(1)
+        .ok_or("usage: guest-server ADDRESS")?;
     let (_reporter, health) = tonic_health::server::health_reporter();
     let router: Router = Routes::new(health).prepare().into_axum_router();
     let router = router
@@ -35,7 +37,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         .route("/events", get(async || Sse::new(events())))
         .route("/count", post(count))
         .route("/zeroes/{bytes}", get(zeroes))
-        .route("/ws", any(async |upgrade: WebSocketUpgrade| upgrade.on_upgrade(echo)));
+        .route(
+            "/ws",
+            any(async |upgrade: WebSocketUpgrade| upgrade.on_upgrade(echo)),
+        );
     axum::serve(TcpListener::bind(address).await?, router).await?;
     Ok(())
 }

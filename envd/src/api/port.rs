@@ -79,10 +79,15 @@ impl PortService for Api {
                 // The client has said all it will; the server may still answer.
                 let _ = to_port.shutdown().await;
             };
-            let outward = async {
+            // Owns the only sender, so that the answers end when the server has said all it will.
+            let outward = async move {
                 loop {
                     let mut chunk = BytesMut::with_capacity(CHUNK);
-                    let part = match from_port.read_buf(&mut chunk).await {
+                    let read = tokio::select! {
+                        read = from_port.read_buf(&mut chunk) => read,
+                        () = to_client.closed() => return,
+                    };
+                    let part = match read {
                         Ok(0) => return,
                         Ok(_) => Ok(ForwardResponse {
                             data: chunk.freeze(),
@@ -95,11 +100,7 @@ impl PortService for Api {
                     }
                 }
             };
-            let gone = to_client.clone();
-            tokio::select! {
-                ((), ()) = async { tokio::join!(inward, outward) } => {}
-                () = gone.closed() => {}
-            }
+            tokio::join!(inward, outward)
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }

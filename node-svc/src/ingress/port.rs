@@ -5,12 +5,12 @@
 //! on as HTTP/2 (prior knowledge), since it needs trailers both ways. Nothing is buffered: both bodies stream.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     io,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::body::Body;
@@ -48,6 +48,8 @@ const POOL_IDLE: Duration = Duration::from_secs(30);
 const POOL_PER_PORT: usize = 64;
 /// Remembered ways to ports; forgotten all at once when there are more.
 const WAYS: usize = 10_000;
+/// How long a port is taken for one of the loopback only; a server may have begun to listen between two looks.
+const WAY_KNOWN: Duration = Duration::from_secs(10);
 
 /// Carries requests to ports.
 #[derive(Debug)]
@@ -274,12 +276,15 @@ impl DialError {
     }
 }
 
+/// When ports were last found on the loopback.
+type Ways = HashMap<(SessionId, u16), Instant>;
+
 /// Connects to `<session id>:<port>`.
 #[derive(Debug, Clone)]
 struct Dialer {
     hosted: Arc<Hosted>,
     /// Ports found on the guest's loopback only, so that the next dial goes there at once.
-    loopback: Arc<Mutex<HashSet<(SessionId, u16)>>>,
+    loopback: Arc<Mutex<Ways>>,
 }
 
 impl Dialer {
@@ -297,7 +302,10 @@ impl Dialer {
             return Err(DialError::Over);
         };
         let key = (id, port);
-        let known_loopback = self.ways().contains(&key);
+        let known_loopback = self
+            .ways()
+            .get(&key)
+            .is_some_and(|found| found.elapsed() < WAY_KNOWN);
         if let (Some(address), false) = (reach.address, known_loopback) {
             match tokio::time::timeout(DIAL_TIMEOUT, TcpStream::connect((address, port))).await {
                 Ok(Ok(stream)) => {
@@ -316,7 +324,7 @@ impl Dialer {
                 if ways.len() >= WAYS {
                     ways.clear();
                 }
-                ways.insert(key);
+                ways.insert(key, Instant::now());
                 Ok(GuestStream(Box::new(stream)))
             }
             Err(status) => {
@@ -333,7 +341,7 @@ impl Dialer {
         }
     }
 
-    fn ways(&self) -> std::sync::MutexGuard<'_, HashSet<(SessionId, u16)>> {
+    fn ways(&self) -> std::sync::MutexGuard<'_, Ways> {
         self.loopback.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

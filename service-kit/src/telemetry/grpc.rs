@@ -24,6 +24,9 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use crate::{mesh, request_id};
 
+/// What parts of a deployment ask each other all the time; not worth a line.
+const POLLS: [&str; 3] = ["Health/Check", "/Heartbeat", "/ListNodes"];
+
 /// Methods that exist: only these become a label, whatever a client puts in the path.
 static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
     let all = prost_types::FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap_or_default();
@@ -133,7 +136,7 @@ impl Drop for Call {
                     "call failed"
                 );
             }
-            _ if self.method.starts_with("grpc.health") || self.method.ends_with("/Heartbeat") => {
+            _ if POLLS.iter().any(|poll| self.method.ends_with(poll)) => {
                 tracing::debug!(method = self.method, code = name, milliseconds, "call");
             }
             _ => tracing::info!(method = self.method, code = name, milliseconds, "call"),

@@ -126,13 +126,16 @@ impl FakeNode {
         let until = stop.clone();
         let beating = async move {
             loop {
-                let request = wire::RegisterNodeRequest {
-                    node: Some(wire::Node {
-                        total: Some(total(&inside.lock().unwrap())),
-                        used: Some(used(&inside.lock().unwrap())),
-                        ..description.clone()
-                    }),
-                    sessions: listing(&inside),
+                let request = {
+                    let inside = inside.lock().unwrap();
+                    wire::RegisterNodeRequest {
+                        node: Some(wire::Node {
+                            total: Some(total(&inside)),
+                            used: Some(used(&inside)),
+                            ..description.clone()
+                        }),
+                        sessions: listing(&inside),
+                    }
                 };
                 let Ok(answer) = registry.register_node(request).await else {
                     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -140,20 +143,20 @@ impl FakeNode {
                 };
                 let answer = answer.into_inner();
                 end(&inside, &answer.stop_session_ids);
-                let interval = Duration::try_from(answer.heartbeat_interval.unwrap()).unwrap();
+                let asked = Duration::try_from(answer.heartbeat_interval.unwrap()).unwrap();
+                let interval = asked / 5;
                 tag.send_replace(answer.home_tag);
                 loop {
                     tokio::time::sleep(interval).await;
-                    let (ended, draining) = {
+                    let request = {
                         let inside = inside.lock().unwrap();
-                        (inside.ended.clone(), inside.draining)
-                    };
-                    let request = wire::HeartbeatRequest {
-                        node_id: description.node_id.clone(),
-                        incarnation: description.incarnation.clone(),
-                        used: Some(used(&inside.lock().unwrap())),
-                        draining,
-                        ended,
+                        wire::HeartbeatRequest {
+                            node_id: description.node_id.clone(),
+                            incarnation: description.incarnation.clone(),
+                            used: Some(used(&inside)),
+                            draining: inside.draining,
+                            ended: inside.ended.clone(),
+                        }
                     };
                     let Ok(answer) = registry.heartbeat(request).await else {
                         continue;
@@ -251,8 +254,7 @@ fn used(inside: &Inside) -> wire::Capacity {
     }
 }
 
-fn listing(inside: &Mutex<Inside>) -> Vec<wire::HostedSession> {
-    let inside = inside.lock().unwrap();
+fn listing(inside: &Inside) -> Vec<wire::HostedSession> {
     let hosted = inside.hosted.iter().map(|(id, size)| wire::HostedSession {
         session_id: id.clone(),
         state: SessionState::Running.into(),
@@ -327,7 +329,7 @@ impl server::NodeService for Service {
         _: Request<wire::ListSessionsRequest>,
     ) -> Result<Response<wire::ListSessionsResponse>, Status> {
         Ok(Response::new(wire::ListSessionsResponse {
-            sessions: listing(&self.inside),
+            sessions: listing(&self.inside.lock().unwrap()),
         }))
     }
 

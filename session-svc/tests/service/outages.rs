@@ -16,7 +16,9 @@ use tonic_types::StatusExt as _;
 use crate::{
     node::FakeNode,
     watcher::Watcher,
-    world::{NODE_DEAD_AFTER, Replica, World, assert_refused, base, eventually, named, red},
+    world::{
+        NODE_DEAD_AFTER, Replica, World, assert_refused, base, burying, eventually, named, red,
+    },
 };
 
 /// What a caller may have to wait for the answer that there is none; on a slow machine.
@@ -57,7 +59,7 @@ async fn held_create(
 #[tokio::test]
 async fn without_postgres_calls_fail_soon_and_nothing_is_lost() {
     let mut world = World::new().await;
-    let replica = world.replica();
+    let replica = world.replica_with(burying);
     let _node = world.node(&replica, 50).await;
     let id = replica.create(base()).await.unwrap().session_id;
     world.postgres.stop().unwrap();

@@ -19,7 +19,9 @@ use tonic::{Code, Request, transport::Endpoint};
 
 use crate::{
     node::FakeNode,
-    world::{NODE_DEAD_AFTER, Replica, World, assert_refused, base, eventually, named, red},
+    world::{
+        NODE_DEAD_AFTER, Replica, World, assert_refused, base, burying, eventually, named, red,
+    },
 };
 
 const NEVER: Duration = Duration::from_hours(1);
@@ -72,7 +74,7 @@ async fn a_node_has_one_home_tag_for_good() {
 #[tokio::test]
 async fn a_silent_node_keeps_its_sessions_and_takes_no_new_ones() {
     let world = World::new().await;
-    let replica = world.replica_with(|config| config.node_dead_after = NEVER);
+    let replica = world.replica();
     let mut silent = world.node(&replica, 9).await;
     let old = replica.create(base()).await.unwrap();
     assert_eq!(old.node_id, silent.id);
@@ -98,7 +100,7 @@ async fn a_silent_node_keeps_its_sessions_and_takes_no_new_ones() {
 #[tokio::test]
 async fn a_dead_nodes_sessions_are_lost_and_it_is_listed_only_if_asked_for() {
     let world = World::new().await;
-    let replica = world.replica();
+    let replica = world.replica_with(burying);
     let mut node = world.node(&replica, 4).await;
     let id = replica.create(base()).await.unwrap().session_id;
     node.die();
@@ -127,7 +129,7 @@ async fn a_dead_nodes_sessions_are_lost_and_it_is_listed_only_if_asked_for() {
 #[tokio::test]
 async fn a_node_back_from_the_dead_is_told_to_end_what_was_lost() {
     let world = World::new().await;
-    let replica = world.replica();
+    let replica = world.replica_with(burying);
     let mut node = world.node(&replica, 4).await;
     let tag = node.registered().await;
     let id = replica.create(base()).await.unwrap().session_id;
@@ -240,7 +242,7 @@ async fn a_start_that_broke_on_its_node_does_not_use_up_its_request_id() {
 #[tokio::test]
 async fn a_start_whose_node_died_does_not_use_up_its_request_id() {
     let world = World::new().await;
-    let replica = world.replica();
+    let replica = world.replica_with(burying);
     let mut dies = world.node(&replica, 4).await;
     dies.hold_starts();
     let mut client = replica.sessions();

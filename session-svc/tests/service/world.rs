@@ -27,9 +27,11 @@ use tonic::{Code, Request, Response, Status, service::Routes};
 
 use crate::node::FakeNode;
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-pub(crate) const HEARTBEAT: Duration = Duration::from_millis(100);
-pub(crate) const NODE_DEAD_AFTER: Duration = Duration::from_millis(1500);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// Nodes beat more often than they are asked to (node.rs), so that none falls silent because the machine is slow.
+pub(crate) const HEARTBEAT: Duration = Duration::from_millis(500);
+/// For replicas that are [`burying`].
+pub(crate) const NODE_DEAD_AFTER: Duration = Duration::from_secs(2);
 
 /// Postgres, Redis, a template service.
 pub(crate) struct World {
@@ -81,11 +83,11 @@ impl World {
             start_timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(5),
             heartbeat_interval: HEARTBEAT,
-            node_dead_after: NODE_DEAD_AFTER,
+            node_dead_after: Duration::from_mins(10),
             retention: Duration::from_hours(24),
             max_memory: 64 << 30,
             max_disk: 1 << 40,
-            lease: Duration::from_secs(1),
+            lease: Duration::from_secs(2),
             audit_interval: Duration::from_millis(500),
             watch_heartbeat: Duration::from_millis(300),
         }
@@ -153,6 +155,11 @@ fn catalog_key(id: &str) -> String {
 /// What the catalog should say of a session.
 pub(crate) fn entry_of(session: &Session) -> Value {
     json!({ "nodeId": session.node_id, "state": session.state, "version": session.version })
+}
+
+/// Declares nodes dead soon; other replicas never do in a test.
+pub(crate) fn burying(config: &mut Config) {
+    config.node_dead_after = NODE_DEAD_AFTER;
 }
 
 /// One session-svc in a runtime of its own, so that killing it takes all of its tasks along.
