@@ -1,10 +1,13 @@
 //! What is printed: tables for people, protobuf's JSON form for programs.
 
-use std::sync::LazyLock;
+use std::{borrow::Cow, io::IsTerminal as _, sync::LazyLock, time::Duration};
 
 use anyhow::Context as _;
 use comfy_table::{Table, TableStyle};
+use indicatif::ProgressBar;
 use prost_reflect::{DescriptorPool, DynamicMessage};
+
+const SPINNER_TICK: Duration = Duration::from_millis(100);
 
 /// How to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -40,6 +43,16 @@ pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>) {
     for line in table.lines() {
         println!("{}", line.trim_end());
     }
+}
+
+/// Shows on a terminal that something goes on; clear it when it is done.
+pub(crate) fn spinner(message: impl Into<Cow<'static, str>>) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let spinner = ProgressBar::new_spinner().with_message(message);
+    spinner.enable_steady_tick(SPINNER_TICK);
+    spinner
 }
 
 /// A time in UTC, to the second.

@@ -1,6 +1,6 @@
 //! HTTP as any client speaks it, to Envoy by name: the connection goes to the edge whatever the host says.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode};
@@ -9,6 +9,8 @@ use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_mins(2);
+const FIRST_WAIT: Duration = Duration::from_millis(50);
+const LONGEST_WAIT: Duration = Duration::from_secs(2);
 
 /// A request's body: whole, or streamed.
 pub type Body = BoxBody<Bytes, std::io::Error>;
@@ -115,14 +117,17 @@ async fn send(
     answer.unwrap_or_else(|_| panic!("{what}: no whole answer in {LIMIT:?}"))
 }
 
-/// Gets again until the port is open.
+/// Gets again until the port is open, less and less often: an emulated guest has better things to do.
 pub async fn get_when_open(edge: &str, host: &str, path: &str) -> Answer {
-    for _ in 0..600 {
+    let end = Instant::now() + LIMIT;
+    let mut wait = FIRST_WAIT;
+    loop {
         let answer = get(edge, host, path, &[]).await;
         if answer.status != StatusCode::BAD_GATEWAY {
             return answer;
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(Instant::now() < end, "{host} stayed closed");
+        tokio::time::sleep(wait).await;
+        wait = (wait * 3 / 2).min(LONGEST_WAIT);
     }
-    panic!("{host} stayed closed");
 }

@@ -1,10 +1,10 @@
 //! From nothing to a command and a web page inside a microVM, through Envoy; and nothing left at the end.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use bytes::Bytes;
-use e2e::{Mesh, MeshOptions, guest, http, leaks};
+use e2e::{Mesh, MeshOptions, guest, http, leaks, wait_for};
 use futures::{SinkExt as _, StreamExt as _};
 use proto::envd::v1::WriteHeader;
 use sdk::{Command, Event};
@@ -219,8 +219,42 @@ while True:
     let state = mesh.state().to_string_lossy().into_owned();
     assert!(!leaks::of_block(block).is_empty());
     mesh.down();
-    assert_eq!(leaks::of_state(&state), std::collections::BTreeSet::new());
-    assert_eq!(leaks::of_block(block), std::collections::BTreeSet::new());
+    assert_eq!(leaks::of_state(&state), BTreeSet::new());
+    assert_eq!(leaks::of_block(block), BTreeSet::new());
+}
+
+/// However a deployment ends, `down` leaves nothing of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn down_cleans_up_after_a_deployment_that_was_killed() {
+    let mut mesh = Mesh::start(&MeshOptions::default());
+    let session = mesh.session().await;
+    assert!(
+        mesh.client()
+            .sandbox(&session)
+            .unwrap()
+            .info()
+            .await
+            .is_ok()
+    );
+    let state = mesh.state().to_string_lossy().into_owned();
+    let node_state = mesh.state().join("node");
+    let block = leaks::block_of(&node_state.to_string_lossy()).expect("a block of slots");
+    mesh.kill("node");
+    wait_for("children go with it", Duration::from_secs(20), || {
+        let left = leaks::of_state(&state);
+        !left
+            .iter()
+            .any(|found| found.contains("envoy") || found.contains("postgres"))
+    });
+    let left = leaks::of_state(&state);
+    assert!(
+        left.iter().any(|found| found.contains("qemu")),
+        "a VMM outlives its node: {left:?}"
+    );
+    assert!(!leaks::of_block(block).is_empty());
+    mesh.down();
+    assert_eq!(leaks::of_state(&state), BTreeSet::new());
+    assert_eq!(leaks::of_block(block), BTreeSet::new());
 }
 
 async fn web_socket_echoes(edge: &str, host: &str) {

@@ -39,8 +39,8 @@ pub(crate) fn process(processes: Processes, _: Arc<Guest>) -> ProcessServiceServ
     ProcessServiceServer::new(process::Api { processes })
 }
 
-pub(crate) fn filesystem(_: Arc<Guest>) -> FilesystemServiceServer<filesystem::Api> {
-    FilesystemServiceServer::new(filesystem::Api)
+pub(crate) fn filesystem(guest: Arc<Guest>) -> FilesystemServiceServer<filesystem::Api> {
+    FilesystemServiceServer::new(filesystem::Api { guest })
 }
 
 pub(crate) fn port() -> PortServiceServer<port::Api> {

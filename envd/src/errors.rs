@@ -6,11 +6,22 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 const DOMAIN: &str = "sandmesh.dev";
+/// A message travels in HTTP/2 headers, percent-encoded and once more in the details, and those are bounded; what callers name is not.
+const LONGEST_MESSAGE: usize = 1024;
 
 /// A status with a stable word.
 pub(crate) fn refuse(code: Code, reason: &str, message: impl Into<String>) -> Status {
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
-    Status::with_error_details(code, message, details)
+    Status::with_error_details(code, short(message.into()), details)
+}
+
+/// The beginning of a message, if it is too long.
+fn short(mut message: String) -> String {
+    if message.len() > LONGEST_MESSAGE {
+        message.truncate(message.floor_char_boundary(LONGEST_MESSAGE));
+        message.push('…');
+    }
+    message
 }
 
 /// `INVALID_ARGUMENT` that names the field.
@@ -48,6 +59,11 @@ pub(crate) fn path_error(path: &str, error: &io::Error) -> Status {
         }
         io::ErrorKind::InvalidFilename | io::ErrorKind::InvalidInput => {
             (Code::InvalidArgument, "PATH_INVALID")
+        }
+        io::ErrorKind::ReadOnlyFilesystem => (Code::FailedPrecondition, "FILESYSTEM_READ_ONLY"),
+        io::ErrorKind::CrossesDevices => (Code::FailedPrecondition, "PATH_ON_ANOTHER_FILESYSTEM"),
+        _ if error.raw_os_error() == Some(nix::libc::ELOOP) => {
+            (Code::FailedPrecondition, "PATH_LINK_LOOP")
         }
         _ => (Code::Unknown, "IO_ERROR"),
     };

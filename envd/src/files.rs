@@ -1,38 +1,57 @@
 //! Files, as a user: the kernel itself decides what that user may do.
 //!
-//! Work runs on a thread whose file system user and group are the acting user's (setfsuid(2): per thread, and it drops the
+//! Work runs on a thread whose file system user and groups are the acting user's (setfsuid(2): per thread, and it drops the
 //! capabilities that would let root pass). Nothing is checked by hand, so nothing can be raced.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs::{self, File, Metadata},
     io,
-    os::unix::{
-        ffi::{OsStrExt as _, OsStringExt as _},
-        fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            ffi::{OsStrExt as _, OsStringExt as _},
+            fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
+        },
     },
     path::{Path, PathBuf},
     time::SystemTime,
 };
 
-use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use nix::{
+    fcntl::{AtFlags, OFlag, openat, renameat},
+    sys::stat::Mode,
+    unistd::{AccessFlags, Gid, Uid, UnlinkatFlags, faccessat, fchown, unlinkat},
+};
+use prost::Message as _;
 use proto::envd::v1::{Entry, FileType, WriteHeader};
 use tonic::{Code, Status};
 
 use crate::{
     errors::{invalid, path_error, refuse},
+    identity::Guest,
     users::{self, User},
 };
 
+mod setfsuid;
+
+use setfsuid::Acting;
+
 const LONGEST_PATH: usize = 4096;
+/// A page of a directory ends here, however many entries were asked for: a gRPC message has at most 4 MiB by default.
+const LARGEST_LISTING: usize = 2 << 20;
+/// As many as the kernel follows (path_resolution(7)).
+const MOST_LINKS: usize = 40;
 
 /// The acting user and the path a request names.
 pub(crate) fn resolve(
+    guest: &Guest,
     user: &str,
     path: &str,
     path_bytes: &[u8],
 ) -> Result<(User, PathBuf), Status> {
-    let user = users::find(user)
+    let user = guest
+        .user(user)
         .ok_or_else(|| refuse(Code::NotFound, "USER_UNKNOWN", format!("no user {user}")))?;
     let path = match (path.is_empty(), path_bytes.is_empty()) {
         (false, true) => users::expand(&user, path).ok_or_else(|| {
@@ -58,21 +77,23 @@ pub(crate) async fn acting_as<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Status> + Send + 'static,
 ) -> Result<T, Status> {
     let run = move || {
-        let is_root = Uid::effective().is_root();
-        if is_root && user.uid != 0 {
-            setfsgid(Gid::from_raw(user.gid));
-            setfsuid(Uid::from_raw(user.uid));
-        }
-        let outcome = work();
-        if is_root && user.uid != 0 {
-            setfsuid(Uid::from_raw(0));
-            setfsgid(Gid::from_raw(0));
-        }
-        outcome
+        let _acting = Acting::begin(&user).map_err(|error| {
+            refuse(
+                Code::Internal,
+                "INTERNAL",
+                format!("acting as {}: {error}", user.name),
+            )
+        })?;
+        work()
     };
     tokio::task::spawn_blocking(run)
         .await
         .map_err(|_| refuse(Code::Internal, "INTERNAL", "the file work ended early"))?
+}
+
+/// Whether a user may make a directory the working directory.
+pub(crate) fn may_enter(user: &User, directory: &Path) -> bool {
+    Acting::begin(user).is_ok_and(|_acting| fs::metadata(directory.join(".")).is_ok())
 }
 
 pub(crate) fn shown(path: &Path) -> String {
@@ -139,12 +160,15 @@ pub(crate) fn list(
         .filter(|name| name.as_slice() > after)
         .peekable();
     let mut last = None;
-    while entries.len() < limit {
+    let mut size = 0;
+    while entries.len() < limit && size < LARGEST_LISTING {
         let Some(name) = rest.next() else { break };
         let child = path.join(OsStr::from_bytes(&name));
         // One that went away in between is not there.
         if let Ok(metadata) = fs::symlink_metadata(&child) {
-            entries.push(entry(&child, &metadata));
+            let entry = entry(&child, &metadata);
+            size += entry.encoded_len();
+            entries.push(entry);
         }
         last = Some(name);
     }
@@ -160,81 +184,109 @@ pub(crate) fn open(path: &Path) -> Result<(File, Entry), Status> {
         .open(path)
         .map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
-    let kind = metadata.file_type();
-    if kind.is_dir() {
-        return Err(refuse(
-            Code::FailedPrecondition,
-            "PATH_IS_A_DIRECTORY",
-            format!("{}: is a directory", shown(path)),
-        ));
-    }
-    if kind.is_fifo() || kind.is_socket() || kind.is_char_device() || kind.is_block_device() {
-        return Err(refuse(
-            Code::FailedPrecondition,
-            "PATH_NOT_A_FILE",
-            format!("{}: not a regular file", shown(path)),
-        ));
-    }
+    regular(path, &metadata)?;
     Ok((file, entry(path, &metadata)))
 }
 
+fn regular(path: &Path, metadata: &Metadata) -> Result<(), Status> {
+    if metadata.is_file() {
+        return Ok(());
+    }
+    let (reason, what) = if metadata.is_dir() {
+        ("PATH_IS_A_DIRECTORY", "is a directory")
+    } else {
+        ("PATH_NOT_A_FILE", "not a regular file")
+    };
+    Err(refuse(
+        Code::FailedPrecondition,
+        reason,
+        format!("{}: {what}", shown(path)),
+    ))
+}
+
 /// A file being written under another name beside its own; dropped before its end, it leaves nothing.
+///
+/// All of it happens in the directory that was opened at the beginning, whatever its path leads to by the end.
 #[derive(Debug)]
 pub(crate) struct Draft {
-    pub(crate) file: Option<File>,
-    temporary: PathBuf,
+    pub(crate) file: File,
+    folder: OwnedFd,
+    temporary: OsString,
+    name: OsString,
     path: PathBuf,
-    user: User,
 }
 
 /// Begins a write.
-pub(crate) fn begin(user: &User, path: PathBuf, header: &WriteHeader) -> Result<Draft, Status> {
-    // Writing to a link writes to what it points at, as a shell's redirection does.
-    let path = fs::canonicalize(&path).unwrap_or(path);
+pub(crate) fn begin(path: PathBuf, header: &WriteHeader) -> Result<Draft, Status> {
+    let path = follow(path.clone()).map_err(|error| path_error(&shown(&path), &error))?;
     let failed = |error: io::Error| path_error(&shown(&path), &error);
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(invalid("path", "names no file"));
     };
-    if path.is_dir() {
-        return Err(refuse(
-            Code::FailedPrecondition,
-            "PATH_IS_A_DIRECTORY",
-            format!("{}: is a directory", shown(&path)),
-        ));
-    }
     if header.make_parents {
         fs::create_dir_all(parent).map_err(failed)?;
     }
-    let mode = match (header.mode, fs::metadata(&path)) {
-        (Some(mode), _) => mode & 0o7777,
-        (None, Ok(there)) => there.mode() & 0o7777,
-        (None, Err(_)) => 0o644,
-    };
-    let mut hidden = b".".to_vec();
-    hidden.extend_from_slice(
-        name.as_bytes()
-            .get(..name.len().min(200))
-            .unwrap_or_default(),
-    );
-    hidden.extend_from_slice(format!(".{:016x}.part", random()).as_bytes());
-    let temporary = parent.join(OsStr::from_bytes(&hidden));
-    let file = File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&temporary)
+    let folder = File::options()
+        .read(true)
+        .custom_flags(nix::libc::O_PATH | nix::libc::O_DIRECTORY)
+        .open(parent)
         .map_err(failed)?;
-    let draft = Draft {
-        file: Some(file),
-        temporary,
-        user: user.clone(),
-        path,
+    let there = match fs::metadata(&path) {
+        Ok(there) => Some(there),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(failed(error)),
     };
-    if let Some(file) = &draft.file {
-        file.set_permissions(fs::Permissions::from_mode(mode))
-            .map_err(|error| path_error(&shown(&draft.path), &error))?;
+    if let Some(there) = &there {
+        regular(&path, there)?;
+        // What may not be written may not be replaced either, though the kernel only asks about the directory then.
+        faccessat(&folder, name, AccessFlags::W_OK, AtFlags::AT_EACCESS)
+            .map_err(|error| failed(error.into()))?;
     }
+    let mut temporary = OsString::from(".");
+    let beginning = name.as_bytes().get(..name.len().min(200));
+    temporary.push(OsStr::from_bytes(beginning.unwrap_or_default()));
+    temporary.push(format!(".{:016x}.part", random()));
+    let file = openat(
+        &folder,
+        temporary.as_os_str(),
+        OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC,
+        Mode::S_IRUSR | Mode::S_IWUSR,
+    )
+    .map_err(|error| failed(error.into()))?;
+    let draft = Draft {
+        file: file.into(),
+        folder: folder.into(),
+        temporary,
+        name: name.to_owned(),
+        path: path.clone(),
+    };
+    if let Some(there) = &there {
+        // Who may write to another's file but not give files away becomes its owner.
+        let (uid, gid) = (Uid::from_raw(there.uid()), Gid::from_raw(there.gid()));
+        let _ = fchown(&draft.file, Some(uid), Some(gid));
+    }
+    let mode = match (header.mode, there) {
+        (Some(mode), _) => mode & 0o7777,
+        (None, Some(there)) => there.mode() & 0o7777,
+        (None, None) => 0o644,
+    };
+    draft
+        .file
+        .set_permissions(fs::Permissions::from_mode(mode))
+        .map_err(failed)?;
     Ok(draft)
+}
+
+/// Where a write to a link goes, as with a shell's redirection: also when there is nothing yet.
+fn follow(mut path: PathBuf) -> io::Result<PathBuf> {
+    for _ in 0..MOST_LINKS {
+        // What is no link, or not there at all, is where it goes.
+        let Ok(target) = fs::read_link(&path) else {
+            return Ok(path);
+        };
+        path = path.parent().unwrap_or(Path::new("/")).join(target);
+    }
+    Err(io::Error::from_raw_os_error(nix::libc::ELOOP))
 }
 
 fn random() -> u64 {
@@ -243,31 +295,44 @@ fn random() -> u64 {
 }
 
 impl Draft {
-    pub(crate) fn user(&self) -> User {
-        self.user.clone()
-    }
-
     /// Makes the file appear under its own name.
-    pub(crate) fn finish(mut self) -> Result<Entry, Status> {
-        self.file = None;
-        fs::rename(&self.temporary, &self.path)
-            .map_err(|error| path_error(&shown(&self.path), &error))?;
-        stat(&self.path, true)
+    pub(crate) fn finish(self) -> Result<Entry, Status> {
+        let failed = |error: io::Error| path_error(&shown(&self.path), &error);
+        renameat(
+            &self.folder,
+            self.temporary.as_os_str(),
+            &self.folder,
+            self.name.as_os_str(),
+        )
+        .map_err(|error| failed(error.into()))?;
+        let metadata = self.file.metadata().map_err(failed)?;
+        Ok(entry(&self.path, &metadata))
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
         // After `finish` it is gone already.
-        let _ = fs::remove_file(&self.temporary);
+        let _ = unlinkat(
+            &self.folder,
+            self.temporary.as_os_str(),
+            UnlinkatFlags::NoRemoveDir,
+        );
     }
 }
 
-/// Makes a directory and its missing parents.
+/// Makes a directory and its missing parents; one that is there is left as it is.
 pub(crate) fn make_directory(path: &Path, mode: u32) -> Result<Entry, Status> {
     let failed = |error: io::Error| path_error(&shown(path), &error);
-    fs::create_dir_all(path).map_err(failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o7777)).map_err(failed)?;
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(failed)?;
+    }
+    match fs::create_dir(path) {
+        Ok(()) => fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o7777)),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(error) => Err(error),
+    }
+    .map_err(failed)?;
     stat(path, false)
 }
 
@@ -286,7 +351,10 @@ pub(crate) fn rename(source: &Path, destination: &Path, replace: bool) -> Result
         destination,
         flags,
     )
-    .map_err(|error| path_error(&shown(source), &error.into()))?;
+    .map_err(|error| {
+        let both = format!("{} to {}", shown(source), shown(destination));
+        path_error(&both, &error.into())
+    })?;
     stat(destination, true)
 }
 

@@ -4,7 +4,7 @@
 #![allow(unsafe_code)] // ioctl on /dev/random
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs::{self, File},
     net::Ipv4Addr,
     os::fd::AsRawFd as _,
@@ -19,11 +19,15 @@ use nix::{
 use proto::envd::v1::{ConfigureRequest, GuestInfo, GuestNetwork};
 use tonic::{Code, Status};
 
-use crate::errors::{invalid, refuse};
+use crate::{
+    errors::{invalid, refuse},
+    users::{self, User},
+};
 
 const LEAST_ENTROPY: usize = 32;
 const MOST_ENTROPY: usize = 512;
 const API_LEVEL: u32 = 1;
+const LARGEST_ENV: usize = 1 << 20;
 
 /// The guest, closed until it is configured.
 #[derive(Debug)]
@@ -39,6 +43,7 @@ struct Identity {
     session_id: String,
     hostname: String,
     env: BTreeMap<String, String>,
+    default_user: String,
 }
 
 impl Guest {
@@ -65,6 +70,15 @@ impl Guest {
         self.identity()
             .map(|identity| identity.env)
             .unwrap_or_default()
+    }
+
+    /// A user by name or number; empty means the session's default.
+    pub(crate) fn user(&self, asked: &str) -> Option<User> {
+        if !asked.is_empty() {
+            return users::find(asked);
+        }
+        let default = self.identity().map(|identity| identity.default_user);
+        users::find(&default.unwrap_or_default())
     }
 
     pub(crate) fn info(&self) -> GuestInfo {
@@ -131,6 +145,7 @@ impl Guest {
             session_id: request.session_id,
             hostname: request.hostname,
             env: request.env.into_iter().collect(),
+            default_user: request.default_user,
         };
         *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Some(identity);
         Ok(())
@@ -161,7 +176,29 @@ fn check(request: &ConfigureRequest) -> Result<(), Status> {
     if request.network.is_none() {
         return Err(invalid("network", "is required"));
     }
+    if let Some(problem) = problem_of_env(&request.env) {
+        return Err(invalid("env", problem));
+    }
+    if users::find(&request.default_user).is_none() {
+        return Err(invalid("default_user", "there is no such user"));
+    }
     Ok(())
+}
+
+/// What is wrong with an environment, if anything (environ(7)).
+pub(crate) fn problem_of_env(env: &HashMap<String, String>) -> Option<&'static str> {
+    let bad_name = |name: &String| name.is_empty() || name.contains(['=', '\0']);
+    if env
+        .iter()
+        .any(|(name, value)| bad_name(name) || value.contains('\0'))
+    {
+        return Some("names must not be empty or hold =, and nothing may hold NUL");
+    }
+    let size: usize = env
+        .iter()
+        .map(|(name, value)| name.len() + value.len())
+        .sum();
+    (size > LARGEST_ENV).then_some("must be at most 1 MiB in all")
 }
 
 /// `struct rand_pool_info` of random(4) with room for the most we take.

@@ -6,10 +6,11 @@
 
 use std::{
     collections::VecDeque,
+    mem,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::sync::Notify;
 
 /// Bytes kept per stream.
@@ -32,14 +33,52 @@ pub(crate) enum Found {
     End,
 }
 
+/// Smaller writes are gathered, so that many of them cost neither a piece of memory each nor a long search.
+const GATHERED: usize = 32 << 10;
+
 #[derive(Debug, Default)]
 struct Ring {
     chunks: VecDeque<Bytes>,
+    /// The newest bytes, not yet a chunk.
+    tail: BytesMut,
     start: u64,
     end: u64,
     closed: bool,
     /// How far the client that started the process has read, while it is there.
     primary: Option<u64>,
+}
+
+impl Ring {
+    fn append(&mut self, bytes: Bytes) {
+        self.end += bytes.len() as u64;
+        if bytes.len() < GATHERED {
+            self.tail.extend_from_slice(&bytes);
+            if self.tail.len() >= GATHERED {
+                self.end_tail();
+            }
+        } else {
+            self.end_tail();
+            self.chunks.push_back(bytes);
+        }
+    }
+
+    fn end_tail(&mut self) {
+        if !self.tail.is_empty() {
+            self.chunks.push_back(mem::take(&mut self.tail).freeze());
+        }
+    }
+
+    /// Drops the oldest chunks no promise is about: what is left is at least the capacity, and all the first reader has not seen.
+    fn shrink(&mut self) {
+        while let Some(oldest) = self.chunks.front().map(|chunk| chunk.len() as u64) {
+            let next = self.start + oldest;
+            if self.end - next < CAPACITY || self.primary.is_some_and(|seen| seen < next) {
+                break;
+            }
+            self.start = next;
+            self.chunks.pop_front();
+        }
+    }
 }
 
 /// One stream's output.
@@ -86,17 +125,8 @@ impl Output {
             if ring.closed {
                 return;
             }
-            ring.end += bytes.len() as u64;
-            ring.chunks.push_back(bytes);
-            while let Some(oldest) = ring.chunks.front().map(|chunk| chunk.len() as u64) {
-                // One chunk more than fits is kept rather than taken from the reader that is waited for.
-                let unread = ring.primary.is_some_and(|seen| ring.start + oldest > seen);
-                if ring.end - ring.start - oldest < CAPACITY || unread {
-                    break;
-                }
-                ring.start += oldest;
-                ring.chunks.pop_front();
-            }
+            ring.append(bytes);
+            ring.shrink();
         }
         self.grown.notify_waiters();
     }
@@ -116,6 +146,22 @@ impl Output {
     pub(crate) fn is_held_back(&self) -> bool {
         let ring = self.ring();
         ring.primary.is_some_and(|seen| ring.end - seen >= CAPACITY)
+    }
+
+    /// How much of it is kept.
+    pub(crate) fn kept(&self) -> u64 {
+        let ring = self.ring();
+        ring.end - ring.start
+    }
+
+    /// Keeps nothing any more, unless the first reader is still at it.
+    pub(crate) fn let_go(&self) {
+        let mut ring = self.ring();
+        if ring.primary.is_none() {
+            ring.chunks = VecDeque::new();
+            ring.tail = BytesMut::new();
+            ring.start = ring.end;
+        }
     }
 
     /// How much was written in all.
@@ -141,6 +187,10 @@ impl Output {
             }
             at = next;
         }
+        let fresh = usize::try_from(offset - at).unwrap_or_default();
+        if let Some(fresh) = ring.tail.get(fresh..).filter(|fresh| !fresh.is_empty()) {
+            return Ok(Found::Bytes(Bytes::copy_from_slice(fresh)));
+        }
         Ok(if ring.closed {
             Found::End
         } else {
@@ -159,13 +209,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    impl Output {
-        fn kept(&self) -> u64 {
-            let ring = self.ring();
-            ring.end - ring.start
-        }
-    }
 
     fn all(output: &Output, mut offset: u64) -> Result<Vec<u8>, TooLate> {
         let mut read = Vec::new();
@@ -202,6 +245,40 @@ mod tests {
         output.room().await;
         output.push(Bytes::from(vec![8; CAPACITY as usize]));
         assert_eq!(output.read(0), Err(TooLate { earliest: CAPACITY }));
+    }
+
+    #[test]
+    fn many_small_writes_are_few_chunks() {
+        let output = Output::default();
+        for number in 0..3 * CAPACITY as usize {
+            output.push(Bytes::copy_from_slice(&[number as u8]));
+        }
+        assert!(output.ring().chunks.len() <= CAPACITY as usize / GATHERED + 1);
+        let earliest = output.read(0).unwrap_err().earliest;
+        let kept = all(&output, earliest).unwrap();
+        assert!(
+            kept.iter()
+                .zip(earliest..)
+                .all(|(byte, at)| *byte == at as u8)
+        );
+        assert_eq!(earliest + kept.len() as u64, 3 * CAPACITY);
+    }
+
+    #[test]
+    fn what_is_let_go_is_told_apart_from_what_never_was() {
+        let output = Output::default();
+        output.push(Bytes::from_static(b"hello"));
+        output.set_primary(Some(2));
+        output.let_go();
+        assert_eq!(all(&output, 2).unwrap(), b"llo");
+        output.set_primary(None);
+        output.let_go();
+        output.close();
+        assert_eq!(output.read(0), Err(TooLate { earliest: 5 }));
+        assert_eq!(
+            (output.read(5), output.end(), output.kept()),
+            (Ok(Found::End), 5, 0)
+        );
     }
 
     proptest! {

@@ -1,7 +1,7 @@
 //! Processes: started once per ID, their output kept, their end remembered.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque, hash_map::Entry},
     io,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
@@ -24,7 +24,8 @@ use tonic::{Code, Status};
 
 use crate::{
     errors::{invalid, refuse},
-    identity::Guest,
+    files,
+    identity::{self, Guest},
     output::Output,
     spawn::{self, Ended, Plan},
     users::{self, User},
@@ -37,7 +38,8 @@ const HELD_OPEN: Duration = Duration::from_secs(1);
 const GRACE: Duration = Duration::from_secs(5);
 const REMEMBERED: usize = 1024;
 const REMEMBERED_FOR: Duration = Duration::from_hours(1);
-const LARGEST_ENV: usize = 1 << 20;
+/// Bytes of output kept of all finished processes; beyond that the oldest lose theirs, though not how they ended.
+const KEPT_OF_FINISHED: u64 = 32 << 20;
 const LARGEST_ARGV: usize = 1 << 20;
 
 /// All processes of the guest. Cheap to clone.
@@ -51,9 +53,62 @@ pub(crate) struct Processes {
 struct Table {
     by_id: BTreeMap<String, Arc<Process>>,
     by_pid: HashMap<i32, Arc<Process>>,
-    /// Finished ones, oldest first.
-    finished: VecDeque<(Instant, String)>,
+    finished: Finished,
     next: u64,
+}
+
+/// Those that have ended, oldest first.
+#[derive(Debug, Default)]
+struct Finished {
+    queue: VecDeque<(Instant, Arc<Process>, u64)>,
+    /// How many have let go of their output already: the oldest.
+    bare: usize,
+    /// Bytes of output the others keep.
+    kept: u64,
+}
+
+impl Finished {
+    fn add(&mut self, process: Arc<Process>) {
+        let kept = process.stdout.kept() + process.stderr.kept();
+        self.kept += kept;
+        self.queue.push_back((Instant::now(), process, kept));
+        while self.kept > KEPT_OF_FINISHED
+            && let Some((_, process, kept)) = self.queue.get(self.bare)
+        {
+            process.stdout.let_go();
+            process.stderr.let_go();
+            self.kept -= kept;
+            self.bare += 1;
+        }
+    }
+
+    /// The oldest, if it has been remembered long enough.
+    fn forget(&mut self) -> Option<Arc<Process>> {
+        let (ended, _, _) = self.queue.front()?;
+        if self.queue.len() <= REMEMBERED && ended.elapsed() < REMEMBERED_FOR {
+            return None;
+        }
+        let (_, process, kept) = self.queue.pop_front()?;
+        if self.bare > 0 {
+            self.bare -= 1;
+        } else {
+            self.kept -= kept;
+        }
+        Some(process)
+    }
+}
+
+impl Table {
+    /// An ID no client has chosen.
+    fn new_id(&mut self) -> String {
+        loop {
+            self.next += 1;
+            let id = format!("p{}", self.next);
+            if !self.by_id.contains_key(&id) {
+                return id;
+            }
+        }
+    }
 }
 
 /// One process.
@@ -130,7 +185,7 @@ impl Processes {
     /// Starts a process; the same ID with the same request is the process there is. The flag says whether it is new.
     pub(crate) fn start(&self, mut request: StartRequest) -> Result<(Arc<Process>, bool), Status> {
         check(&request)?;
-        let user = users::find(&request.user).ok_or_else(|| {
+        let user = self.guest.user(&request.user).ok_or_else(|| {
             refuse(
                 Code::NotFound,
                 "USER_UNKNOWN",
@@ -151,8 +206,7 @@ impl Processes {
             .ok_or_else(|| invalid("argv", "must not be empty"))?;
         let mut table = self.table();
         if request.process_id.is_empty() {
-            table.next += 1;
-            request.process_id = format!("p{}", table.next);
+            request.process_id = table.new_id();
         }
         if let Some(there) = table.by_id.get(&request.process_id) {
             return if there.request == request {
@@ -185,7 +239,8 @@ impl Processes {
             user: &user,
             stdin: request.stdin() == StdinMode::Pipe,
         };
-        let mut child = spawn::spawn(&plan).map_err(|error| spawn_error(name, &cwd, &error))?;
+        let mut child =
+            spawn::spawn(&plan).map_err(|error| spawn_error(name, &user, &cwd, &error))?;
         let pid = i32::try_from(child.id()).unwrap_or_default();
         table.next += 1;
         let stdin = child
@@ -214,6 +269,9 @@ impl Processes {
         table.by_id.insert(process.id.clone(), Arc::clone(&process));
         table.by_pid.insert(pid, Arc::clone(&process));
         drop(table);
+        // Before the first byte is read: the caller is the reader that is waited for.
+        process.stdout.set_primary(Some(0));
+        process.stderr.set_primary(Some(0));
         let stdout = child
             .stdout
             .take()
@@ -260,29 +318,37 @@ impl Processes {
         env.into_iter().collect()
     }
 
-    pub(crate) fn list(&self, include_finished: bool) -> Vec<ProcessInfo> {
+    /// Up to `size` processes started after the one with that number, oldest first; and the last one's number if there are more.
+    pub(crate) fn list(
+        &self,
+        include_finished: bool,
+        after: u64,
+        size: usize,
+    ) -> (Vec<ProcessInfo>, Option<u64>) {
         let mut processes: Vec<Arc<Process>> = self.table().by_id.values().cloned().collect();
+        processes.retain(|process| {
+            process.number > after && (include_finished || process.exited.borrow().is_none())
+        });
         processes.sort_by_key(|process| process.number);
-        processes
-            .iter()
-            .filter(|process| include_finished || process.exited.borrow().is_none())
-            .map(|process| process.info())
-            .collect()
+        let more = processes.len() > size;
+        processes.truncate(size);
+        let last = processes.last().map(|process| process.number);
+        let infos = processes.iter().map(|process| process.info()).collect();
+        (infos, last.filter(|_| more))
     }
 
     /// Forgets the PID, and the oldest of those that have ended.
-    fn retire(&self, process: &Process) {
+    fn retire(&self, process: &Arc<Process>) {
         let mut table = self.table();
-        table.by_pid.remove(&process.pid);
-        table
-            .finished
-            .push_back((Instant::now(), process.id.clone()));
-        while let Some((at, id)) = table.finished.front().cloned() {
-            if table.finished.len() <= REMEMBERED && at.elapsed() < REMEMBERED_FOR {
-                break;
-            }
-            table.finished.pop_front();
-            table.by_id.remove(&id);
+        // Since it was collected, its PID may have become another's.
+        if let Entry::Occupied(there) = table.by_pid.entry(process.pid)
+            && Arc::ptr_eq(there.get(), process)
+        {
+            there.remove();
+        }
+        table.finished.add(Arc::clone(process));
+        while let Some(forgotten) = table.finished.forget() {
+            table.by_id.remove(&forgotten.id);
         }
     }
 
@@ -430,24 +496,8 @@ fn check(request: &StartRequest) -> Result<(), Status> {
     if nul(&request.cwd) || request.cwd.len() > 4096 {
         return Err(invalid("cwd", "must be at most 4096 bytes without NUL"));
     }
-    if request
-        .env
-        .iter()
-        .any(|(name, value)| name.is_empty() || name.contains(['=', '\0']) || nul(value))
-    {
-        return Err(invalid(
-            "env",
-            "names must not be empty or hold =, and nothing may hold NUL",
-        ));
-    }
-    if request
-        .env
-        .iter()
-        .map(|(name, value)| name.len() + value.len())
-        .sum::<usize>()
-        > LARGEST_ENV
-    {
-        return Err(invalid("env", "must be at most 1 MiB in all"));
+    if let Some(problem) = identity::problem_of_env(&request.env) {
+        return Err(invalid("env", problem));
     }
     if request.terminal.is_some() {
         return Err(crate::errors::not_yet("a terminal"));
@@ -516,7 +566,7 @@ fn look_up(name: &str, env: &[(String, String)], cwd: &Path) -> Result<PathBuf, 
     })
 }
 
-fn spawn_error(name: &str, cwd: &Path, error: &io::Error) -> Status {
+fn spawn_error(name: &str, user: &User, cwd: &Path, error: &io::Error) -> Status {
     match error.kind() {
         io::ErrorKind::NotFound => refuse(
             Code::NotFound,
@@ -525,6 +575,11 @@ fn spawn_error(name: &str, cwd: &Path, error: &io::Error) -> Status {
                 "{name}: its interpreter, or {}, is not there",
                 cwd.display()
             ),
+        ),
+        io::ErrorKind::PermissionDenied if !files::may_enter(user, cwd) => refuse(
+            Code::PermissionDenied,
+            "CWD_PERMISSION_DENIED",
+            format!("{}: permission denied", cwd.display()),
         ),
         io::ErrorKind::PermissionDenied => refuse(
             Code::PermissionDenied,

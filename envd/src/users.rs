@@ -1,6 +1,9 @@
 //! Who is who, from /etc/passwd and /etc/group as text: a static program has no name service to ask (passwd(5), group(5)).
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 /// A user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,17 +89,23 @@ fn groups_of(group: &str, user: &str, own: u32) -> Vec<u32> {
 
 /// A path as a shell of this user reads it: `~`, `~user`, relative to the home.
 pub(crate) fn expand(user: &User, path: &str) -> Option<PathBuf> {
-    if path == "~" || path.is_empty() {
-        return Some(user.home.clone());
+    let Some(rest) = path.strip_prefix('~') else {
+        return Some(below(&user.home, path));
+    };
+    let (name, rest) = rest.split_once('/').unwrap_or((rest, ""));
+    let rest = rest.trim_start_matches('/');
+    if name.is_empty() {
+        return Some(below(&user.home, rest));
     }
-    if let Some(rest) = path.strip_prefix("~/") {
-        return Some(user.home.join(rest));
+    Some(below(&find(name)?.home, rest))
+}
+
+/// Joined, but without the slash an empty path would leave at the end.
+fn below(home: &Path, path: &str) -> PathBuf {
+    if path.is_empty() {
+        return home.to_owned();
     }
-    if let Some(rest) = path.strip_prefix('~') {
-        let (name, rest) = rest.split_once('/').unwrap_or((rest, ""));
-        return Some(find(name)?.home.join(rest));
-    }
-    Some(user.home.join(path))
+    home.join(path)
 }
 
 #[cfg(test)]
@@ -123,6 +132,9 @@ mod tests {
         let expanded = |path| expand(&user, path).map(|path| path.to_string_lossy().into_owned());
         assert_eq!(expanded("~"), Some("/home/user".into()));
         assert_eq!(expanded("~/a"), Some("/home/user/a".into()));
+        assert_eq!(expanded("~//a"), Some("/home/user/a".into()));
+        assert_eq!(expanded("~/"), Some("/home/user".into()));
+        assert_eq!(expanded("~root"), Some("/root".into()));
         assert_eq!(expanded("a/b"), Some("/home/user/a/b".into()));
         assert_eq!(expanded("/etc"), Some("/etc".into()));
         assert_eq!(expanded("~root/x"), Some("/root/x".into()));

@@ -173,8 +173,8 @@ impl App {
             }
         };
         let ends = shutdown.clone();
-        let work = Box::pin(async move { ends.run_until_cancelled(work).await });
-        background.spawn(work);
+        let work = Box::pin(work);
+        background.spawn(async move { ends.run_until_cancelled(work).await });
         // With the database there, the first call finds it migrated; without it, calls are told so rather than kept waiting.
         let mut fate = Some(fate);
         if let Some(first) = &mut fate

@@ -100,11 +100,10 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
     match command {
         Command::Create(create) => {
             let request = CreateSessionRequest::from(*create);
-            let answer = sessions
-                .create_session(request)
-                .await
-                .map_err(said)?
-                .into_inner();
+            let spinner = output::spinner("starting a session");
+            let created = sessions.create_session(request).await;
+            spinner.finish_and_clear();
+            let answer = created.map_err(said)?.into_inner();
             match context.format() {
                 Format::Json => println!(
                     "{}",
@@ -130,12 +129,13 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
         Command::List { all, label } => list(context, &client, all, label).await?,
         Command::Stop { ids } => {
             for id in ids {
-                let answer = sessions
-                    .stop_session(StopSessionRequest {
-                        session_id: id.clone(),
-                    })
-                    .await
-                    .map_err(said)?;
+                let request = StopSessionRequest {
+                    session_id: id.clone(),
+                };
+                let spinner = output::spinner(format!("stopping {id}"));
+                let stopped = sessions.stop_session(request).await;
+                spinner.finish_and_clear();
+                let answer = stopped.map_err(said)?;
                 match context.format() {
                     Format::Json => {
                         println!(

@@ -1,6 +1,6 @@
 //! `sandmesh template`.
 
-use std::{io::IsTerminal as _, path::PathBuf, time::Duration};
+use std::{io::IsTerminal as _, path::PathBuf};
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -154,12 +154,7 @@ where
         .map_err(said)?
         .into_inner();
     let build_id = build.context("the build was not answered")?.build_id;
-    let spinner = if std::io::stderr().is_terminal() {
-        ProgressBar::new_spinner()
-    } else {
-        ProgressBar::hidden()
-    };
-    spinner.enable_steady_tick(Duration::from_millis(100));
+    let spinner = output::spinner("building");
     let logs = StreamBuildLogsRequest {
         build_id: build_id.clone(),
     };

@@ -155,10 +155,6 @@ impl ProcessService for Api {
         request: Request<StartRequest>,
     ) -> Result<Response<Self::StartStream>, Status> {
         let (process, is_new) = self.processes.start(request.into_inner())?;
-        if is_new {
-            process.stdout.set_primary(Some(0));
-            process.stderr.set_primary(Some(0));
-        }
         let reader = Reader {
             process,
             stdout: 0,
@@ -247,24 +243,19 @@ impl ProcessService for Api {
         request: Request<ProcessServiceListRequest>,
     ) -> Result<Response<ProcessServiceListResponse>, Status> {
         let request = request.into_inner();
-        let all = self.processes.list(request.include_finished);
         let size = match usize::try_from(request.page_size).unwrap_or(PAGE) {
             0 => PAGE,
             size => size.min(PAGE),
         };
-        let from: usize = match request.page_token.as_str() {
+        // The token is the number of the last process of the page before: those may end in between.
+        let after = match request.page_token.as_str() {
             "" => 0,
             token => token
                 .parse()
                 .map_err(|_| invalid("page_token", "is not one this service gave out"))?,
         };
-        let next = from.saturating_add(size);
-        let next_page_token = if next < all.len() {
-            next.to_string()
-        } else {
-            String::new()
-        };
-        let processes = all.into_iter().skip(from).take(size).collect();
+        let (processes, more) = self.processes.list(request.include_finished, after, size);
+        let next_page_token = more.map(|last| last.to_string()).unwrap_or_default();
         Ok(Response::new(ProcessServiceListResponse {
             processes,
             next_page_token,

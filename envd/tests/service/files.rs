@@ -187,10 +187,9 @@ struct Begun {
 }
 
 fn drafts(folder: &Path) -> Vec<PathBuf> {
-    let names = names(folder).into_iter();
-    names
-        .filter(|name| name.ends_with(".part"))
-        .map(|name| folder.join(name))
+    let paths = names(folder).into_iter().map(|name| folder.join(name));
+    paths
+        .filter(|path| path.extension() == Some(OsStr::new("part")))
         .collect()
 }
 

@@ -11,7 +11,7 @@ use proto::envd::v1::{
 use tonic::{Code, Status};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use crate::world::{SESSION, World, argv, configuration, field, sh, soon, until, why};
+use crate::world::{SESSION, World, argv, configuration, field, origin, sh, soon, until, why};
 
 async fn info(world: &World) -> GuestInfo {
     let answer = soon(world.system().get_info(GetInfoRequest {})).await;
@@ -75,7 +75,7 @@ async fn nothing_of_processes_files_or_ports_is_answered_before_configure() {
 #[tokio::test]
 async fn health_and_reflection_are_answered_before_configure() {
     let world = World::closed().await;
-    let mut health = HealthClient::new(world.channel());
+    let mut health = HealthClient::with_origin(world.channel(), origin());
     let answer = soon(health.check(HealthCheckRequest::default())).await;
     assert_eq!(answer.unwrap().into_inner().status, 1, "SERVING");
     let services = reflected(&world).await;
@@ -95,7 +95,7 @@ async fn reflected(world: &World) -> Vec<String> {
         ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
         server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
     };
-    let mut reflection = ServerReflectionClient::new(world.channel());
+    let mut reflection = ServerReflectionClient::with_origin(world.channel(), origin());
     let asked = ServerReflectionRequest {
         host: String::new(),
         message_request: Some(MessageRequest::ListServices(String::new())),

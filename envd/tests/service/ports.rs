@@ -234,8 +234,9 @@ async fn a_server_that_does_not_read_holds_its_client_back_and_nobody_else() {
     let (forward, _socket) = pair(&world).await;
     // What is underway is bounded by windows and socket buffers, not by what the client has.
     let held_back = async {
+        let megabyte = vec![0; 1 << 20];
         let mut sent = 0;
-        let send = || forward.to_port.send(part(0, &[0; 1 << 20]));
+        let send = || forward.to_port.send(part(0, &megabyte));
         while tokio::time::timeout(Duration::from_secs(1), send())
             .await
             .is_ok()

@@ -50,6 +50,16 @@ fn from(id: &str, stdout_offset: usize) -> AttachRequest {
     }
 }
 
+/// What `seq` prints.
+fn counted(to: u32) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for number in 1..=to {
+        lines.extend_from_slice(number.to_string().as_bytes());
+        lines.push(b'\n');
+    }
+    lines
+}
+
 impl World {
     async fn send(&self, id: &str, data: &[u8], offset: Option<u64>) -> Result<u64, Status> {
         let request = SendInputRequest {
@@ -681,10 +691,9 @@ async fn a_lost_offset_is_refused_with_the_earliest_there_is() {
         .await;
     let status = world.attach(from("much", 0)).await.err().unwrap();
     assert_eq!(why(&status), (Code::OutOfRange, "OUTPUT_GONE".into()));
-    let words = status.message().split(|c: char| !c.is_ascii_digit());
+    let mut words = status.message().split(|c: char| !c.is_ascii_digit());
     let earliest: usize = words
-        .filter(|word| !word.is_empty())
-        .next_back()
+        .rfind(|word| !word.is_empty())
         .unwrap()
         .parse()
         .unwrap();
@@ -707,7 +716,7 @@ async fn a_lost_offset_is_refused_with_the_earliest_there_is() {
 async fn a_client_that_lost_its_connection_gets_every_byte_once() {
     let mut world = World::new().await;
     let script = "i=0; while [ $i -lt 40000 ]; do i=$((i+1)); echo $i; done";
-    let expected: String = (1..=40_000).map(|number| format!("{number}\n")).collect();
+    let expected = counted(40_000);
     let mut reader = world.start(named("count", sh(script))).await;
     let mut read = Vec::new();
     for part in 1..=10 {
@@ -720,7 +729,7 @@ async fn a_client_that_lost_its_connection_gets_every_byte_once() {
         reader = world.attach(from("count", read.len())).await.unwrap();
     }
     read.extend(reader.finish().await.stdout);
-    assert!(read == expected.as_bytes());
+    assert!(read == expected);
 }
 
 #[tokio::test]
@@ -732,9 +741,9 @@ async fn every_attached_reader_gets_all_bytes() {
         readers.push(world.attach(from("seq", 0)).await.unwrap());
     }
     world.send("seq", b"\n", None).await.unwrap();
-    let expected: String = (1..=60_000).map(|number| format!("{number}\n")).collect();
+    let expected = counted(60_000);
     for finished in join_all(readers.into_iter().map(Events::finish)).await {
-        assert!(finished.stdout == expected.as_bytes());
+        assert!(finished.stdout == expected);
         assert_eq!(finished.code(), Some(0));
     }
 }
@@ -1011,6 +1020,7 @@ async fn two_thousand_short_processes_leave_no_zombie_and_no_open_file() {
     let files = "ls /proc/1/fd | wc -l";
     let zombies = "! grep -qs '^State:.Z' /proc/[0-9]*/status";
     let before = world.printed(files).await;
+    let before = before.trim();
     let codes: Vec<(i32, Option<i32>)> = stream::iter(0..2000)
         .map(|number| {
             let world = &world;
@@ -1032,7 +1042,9 @@ async fn two_thousand_short_processes_leave_no_zombie_and_no_open_file() {
             .all(|(expected, code)| code == Some(expected))
     );
     world.until_so(zombies).await;
-    assert_eq!(world.printed(files).await, before);
+    world
+        .until_so(&format!("[ $({files}) -le {before} ]"))
+        .await;
     // The oldest are forgotten, the newest are not.
     let remembered = world.list(true).await.len();
     assert!((500..2000).contains(&remembered), "{remembered}");
@@ -1103,7 +1115,7 @@ async fn the_output_of_finished_processes_is_let_go_before_it_fills_the_guest() 
         world.run(request).await;
     }
     let grown = memory(&world).await.saturating_sub(before);
-    assert!(grown < 110 << 10, "{grown} KiB of 150 MB are kept");
+    assert!(grown < 80 << 10, "{grown} KiB of 150 MB are kept");
     // How they ended is remembered all the same.
     let status = world.attach(from("p-0", 0)).await.err().unwrap();
     assert_eq!(why(&status), (Code::OutOfRange, "OUTPUT_GONE".into()));

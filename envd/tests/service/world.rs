@@ -6,6 +6,7 @@
 use std::{
     fs,
     future::Future,
+    net::Shutdown,
     os::unix::fs::{PermissionsExt as _, chown},
     path::{Path, PathBuf},
     pin::Pin,
@@ -38,7 +39,7 @@ pub(crate) const TEAM: u32 = 4300;
 pub(crate) const SESSION: &str = "aaaaabbbbbbbbbbbbbbbbbbbb";
 
 /// Far beyond what anything here takes, also on a busy machine: a test fails rather than hangs.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// Waits for what must come.
 pub(crate) async fn soon<T>(what: impl Future<Output = T>) -> T {
@@ -95,13 +96,15 @@ impl World {
         fs::write(root.join("passwd"), passwd).unwrap();
         let group = format!("root:x:0:\nteam:x:{TEAM}:ada\n");
         fs::write(root.join("group"), group).unwrap();
-        let script = "mount --bind \"$1/passwd\" /etc/passwd && mount --bind \"$1/group\" /etc/group \
+        // Descriptors a test runner leaves open are none of a guest's.
+        let script = "for fd in /proc/self/fd/*; do fd=${fd##*/}; [ $fd -le 2 ] || eval \"exec $fd>&-\"; done; \
+                      mount --bind \"$1/passwd\" /etc/passwd && mount --bind \"$1/group\" /etc/group \
                       && exec \"$0\" --serve \"$1/socket\"";
         // If the test dies, so does unshare; if unshare dies, so does envd; and with it, being its namespace's init, all it started.
         let envd = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--groups", &TEAM.to_string()])
             .args(["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"])
-            .args(["sh", "-c", script, env!("CARGO_BIN_EXE_envd")])
+            .args(["bash", "-c", script, env!("CARGO_BIN_EXE_envd")])
             .arg(root)
             .stdin(Stdio::null())
             .spawn()
@@ -116,8 +119,8 @@ impl World {
 
     /// The connection is gone, and with it all its calls.
     pub(crate) async fn disconnect(&mut self) {
-        self.guest.connection.abort();
-        let _ = (&mut self.guest.connection).await;
+        self.guest.socket.shutdown(Shutdown::Both).unwrap();
+        let _ = soon(&mut self.guest.connection).await;
     }
 
     /// The connection is gone, another takes its place.
@@ -374,6 +377,8 @@ pub(crate) fn code(exited: &ProcessExited) -> Option<i32> {
 
 /// One epoch of the guest link.
 struct Guest {
+    /// The socket below, to cut it: hyper itself ends a connection only when its last call has ended.
+    socket: std::os::unix::net::UnixStream,
     sender: SendRequest<Body>,
     connection: JoinHandle<()>,
 }
@@ -389,7 +394,11 @@ impl Guest {
                 }
             }
         })
-        .await;
+        .await
+        .into_std()
+        .unwrap();
+        let socket = stream.try_clone().unwrap();
+        let stream = UnixStream::from_std(stream).unwrap();
         let link = guest_link::host::connect(stream, Instant::now() + LIMIT)
             .await
             .unwrap();
@@ -401,11 +410,15 @@ impl Guest {
         let connection = tokio::spawn(async move {
             let _ = connection.await;
         });
-        Self { sender, connection }
+        Self {
+            socket,
+            sender,
+            connection,
+        }
     }
 }
 
-fn origin() -> Uri {
+pub(crate) fn origin() -> Uri {
     Uri::from_static("http://guest")
 }
 

@@ -11,7 +11,10 @@ use service_kit::errors::reason_of;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
-use crate::world::{Replica, World, assert_refused, base, by, eventually, labels, named, red};
+use crate::{
+    registry::listed,
+    world::{Replica, World, assert_refused, base, by, eventually, labels, named, red},
+};
 
 async fn history(replica: &Replica, id: &str) -> Vec<String> {
     let request = ListSessionEventsRequest {
@@ -186,7 +189,14 @@ async fn a_full_node_passes_a_session_on_until_all_are_full() {
     let mut sessions = Vec::new();
     for n in 0..2 {
         match replica.create(named(&format!("full-{n}"))).await {
-            Ok(session) => sessions.push(session),
+            Ok(session) => {
+                sessions.push(session);
+                let shown = eventually(async || {
+                    let node = listed(&replica, &second, false).await?;
+                    (node.used?.sessions == 1).then_some(())
+                });
+                shown.await.unwrap();
+            }
             Err(status) => {
                 let details = status.get_error_details();
                 let info = details.error_info().unwrap();

@@ -174,7 +174,7 @@ impl FakeNode {
                 }
             }
         };
-        tokio::spawn(async move { until.run_until_cancelled(beating).await.map(|()| ()) });
+        tokio::spawn(async move { until.run_until_cancelled(beating).await });
         self.beating = Some(stop.drop_guard());
     }
 

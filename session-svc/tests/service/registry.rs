@@ -26,7 +26,7 @@ use crate::{
 
 const NEVER: Duration = Duration::from_hours(1);
 
-async fn listed(replica: &Replica, node: &FakeNode, include_dead: bool) -> Option<Node> {
+pub(crate) async fn listed(replica: &Replica, node: &FakeNode, include_dead: bool) -> Option<Node> {
     let request = ListNodesRequest {
         include_dead,
         ..ListNodesRequest::default()
