@@ -162,6 +162,11 @@ async fn commands_files_and_ports_work_and_nothing_is_left() {
     ];
     let seen = http::get(mesh.edge(), &name(8000), "/headers", &spoofed).await;
     let seen = String::from_utf8_lossy(&seen.body).to_lowercase();
+    let host = format!("host: {}", name(8000));
+    assert!(
+        seen.contains(&host),
+        "the name is whole, its port too: {seen}"
+    );
     assert!(
         seen.contains("x-mine: kept") && seen.contains("under_score: kept"),
         "{seen}"

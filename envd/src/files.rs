@@ -224,7 +224,7 @@ pub(crate) fn begin(path: PathBuf, header: &WriteHeader) -> Result<Draft, Status
         return Err(invalid("path", "names no file"));
     };
     if header.make_parents {
-        fs::create_dir_all(parent).map_err(failed)?;
+        make_parents(parent).map_err(failed)?;
     }
     let folder = File::options()
         .read(true)
@@ -321,11 +321,19 @@ impl Drop for Draft {
     }
 }
 
+fn make_parents(parent: &Path) -> io::Result<()> {
+    fs::create_dir_all(parent).map_err(|error| match error.kind() {
+        // A file is where a directory should be.
+        io::ErrorKind::AlreadyExists => io::ErrorKind::NotADirectory.into(),
+        _ => error,
+    })
+}
+
 /// Makes a directory and its missing parents; one that is there is left as it is.
 pub(crate) fn make_directory(path: &Path, mode: u32) -> Result<Entry, Status> {
     let failed = |error: io::Error| path_error(&shown(path), &error);
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(failed)?;
+        make_parents(parent).map_err(failed)?;
     }
     match fs::create_dir(path) {
         Ok(()) => fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o7777)),

@@ -9,7 +9,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
-    time::SystemTime,
+    time::{Instant, SystemTime},
 };
 
 use http::{HeaderMap, Request, Response};
@@ -66,7 +66,7 @@ impl Spans {
             trace_id,
             parent_span_id,
             name: request.uri().path().trim_start_matches('/').to_owned(),
-            started: SystemTime::now(),
+            started: Instant::now(),
             code: None,
         })
     }
@@ -97,18 +97,21 @@ struct Open {
     trace_id: u128,
     parent_span_id: u64,
     name: String,
-    started: SystemTime,
+    started: Instant,
     code: Option<Code>,
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
+        // The clock may have been set meanwhile: only how long it took is sure.
+        let end = SystemTime::now();
+        let start = end - self.started.elapsed();
         let span = StreamSpansResponse {
             trace_id: self.trace_id.to_be_bytes().to_vec(),
             parent_span_id: self.parent_span_id.to_be_bytes().to_vec(),
             name: std::mem::take(&mut self.name),
-            start_time: Some(self.started.into()),
-            end_time: Some(SystemTime::now().into()),
+            start_time: Some(start.into()),
+            end_time: Some(end.into()),
             status_code: self.code.unwrap_or(Code::Cancelled) as u32,
         };
         self.spans.put(span);

@@ -107,7 +107,6 @@ impl Bootstrap {
             "@type": HCM,
             "stat_prefix": "edge",
             "codec_type": "AUTO",
-            "strip_any_host_port": true,
             // Terminals and watches may be silent for hours.
             "stream_idle_timeout": "0s",
             "request_headers_timeout": "10s",
@@ -176,6 +175,8 @@ impl Bootstrap {
         });
         json!({
             "name": "edge",
+            // Matched without its port, but passed on with it: servers in sandboxes make addresses from it.
+            "ignore_port_in_host_matching": true,
             "virtual_hosts": [
                 {
                     "name": "sandboxes",
@@ -324,9 +325,10 @@ fn local_replies(domain: &str) -> Value {
         Reason::SERVICE_UNAVAILABLE,
         "the API does not answer; try again",
     );
+    let of_domain = format!(r"(?i).*\.{}(:[0-9]+)?", domain.replace('.', r"\."));
     let for_a_session = json!({"or_filter": {"filters": [
         {"header_filter": {"header": {"name": "x-session-id", "present_match": true}}},
-        request_has(":authority", json!({"suffix": format!(".{domain}"), "ignore_case": true})),
+        request_has(":authority", json!({"safe_regex": {"regex": of_domain}})),
     ]}});
     let mappers: Vec<Value> = [
         (vec![flagged(&["UO"])], overloaded),

@@ -9,7 +9,9 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body, extract::Request};
+use axum::{Router, body::Body};
+use futures::{FutureExt as _, future::BoxFuture};
+use http::{Request, Response};
 use nix::fcntl::{Flock, FlockArg};
 use proto::node::v1::{
     Capacity, Node, node_registry_service_client::NodeRegistryServiceClient,
@@ -95,7 +97,7 @@ pub enum AppError {
 #[derive(Debug)]
 pub struct App {
     ingress_listener: TcpListener,
-    internal: Bound,
+    internal_listener: TcpListener,
     node_id: NodeId,
     node: Node,
     token: MeshToken,
@@ -176,10 +178,11 @@ impl App {
             vmm: Arc::clone(&vmm),
         };
         let ingress_bound = Bound::bind(&config.ingress).await?;
-        let internal = Bound::bind(&config.internal).await?;
-        let (Address::Tcp(ingress_address), Address::Tcp(internal_address)) =
-            (ingress_bound.address().clone(), internal.address().clone())
-        else {
+        let internal_bound = Bound::bind(&config.internal).await?;
+        let (Address::Tcp(ingress_address), Address::Tcp(internal_address)) = (
+            ingress_bound.address().clone(),
+            internal_bound.address().clone(),
+        ) else {
             return Err(AppError::NotTcp);
         };
         let node_id = node_id(&config.state).map_err(state)?;
@@ -200,7 +203,7 @@ impl App {
         };
         Ok(Self {
             ingress_listener: ingress_bound.into_tcp().map_err(|_| AppError::NotTcp)?,
-            internal,
+            internal_listener: internal_bound.into_tcp().map_err(|_| AppError::NotTcp)?,
             node_id,
             node,
             token,
@@ -228,7 +231,7 @@ impl App {
     pub async fn run(self) -> Result<(), AppError> {
         let Self {
             ingress_listener,
-            internal,
+            internal_listener,
             node_id,
             node,
             token,
@@ -266,7 +269,16 @@ impl App {
             registered,
         };
         background.spawn(registrar.run(shutdown.clone()));
-        background.spawn(Arc::clone(&ingress).serve(ingress_listener, shutdown.clone()));
+        let from_edge = {
+            let ingress = Arc::clone(&ingress);
+            move |request| Arc::clone(&ingress).answer(request, ingress::From::Edge)
+        };
+        background.spawn(ingress::serve(
+            ingress_listener,
+            connections.clone(),
+            shutdown.clone(),
+            from_edge,
+        ));
 
         let api = NodeApi {
             hosted: Arc::clone(&hosted),
@@ -279,8 +291,13 @@ impl App {
         let own = grpc
             .router(Routes::new(NodeServiceServer::new(api)))
             .await?;
-        let served =
-            serve::serve_router(internal, with_peers(own, ingress, token), shutdown.clone()).await;
+        ingress::serve(
+            internal_listener,
+            connections.clone(),
+            shutdown.clone(),
+            internal_calls(own, ingress, token),
+        )
+        .await;
         shutdown.cancel();
         if config.stop_sessions_on_exit {
             stop_all(&hosted).await;
@@ -299,21 +316,25 @@ impl App {
         {
             tokio::task::block_in_place(|| slots.remove_all())?;
         }
-        Ok(served?)
+        Ok(())
     }
 }
 
 /// Requests that another node sends on share the internal listener with the node's own API.
-fn with_peers(own: Router, ingress: Arc<Ingress>, token: MeshToken) -> Router {
-    Router::new().fallback_service(tower::service_fn(move |request: Request| {
-        let (own, ingress, token) = (own.clone(), Arc::clone(&ingress), token.clone());
-        async move {
-            if request.headers().contains_key(&HOP_HEADER) && token.is_in(request.headers()) {
-                return Ok(ingress.answer(request, ingress::From::Peer).await);
-            }
-            own.oneshot(request.map(Body::new)).await
+fn internal_calls(
+    own: Router,
+    ingress: Arc<Ingress>,
+    token: MeshToken,
+) -> impl Fn(Request<Body>) -> BoxFuture<'static, Response<Body>> + Clone + Send + Sync + 'static {
+    move |request| {
+        if request.headers().contains_key(&HOP_HEADER) && token.is_in(request.headers()) {
+            return Arc::clone(&ingress)
+                .answer(request, ingress::From::Peer)
+                .boxed();
         }
-    }))
+        let answer = own.clone().oneshot(request);
+        async move { answer.await.unwrap_or_else(|never| match never {}) }.boxed()
+    }
 }
 
 async fn stop_all(hosted: &Hosted) {

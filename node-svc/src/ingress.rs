@@ -20,7 +20,10 @@ use service_kit::{
     mesh::{KEY_HEADER, MeshToken, OPERATOR_HEADER, TEAM_HEADER, TOKEN_HEADER},
     request_id, telemetry,
 };
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::Code;
 use tracing::Instrument as _;
@@ -50,6 +53,8 @@ const AUTHORITY_HEADER: HeaderName = HeaderName::from_static("x-sandmesh-authori
 
 const MAX_CONNECTIONS: usize = 20_000;
 const MAX_STREAMS: u32 = 100_000;
+/// After an accept that failed.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(20);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 const HEADER_LIST: u32 = 128 << 10;
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -75,7 +80,6 @@ pub struct Ingress {
     ports: Ports,
     peers: Peers,
     domain: String,
-    tasks: TaskTracker,
 }
 
 impl Ingress {
@@ -89,7 +93,7 @@ impl Ingress {
         tasks: TaskTracker,
     ) -> Self {
         let ports = Ports::new(Arc::clone(&hosted), tasks.clone());
-        let peers = Peers::new(token, tasks.clone());
+        let peers = Peers::new(token, tasks);
         Self {
             node,
             hosted,
@@ -97,73 +101,6 @@ impl Ingress {
             ports,
             peers,
             domain: domain.to_ascii_lowercase(),
-            tasks,
-        }
-    }
-
-    /// Serves the listener Envoy uses until `shutdown`.
-    pub async fn serve(self: Arc<Self>, listener: TcpListener, shutdown: CancellationToken) {
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            let accepted = tokio::select! {
-                () = shutdown.cancelled() => return,
-                accepted = listener.accept() => accepted,
-            };
-            let (socket, peer): (_, SocketAddr) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    // Out of descriptors, or a client gone before it was accepted: both pass.
-                    tracing::warn!(%error, "accept failed");
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                    continue;
-                }
-            };
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-                metrics::counter!("sandmesh_node_ingress_connections_refused_total").increment(1);
-                continue;
-            };
-            if let Err(error) = socket.set_nodelay(true) {
-                tracing::debug!(%error, %peer, "no TCP_NODELAY");
-            }
-            let (ingress, stop) = (Arc::clone(&self), shutdown.clone());
-            self.tasks.spawn(async move {
-                let _place = place;
-                let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-                    let ingress = Arc::clone(&ingress);
-                    async move {
-                        Ok::<_, Infallible>(
-                            ingress.answer(request.map(Body::new), From::Edge).await,
-                        )
-                    }
-                });
-                let mut server = auto::Builder::new(TokioExecutor::new());
-                server
-                    .http1()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEADER_TIMEOUT)
-                    .half_close(true)
-                    .preserve_header_case(true)
-                    .http2()
-                    .timer(TokioTimer::new())
-                    .max_concurrent_streams(MAX_STREAMS)
-                    .max_header_list_size(HEADER_LIST)
-                    .initial_stream_window_size(STREAM_WINDOW)
-                    .initial_connection_window_size(CONNECTION_WINDOW)
-                    .enable_connect_protocol();
-                let connection =
-                    server.serve_connection_with_upgrades(TokioIo::new(socket), service);
-                tokio::pin!(connection);
-                let ended = tokio::select! {
-                    ended = connection.as_mut() => ended,
-                    () = stop.cancelled() => {
-                        connection.as_mut().graceful_shutdown();
-                        connection.await
-                    }
-                };
-                if let Err(error) = ended {
-                    tracing::debug!(%error, "a connection from the edge ended");
-                }
-            });
         }
     }
 
@@ -318,6 +255,84 @@ impl Ingress {
                 None => Err(refuse(target, node_unreachable(), 503)),
             },
         }
+    }
+}
+
+/// Serves one of the node's listeners until `shutdown`; connections are tasks of `tasks` and drain.
+pub async fn serve<H, F>(
+    listener: TcpListener,
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
+    handle: H,
+) where
+    H: Fn(Request<Body>) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (socket, peer): (_, SocketAddr) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, or a client gone before it was accepted: both pass.
+                tracing::warn!(%error, "accept failed");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+                continue;
+            }
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            metrics::counter!("sandmesh_node_ingress_connections_refused_total").increment(1);
+            continue;
+        };
+        if let Err(error) = socket.set_nodelay(true) {
+            tracing::debug!(%error, %peer, "no TCP_NODELAY");
+        }
+        let (handle, stop) = (handle.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            let _place = place;
+            connection(socket, stop, handle).await;
+        });
+    }
+}
+
+/// Serves one connection, of HTTP/1.1 or HTTP/2, upgrades included.
+async fn connection<H, F>(socket: TcpStream, stop: CancellationToken, handle: H)
+where
+    H: Fn(Request<Body>) -> F + Send + Sync + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+        let answer = handle(request.map(Body::new));
+        async move { Ok::<_, Infallible>(answer.await) }
+    });
+    let mut server = auto::Builder::new(TokioExecutor::new());
+    server
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .half_close(true)
+        .preserve_header_case(true)
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(HEADER_LIST)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .enable_connect_protocol();
+    let connection = server.serve_connection_with_upgrades(TokioIo::new(socket), service);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection to this node ended");
     }
 }
 

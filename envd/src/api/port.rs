@@ -11,6 +11,7 @@ use tokio::{
     sync::mpsc,
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::Answers;
@@ -79,13 +80,15 @@ impl PortService for Api {
                 // The client has said all it will; the server may still answer.
                 let _ = to_port.shutdown().await;
             };
+            let client_gone = CancellationToken::new();
+            let gone = client_gone.clone();
             // Owns the only sender, so that the answers end when the server has said all it will.
             let outward = async move {
                 loop {
                     let mut chunk = BytesMut::with_capacity(CHUNK);
                     let read = tokio::select! {
                         read = from_port.read_buf(&mut chunk) => read,
-                        () = to_client.closed() => return,
+                        () = to_client.closed() => return gone.cancel(),
                     };
                     let part = match read {
                         Ok(0) => return,
@@ -95,12 +98,19 @@ impl PortService for Api {
                         Err(error) => Err(broken(&error)),
                     };
                     let over = part.is_err();
-                    if to_client.send(part).await.is_err() || over {
+                    if to_client.send(part).await.is_err() {
+                        return gone.cancel();
+                    }
+                    if over {
                         return;
                     }
                 }
             };
-            tokio::join!(inward, outward)
+            tokio::select! {
+                ((), ()) = async { tokio::join!(inward, outward) } => {}
+                // Also when the server takes nothing of what the client left behind.
+                () = client_gone.cancelled() => {}
+            }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }

@@ -1,21 +1,17 @@
-//! Files: any bytes under any name, with the rights of the acting user, whole or not at all.
+//! Files: any bytes under any name, whole or not at all.
 
 use std::{
     ffi::OsStr,
     fs,
     os::unix::{
         ffi::OsStrExt as _,
-        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink},
+        fs::{PermissionsExt as _, symlink},
     },
     path::{Path, PathBuf},
 };
 
 use bytes::Bytes;
-use futures::{StreamExt as _, future::join_all, stream};
-use nix::{
-    sys::stat::{Mode, SFlag, makedev, mknod},
-    unistd::mkfifo,
-};
+use futures::{future::join_all, stream};
 use proto::envd::v1::{
     Entry, FileType, FilesystemServiceListRequest, FilesystemServiceListResponse,
     MakeDirectoryRequest, MoveRequest, ReadRequest, RemoveRequest, StatRequest, WriteHeader,
@@ -25,16 +21,16 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
-use crate::world::{ADA, NOBODY, TEAM, World, argv, configuration, field, noise, soon, until, why};
+use crate::world::{ADA, World, argv, configuration, field, noise, soon, until, why};
 
-fn header(path: &str) -> WriteHeader {
+pub(crate) fn header(path: &str) -> WriteHeader {
     WriteHeader {
         path: path.into(),
         ..WriteHeader::default()
     }
 }
 
-fn of(user: &str, path: &str) -> WriteHeader {
+pub(crate) fn of(user: &str, path: &str) -> WriteHeader {
     WriteHeader {
         user: user.into(),
         ..header(path)
@@ -53,18 +49,18 @@ fn data(bytes: &[u8]) -> WriteRequest {
     }
 }
 
-fn reading(path: &str) -> ReadRequest {
+pub(crate) fn reading(path: &str) -> ReadRequest {
     ReadRequest {
         path: path.into(),
         ..ReadRequest::default()
     }
 }
 
-fn chmod(path: impl AsRef<Path>, mode: u32) {
+pub(crate) fn chmod(path: impl AsRef<Path>, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-fn names(folder: impl AsRef<Path>) -> Vec<String> {
+pub(crate) fn names(folder: impl AsRef<Path>) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap();
     let mut names: Vec<String> = entries
         .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
@@ -73,12 +69,8 @@ fn names(folder: impl AsRef<Path>) -> Vec<String> {
     names
 }
 
-fn denied() -> (Code, String) {
-    (Code::PermissionDenied, "PATH_PERMISSION_DENIED".into())
-}
-
 impl World {
-    async fn write(&self, header: WriteHeader, bytes: &[u8]) -> Result<Entry, Status> {
+    pub(crate) async fn write(&self, header: WriteHeader, bytes: &[u8]) -> Result<Entry, Status> {
         let parts: Vec<WriteRequest> = std::iter::once(head(header))
             .chain(bytes.chunks(100_001).map(data))
             .collect();
@@ -86,7 +78,7 @@ impl World {
         Ok(answer.into_inner().entry.unwrap())
     }
 
-    async fn read(&self, request: ReadRequest) -> Result<(Entry, Vec<u8>), Status> {
+    pub(crate) async fn read(&self, request: ReadRequest) -> Result<(Entry, Vec<u8>), Status> {
         let offset = request.offset;
         let mut parts = soon(self.files().read(request)).await?.into_inner();
         let first = soon(parts.message()).await?.expect("the entry first");
@@ -99,12 +91,12 @@ impl World {
         Ok((entry, bytes))
     }
 
-    async fn stat(&self, request: StatRequest) -> Result<Entry, Status> {
+    pub(crate) async fn stat(&self, request: StatRequest) -> Result<Entry, Status> {
         let answer = soon(self.files().stat(request)).await?;
         Ok(answer.into_inner().entry.unwrap())
     }
 
-    async fn page(
+    pub(crate) async fn page(
         &self,
         path: &str,
         page_size: u32,
@@ -119,7 +111,12 @@ impl World {
         Ok(soon(self.files().list(request)).await?.into_inner())
     }
 
-    async fn make(&self, user: &str, path: &str, mode: Option<u32>) -> Result<Entry, Status> {
+    pub(crate) async fn make(
+        &self,
+        user: &str,
+        path: &str,
+        mode: Option<u32>,
+    ) -> Result<Entry, Status> {
         let request = MakeDirectoryRequest {
             path: path.into(),
             user: user.into(),
@@ -130,7 +127,7 @@ impl World {
         Ok(answer.into_inner().entry.unwrap())
     }
 
-    async fn rename(
+    pub(crate) async fn rename(
         &self,
         user: &str,
         from: &str,
@@ -150,7 +147,12 @@ impl World {
             .unwrap())
     }
 
-    async fn remove(&self, user: &str, path: &str, recursive: bool) -> Result<(), Status> {
+    pub(crate) async fn remove(
+        &self,
+        user: &str,
+        path: &str,
+        recursive: bool,
+    ) -> Result<(), Status> {
         let request = RemoveRequest {
             path: path.into(),
             user: user.into(),
@@ -161,7 +163,7 @@ impl World {
     }
 
     /// A write that has begun: its temporary file is there, holding what was sent.
-    async fn begin(&self, header: WriteHeader, sent: &[u8]) -> Begun {
+    pub(crate) async fn begin(&self, header: WriteHeader, sent: &[u8]) -> Begun {
         let folder = Path::new(&header.path).parent().unwrap().to_owned();
         let (parts, requests) = mpsc::channel(4);
         let mut files = self.files();
@@ -181,12 +183,12 @@ impl World {
     }
 }
 
-struct Begun {
-    parts: mpsc::Sender<WriteRequest>,
-    call: JoinHandle<Result<(), Status>>,
+pub(crate) struct Begun {
+    pub(crate) parts: mpsc::Sender<WriteRequest>,
+    pub(crate) call: JoinHandle<Result<(), Status>>,
 }
 
-fn drafts(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn drafts(folder: &Path) -> Vec<PathBuf> {
     let paths = names(folder).into_iter().map(|name| folder.join(name));
     paths
         .filter(|path| path.extension() == Some(OsStr::new("part")))
@@ -408,365 +410,6 @@ async fn a_write_begins_with_its_header() {
     }
 }
 
-// Modes and owners
-
-#[tokio::test]
-async fn a_new_file_is_the_acting_users_with_the_mode_asked_for() {
-    let world = World::new().await;
-    let path = world.text("open/file");
-    for (user, uid) in [("ada", ADA), ("nobody", NOBODY), ("root", 0)] {
-        let entry = world.write(of(user, &path), b"").await.unwrap();
-        assert_eq!(
-            (entry.uid, entry.gid, entry.mode),
-            (uid, uid, 0o644),
-            "{user}"
-        );
-        fs::remove_file(&path).unwrap();
-    }
-    for mode in [0, 0o600, 0o755, 0o4755, 0o1777] {
-        let asked = WriteHeader {
-            mode: Some(mode),
-            ..of("ada", &path)
-        };
-        assert_eq!(world.write(asked, b"").await.unwrap().mode, mode);
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, mode);
-        fs::remove_file(&path).unwrap();
-    }
-}
-
-#[tokio::test]
-async fn a_file_there_is_keeps_its_mode_and_owner() {
-    let world = World::new().await;
-    let path = world.path("ada/file");
-    fs::write(&path, b"old").unwrap();
-    chown(&path, Some(ADA), Some(TEAM)).unwrap();
-    chmod(&path, 0o751);
-    let entry = world.write(header("~ada/file"), b"new").await.unwrap();
-    assert_eq!((entry.uid, entry.gid, entry.mode), (ADA, TEAM, 0o751));
-    let entry = world.write(of("ada", "file"), b"newer").await.unwrap();
-    assert_eq!((entry.uid, entry.gid, entry.mode), (ADA, TEAM, 0o751));
-    assert_eq!(fs::read(&path).unwrap(), b"newer");
-}
-
-#[tokio::test]
-async fn missing_parents_are_made_if_asked_and_are_the_users() {
-    let world = World::new().await;
-    let path = "deep/er/file";
-    let status = world.write(of("ada", path), b"").await.unwrap_err();
-    assert_eq!(why(&status), (Code::NotFound, "PATH_NOT_FOUND".into()));
-    assert!(
-        status.message().contains("deep/er/file"),
-        "{}",
-        status.message()
-    );
-    assert_eq!(names(world.path("ada")), [""; 0]);
-    let asked = WriteHeader {
-        make_parents: true,
-        ..of("ada", path)
-    };
-    world.write(asked, b"hello").await.unwrap();
-    for made in ["ada/deep", "ada/deep/er", "ada/deep/er/file"] {
-        assert_eq!(fs::metadata(world.path(made)).unwrap().uid(), ADA);
-    }
-}
-
-#[tokio::test]
-async fn a_directory_is_made_with_its_parents_and_one_there_is_left_as_it_is() {
-    let world = World::new().await;
-    let entry = world.make("ada", "a/b/c", Some(0o700)).await.unwrap();
-    assert_eq!(
-        (entry.r#type(), entry.uid, entry.mode),
-        (FileType::Directory, ADA, 0o700)
-    );
-    assert_eq!(world.make("ada", "d", None).await.unwrap().mode, 0o755);
-    // Like /tmp: everybody may say that it should be there, nobody changes it by that.
-    let open = world.text("open");
-    chmod(&open, 0o1777);
-    for user in ["root", "ada"] {
-        assert_eq!(world.make(user, &open, None).await.unwrap().mode, 0o1777);
-    }
-    fs::write(world.path("ada/file"), b"").unwrap();
-    let status = world.make("ada", "file", None).await.unwrap_err();
-    assert_eq!(why(&status), (Code::AlreadyExists, "PATH_EXISTS".into()));
-    let status = world.make("ada", "file/below", None).await.unwrap_err();
-    assert_eq!(
-        why(&status),
-        (Code::FailedPrecondition, "PATH_NOT_A_DIRECTORY".into())
-    );
-}
-
-// The acting user
-
-#[tokio::test]
-async fn what_a_user_may_not_the_call_may_not() {
-    let world = World::new().await;
-    chmod(world.path("root"), 0o755);
-    let secret = world.text("root/secret");
-    fs::write(&secret, b"secret").unwrap();
-    chmod(&secret, 0o600);
-    fs::create_dir(world.path("root/closed")).unwrap();
-    chmod(world.path("root/closed"), 0o700);
-    let hidden = world.text("root/closed/hidden");
-    fs::write(&hidden, b"").unwrap();
-    let user = || "nobody".to_owned();
-    let new = world.text("root/new");
-    let outcomes = [
-        (
-            "/etc/shadow",
-            world
-                .read(ReadRequest {
-                    user: user(),
-                    ..reading("/etc/shadow")
-                })
-                .await
-                .err(),
-        ),
-        (
-            &secret,
-            world
-                .read(ReadRequest {
-                    user: user(),
-                    ..reading(&secret)
-                })
-                .await
-                .err(),
-        ),
-        (
-            &hidden,
-            world
-                .stat(StatRequest {
-                    path: hidden.clone(),
-                    user: user(),
-                    ..Default::default()
-                })
-                .await
-                .err(),
-        ),
-        (&new, world.write(of("nobody", &new), b"").await.err()),
-        (&secret, world.write(of("nobody", &secret), b"").await.err()),
-        (&new, world.make("nobody", &new, None).await.err()),
-        (&secret, world.remove("nobody", &secret, false).await.err()),
-        (&hidden, world.remove("nobody", &hidden, true).await.err()),
-        (
-            &secret,
-            world
-                .rename("nobody", &secret, &world.text("open/stolen"), false)
-                .await
-                .err(),
-        ),
-    ];
-    for (path, status) in outcomes {
-        let status = status.unwrap_or_else(|| panic!("{path} was not refused"));
-        assert_eq!(why(&status), denied(), "{path}: {status:?}");
-        assert!(status.message().contains(path), "{status:?}");
-    }
-    let list = FilesystemServiceListRequest {
-        path: world.text("root/closed"),
-        user: user(),
-        ..Default::default()
-    };
-    let status = soon(world.files().list(list)).await.unwrap_err();
-    assert_eq!(why(&status), denied());
-    assert_eq!(names(world.path("root")), ["closed", "secret"]);
-    assert_eq!(fs::read(&secret).unwrap(), b"secret");
-    let status = world
-        .read(ReadRequest {
-            user: "no-such".into(),
-            ..reading("/etc/passwd")
-        })
-        .await
-        .unwrap_err();
-    assert_eq!(why(&status), (Code::NotFound, "USER_UNKNOWN".into()));
-}
-
-#[tokio::test]
-async fn a_file_the_user_may_not_write_is_not_replaced_by_writing_beside_it() {
-    let world = World::new().await;
-    let path = world.path("ada/roots");
-    fs::write(&path, b"root's").unwrap();
-    chmod(&path, 0o644);
-    let status = world.write(of("ada", "roots"), b"ada's").await.unwrap_err();
-    assert_eq!(why(&status), denied());
-    assert_eq!(
-        (fs::read(&path).unwrap(), fs::metadata(&path).unwrap().uid()),
-        (b"root's".to_vec(), 0)
-    );
-    assert_eq!(names(world.path("ada")), ["roots"]);
-}
-
-#[tokio::test]
-async fn a_users_other_groups_count_and_envds_do_not() {
-    let world = World::new().await;
-    let path = world.text("open/teams");
-    fs::write(&path, b"for the team").unwrap();
-    chown(&path, Some(0), Some(TEAM)).unwrap();
-    chmod(&path, 0o640);
-    let read = async |user: &str| {
-        let request = ReadRequest {
-            user: user.into(),
-            ..reading(&path)
-        };
-        world.read(request).await
-    };
-    assert_eq!(read("ada").await.unwrap().1, b"for the team");
-    // envd has the group itself.
-    assert_eq!(why(&read("nobody").await.unwrap_err()), denied());
-}
-
-#[tokio::test]
-async fn users_at_once_do_not_get_each_others_rights() {
-    let world = World::new().await;
-    let path = world.text("open/secret");
-    fs::write(&path, b"secret").unwrap();
-    chmod(&path, 0o600);
-    let attempts = stream::iter(0..600).map(|number| {
-        let user = ["root", "nobody", "ada"][number % 3];
-        let request = ReadRequest {
-            user: user.into(),
-            ..reading(&path)
-        };
-        let world = &world;
-        async move { (user, world.read(request).await.is_ok()) }
-    });
-    let outcomes: Vec<_> = attempts.buffer_unordered(32).collect().await;
-    assert!(
-        outcomes
-            .into_iter()
-            .all(|(user, read)| read == (user == "root"))
-    );
-}
-
-// Links
-
-#[tokio::test]
-async fn a_link_takes_nobody_where_they_may_not_go() {
-    let world = World::new().await;
-    chmod(world.path("root"), 0o755);
-    let target = world.path("root/file");
-    fs::write(&target, b"root's").unwrap();
-    chmod(&target, 0o600);
-    symlink(&target, world.path("ada/file")).unwrap();
-    symlink(world.path("root/new"), world.path("ada/new")).unwrap();
-    symlink(world.path("root"), world.path("ada/folder")).unwrap();
-    for path in ["file", "new", "folder/file", "folder/new"] {
-        let status = world.write(of("ada", path), b"ada's").await.unwrap_err();
-        assert_eq!(why(&status), denied(), "{path}");
-    }
-    for path in ["file", "folder/file"] {
-        let request = ReadRequest {
-            user: "ada".into(),
-            ..reading(path)
-        };
-        assert_eq!(why(&world.read(request).await.unwrap_err()), denied());
-    }
-    assert_eq!(names(world.path("root")), ["file"]);
-    assert_eq!(fs::read(&target).unwrap(), b"root's");
-    assert_eq!(names(world.path("ada")), ["file", "folder", "new"]);
-}
-
-#[tokio::test]
-async fn a_folder_swapped_for_a_link_in_the_middle_of_a_write_gains_nothing() {
-    let world = World::new().await;
-    chmod(world.path("root"), 0o755);
-    let (folder, moved) = (world.path("ada/folder"), world.path("ada/moved"));
-    fs::create_dir(&folder).unwrap();
-    chown(&folder, Some(ADA), Some(ADA)).unwrap();
-    for cut in [false, true] {
-        let path = folder.join("file");
-        let begun = world
-            .begin(of("ada", path.to_str().unwrap()), b"ada's")
-            .await;
-        let draft = drafts(&folder).remove(0);
-        let name = draft.file_name().unwrap();
-        fs::rename(&folder, &moved).unwrap();
-        symlink(world.path("root"), &folder).unwrap();
-        // What has the same name where the link leads is not the write's to remove.
-        let bystander = world.path("root").join(name);
-        fs::write(&bystander, b"root's").unwrap();
-        if cut {
-            begun.call.abort();
-            let _ = begun.call.await;
-        } else {
-            drop(begun.parts);
-            // Done in the folder it began in, or refused: both are right.
-            let _ = soon(begun.call).await.unwrap();
-        }
-        until(|| drafts(&moved).is_empty()).await;
-        assert_eq!(fs::read(&bystander).unwrap(), b"root's");
-        fs::remove_file(&bystander).unwrap();
-        assert_eq!(names(world.path("root")), [""; 0]);
-        fs::remove_file(&folder).unwrap();
-        fs::rename(&moved, &folder).unwrap();
-    }
-}
-
-#[tokio::test]
-async fn writing_to_a_link_writes_to_what_it_points_at() {
-    let world = World::new().await;
-    fs::create_dir(world.path("ada/there")).unwrap();
-    chown(world.path("ada/there"), Some(ADA), Some(ADA)).unwrap();
-    // Through one link, through two, and before there is anything.
-    symlink("there/file", world.path("ada/link")).unwrap();
-    symlink("link", world.path("ada/links")).unwrap();
-    for (path, text) in [("links", "one"), ("link", "two"), ("links", "three")] {
-        world.write(of("ada", path), text.as_bytes()).await.unwrap();
-        assert_eq!(
-            fs::read(world.path("ada/there/file")).unwrap(),
-            text.as_bytes()
-        );
-    }
-    assert!(world.path("ada/link").is_symlink() && world.path("ada/links").is_symlink());
-    symlink("round", world.path("ada/round")).unwrap();
-    let status = world.write(of("ada", "round"), b"").await.unwrap_err();
-    assert_eq!(
-        why(&status),
-        (Code::FailedPrecondition, "PATH_LINK_LOOP".into())
-    );
-    assert_eq!(
-        names(world.path("ada")),
-        ["link", "links", "round", "there"]
-    );
-}
-
-#[tokio::test]
-async fn what_is_no_regular_file_is_neither_read_nor_replaced() {
-    let world = World::new().await;
-    let (fifo, null) = (world.text("open/fifo"), world.text("open/null"));
-    mkfifo(fifo.as_str(), Mode::from_bits_truncate(0o666)).unwrap();
-    mknod(
-        null.as_str(),
-        SFlag::S_IFCHR,
-        Mode::from_bits_truncate(0o666),
-        makedev(1, 3),
-    )
-    .unwrap();
-    symlink(&null, world.path("open/link")).unwrap();
-    for path in [fifo, null.clone(), world.text("open/link")] {
-        for status in [
-            world.write(header(&path), b"hello").await.unwrap_err(),
-            world.read(reading(&path)).await.unwrap_err(),
-        ] {
-            assert_eq!(
-                why(&status),
-                (Code::FailedPrecondition, "PATH_NOT_A_FILE".into()),
-                "{path}"
-            );
-        }
-    }
-    assert!(fs::metadata(&null).unwrap().file_type().is_char_device());
-    let folder = world.text("open");
-    for status in [
-        world.write(header(&folder), b"").await.unwrap_err(),
-        world.read(reading(&folder)).await.unwrap_err(),
-    ] {
-        assert_eq!(
-            why(&status),
-            (Code::FailedPrecondition, "PATH_IS_A_DIRECTORY".into())
-        );
-    }
-    assert_eq!(names(world.path("open")), ["fifo", "link", "null"]);
-}
-
 // Entries
 
 #[tokio::test]
@@ -867,7 +510,7 @@ async fn a_page_of_long_names_fits_into_a_message() {
     let folder = world.text("open/many");
     fs::create_dir(&folder).unwrap();
     let name = "x".repeat(250);
-    for number in 0..9000 {
+    for number in 0..7500 {
         fs::write(format!("{folder}/{name}{number:04}"), b"").unwrap();
     }
     let (mut seen, mut token) = (0, String::new());
@@ -879,7 +522,7 @@ async fn a_page_of_long_names_fits_into_a_message() {
             break;
         }
     }
-    assert_eq!(seen, 9000);
+    assert_eq!(seen, 7500);
 }
 
 // Moving and removing

@@ -6,4 +6,6 @@ mod files;
 mod gate;
 mod ports;
 mod processes;
+mod rights;
+mod streams;
 mod world;

@@ -229,6 +229,26 @@ async fn a_client_that_vanishes_closes_the_connection() {
 }
 
 #[tokio::test]
+async fn a_client_that_vanishes_leaves_no_connection_to_a_server_that_does_not_read() {
+    let mut world = World::new().await;
+    let files = "ls /proc/1/fd | wc -l";
+    let before = world.printed(files).await;
+    let (forward, _socket) = pair(&world).await;
+    let megabyte = vec![0; 1 << 20];
+    let stuck = async {
+        for _ in 0..64 {
+            forward.send(&megabyte).await;
+        }
+    };
+    let stuck = tokio::time::timeout(Duration::from_millis(500), stuck).await;
+    assert!(stuck.is_err());
+    world.reconnect().await;
+    world
+        .until_so(&format!("[ $({files}) -le {} ]", before.trim()))
+        .await;
+}
+
+#[tokio::test]
 async fn a_server_that_does_not_read_holds_its_client_back_and_nobody_else() {
     let world = World::new().await;
     let (forward, _socket) = pair(&world).await;

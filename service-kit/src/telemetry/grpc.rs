@@ -24,8 +24,12 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use crate::{mesh, request_id};
 
-/// What parts of a deployment ask each other all the time; not worth a line.
+/// What parts of a deployment ask each other all the time; not worth a line or a span.
 const POLLS: [&str; 3] = ["Health/Check", "/Heartbeat", "/ListNodes"];
+
+fn is_poll(method: &str) -> bool {
+    POLLS.iter().any(|poll| method.ends_with(poll))
+}
 
 /// Methods that exist: only these become a label, whatever a client puts in the path.
 static METHODS: LazyLock<HashSet<String>> = LazyLock::new(|| {
@@ -57,16 +61,20 @@ pub async fn observe_grpc(
 ) -> Response {
     let id = request_id::from_headers(request.headers());
     let method = method_label(request.uri().path());
-    let span = tracing::info_span!(
-        "grpc",
-        otel.name = method,
-        otel.kind = "server",
-        service,
-        request_id = %id,
-        team = Empty,
-        session_id = Empty,
-        code = Empty,
-    );
+    let span = if is_poll(method) {
+        Span::none()
+    } else {
+        tracing::info_span!(
+            "grpc",
+            otel.name = method,
+            otel.kind = "server",
+            service,
+            request_id = %id,
+            team = Empty,
+            session_id = Empty,
+            code = Empty,
+        )
+    };
     if let Some(team) = request
         .headers()
         .get(mesh::TEAM_HEADER)
@@ -136,7 +144,7 @@ impl Drop for Call {
                     "call failed"
                 );
             }
-            _ if POLLS.iter().any(|poll| self.method.ends_with(poll)) => {
+            _ if is_poll(self.method) => {
                 tracing::debug!(method = self.method, code = name, milliseconds, "call");
             }
             _ => tracing::info!(method = self.method, code = name, milliseconds, "call"),
