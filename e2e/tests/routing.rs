@@ -36,7 +36,8 @@ const UNKNOWN: &str = "aaaaabbbbbbbbbbbbbbbbbbbb";
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Node {
-    node_id: String,
+    #[serde(rename = "nodeId")]
+    id: String,
     home_tag: String,
     ingress_address: String,
     internal_address: String,
@@ -269,7 +270,7 @@ async fn states_of_the_catalog(mesh: &Mesh, session: &Session) {
 async fn a_session_that_moved(mesh: &Mesh, session: &Session) {
     let nodes = nodes(mesh);
     let (home, away) = match nodes.as_slice() {
-        [one, two] if one.node_id == session.node_id => (two, one),
+        [one, two] if one.id == session.node_id => (two, one),
         [one, two] => (one, two),
         other => panic!("{other:?}"),
     };
@@ -282,7 +283,7 @@ async fn a_session_that_moved(mesh: &Mesh, session: &Session) {
              create temp table moved as select * from sessions where session_id = '{}'; \
              update moved set session_id = '{id}', node_id = '{}'; \
              insert into sessions select * from moved",
-            session.session_id, away.node_id
+            session.session_id, away.id
         ),
     );
     let moved = mesh.client().get(id.as_str()).await.unwrap();
@@ -315,7 +316,7 @@ async fn a_session_that_moved(mesh: &Mesh, session: &Session) {
     set_catalog(
         &mut redis(mesh).await,
         id.as_str(),
-        &away.node_id,
+        &away.id,
         SessionState::Running,
     )
     .await;
@@ -378,7 +379,7 @@ async fn the_catalog_emptied(mesh: &Mesh, session: &Session) {
         match (status, reason.as_str()) {
             (404, "SESSION_UNKNOWN") => break,
             (503, "CATALOG_UNAVAILABLE") => {
-                assert!(Instant::now() < end, "it is not rebuilt: {seen:?}")
+                assert!(Instant::now() < end, "it is not rebuilt: {seen:?}");
             }
             _ => panic!("{seen:?}"),
         }
@@ -391,7 +392,7 @@ async fn a_node_that_restarts(mesh: &Mesh) {
     let session = mesh.session().await;
     let node = nodes(mesh)
         .into_iter()
-        .find(|node| node.node_id == session.node_id)
+        .find(|node| node.id == session.node_id)
         .unwrap();
     kill(&part_of(mesh, &node));
     let seen = until_lost(mesh, &session).await;
@@ -423,7 +424,7 @@ async fn a_node_that_is_gone(mesh: &Mesh) {
     let session = mesh.session().await;
     let node = nodes(mesh)
         .into_iter()
-        .find(|node| node.node_id == session.node_id)
+        .find(|node| node.id == session.node_id)
         .unwrap();
     let part = part_of(mesh, &node);
     kill(&part);
@@ -455,7 +456,7 @@ async fn a_node_that_is_gone(mesh: &Mesh) {
     wait_for("the node is back", Duration::from_secs(30), || {
         nodes(mesh)
             .iter()
-            .any(|known| known.node_id == node.node_id && known.home_tag == node.home_tag)
+            .any(|known| known.id == node.id && known.home_tag == node.home_tag)
     });
 }
 

@@ -376,18 +376,17 @@ impl Supervisor {
         let known = fs::read_to_string(&path)
             .ok()
             .and_then(|text| toml::from_str::<ClientFile>(&text).ok());
-        let api_key = match known {
-            Some(known) => known.api_key,
-            None => {
-                let address: Address = plan.operators_address().parse()?;
-                wait_for("gateway-operators", &plan.operators_address()).await?;
-                let mut keys = KeyServiceClient::new(mesh::connect(&[address], token));
-                let request = CreateKeyRequest {
-                    team: "default".into(),
-                    description: "made by sandmesh up".into(),
-                };
-                keys.create_key(request).await?.into_inner().secret
-            }
+        let api_key = if let Some(known) = known {
+            known.api_key
+        } else {
+            let address: Address = plan.operators_address().parse()?;
+            wait_for("gateway-operators", &plan.operators_address()).await?;
+            let mut keys = KeyServiceClient::new(mesh::connect(&[address], token));
+            let request = CreateKeyRequest {
+                team: "default".into(),
+                description: "made by sandmesh up".into(),
+            };
+            keys.create_key(request).await?.into_inner().secret
         };
         let mut file = tempfile::NamedTempFile::new_in(&self.state)?;
         io::Write::write_all(

@@ -480,7 +480,7 @@ async fn pages_give_every_name_once_in_order() {
     for path in &expected {
         fs::write(path, b"").unwrap();
     }
-    for (size, pages) in [(0, 3), (1000, 3), (2500, 1), (10_000, 1), (u32::MAX, 1)] {
+    for (size, pages) in [(0, 3), (2500, 1), (u32::MAX, 1)] {
         let (mut seen, mut token, mut count) = (Vec::new(), String::new(), 0);
         loop {
             let page = world.page(&folder, size, &token).await.unwrap();
@@ -505,13 +505,13 @@ async fn pages_give_every_name_once_in_order() {
 }
 
 #[tokio::test]
-async fn a_page_of_long_names_fits_into_a_message() {
+async fn a_page_of_long_paths_fits_into_a_message() {
     let world = World::new().await;
-    let folder = world.text("open/many");
-    fs::create_dir(&folder).unwrap();
     let name = "x".repeat(250);
-    for number in 0..7500 {
-        fs::write(format!("{folder}/{name}{number:04}"), b"").unwrap();
+    let folder = world.text(&format!("open{}", format!("/{name}").repeat(14)));
+    fs::create_dir_all(&folder).unwrap();
+    for number in 0..700 {
+        fs::write(format!("{folder}/{name}{number}"), b"").unwrap();
     }
     let (mut seen, mut token) = (0, String::new());
     loop {
@@ -522,7 +522,7 @@ async fn a_page_of_long_names_fits_into_a_message() {
             break;
         }
     }
-    assert_eq!(seen, 7500);
+    assert_eq!(seen, 700);
 }
 
 // Moving and removing

@@ -256,8 +256,8 @@ async fn shutdown_ends_processes_that_listen_and_those_that_do_not() {
     polite.read(1).await;
     deaf.read(1).await;
     let grace = prost_types::Duration {
-        seconds: 0,
-        nanos: 500_000_000,
+        seconds: 2,
+        nanos: 0,
     };
     let asked = ShutdownRequest { grace: Some(grace) };
     soon(world.system().shutdown(asked)).await.unwrap();

@@ -172,20 +172,16 @@ async fn a_grandchild_that_keeps_the_output_open_delays_the_exit_a_moment_only()
 #[tokio::test]
 async fn a_deadline_ends_a_process_and_kill_follows_for_one_that_ignores_it() {
     let world = World::new().await;
-    let limited = |millis: i32, script: &str| StartRequest {
-        deadline: Some(prost_types::Duration {
-            seconds: 0,
-            nanos: millis * 1_000_000,
-        }),
+    // Long enough for a shell to get going on a busy machine.
+    let limited = |seconds: i64, script: &str| StartRequest {
+        deadline: Some(prost_types::Duration { seconds, nanos: 0 }),
         ..sh(script)
     };
+    let deaf = "trap '' TERM; printf b; while :; do sleep 0.1; done";
     let (polite, deaf, quick) = tokio::join!(
-        world.run(limited(200, "printf a; sleep 600")),
-        world.run(limited(
-            200,
-            "trap '' TERM; printf b; while :; do sleep 0.1; done"
-        )),
-        world.run(limited(999, "printf c")),
+        world.run(limited(2, "printf a; sleep 600")),
+        world.run(limited(2, deaf)),
+        world.run(limited(50, "printf c")),
     );
     assert_eq!(
         (polite.signal(), polite.stdout.as_slice()),
@@ -207,8 +203,10 @@ async fn a_deadline_ends_a_process_and_kill_follows_for_one_that_ignores_it() {
 async fn a_signal_is_for_the_process_or_for_its_group() {
     let world = World::new().await;
     for (target, survives) in [(SignalTarget::Process, true), (SignalTarget::Group, false)] {
-        let script = "trap 'exit 9' TERM; sleep 600 > /dev/null 2>&1 & echo $!; wait";
-        let mut leader = world.start(sh(script)).await;
+        // The child says so itself, once it has no trap of the leader's any more.
+        let child = "sh -c 'echo $$; exec sleep 600 > /dev/null 2>&1'";
+        let script = format!("trap 'exit 9' TERM; {child} & wait");
+        let mut leader = world.start(sh(&script)).await;
         while !leader.seen().stdout.ends_with(b"\n") {
             leader.step().await.unwrap();
         }
