@@ -105,7 +105,16 @@ fn psql(mesh: &Mesh, script: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_situation_has_its_answer() {
-    let options = ["--separate", "--nodes", "2", "--node-dead-after", "4s"];
+    // Everything apart: 1 gateway, 2 session-svc, 1 template-svc, 2 nodes, 1 Envoy.
+    let options = [
+        "--separate",
+        "--nodes",
+        "2",
+        "--session-replicas",
+        "2",
+        "--node-dead-after",
+        "4s",
+    ];
     let mesh = Mesh::start(&MeshOptions::with(&options));
     let session = mesh.session().await;
     malformed_and_unknown(&mesh, &session).await;

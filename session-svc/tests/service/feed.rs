@@ -221,6 +221,35 @@ async fn watches_of_a_busy_team_miss_nothing_and_repeat_nothing() {
 }
 
 #[tokio::test]
+async fn a_change_that_is_committed_late_is_not_passed_over() {
+    let world = World::new().await;
+    let replica = world.replica();
+    let _node = world.node(&replica, 9).await;
+    let mut watcher = Watcher::start(&replica).await;
+    let early = replica.create(base()).await.unwrap().session_id;
+    watcher.until(&early, "RUNNING").await;
+    // A replica that takes its time between its change and the end of its transaction.
+    let database = sqlx::PgPool::connect(&world.postgres.url()).await.unwrap();
+    let mut slow = database.begin().await.unwrap();
+    let change = "insert into sandmesh_session.session_events \
+         (session_id, team, number, type, state, time, reason, message, actor, session) \
+         select session_id, team, 4, 'UPDATED', state, time, reason, message, actor, session \
+         from sandmesh_session.session_events where session_id = $1 and number = 3";
+    let change = sqlx::query(change).bind(&early).execute(&mut *slow).await;
+    assert_eq!(change.unwrap().rows_affected(), 1);
+    let late = replica.create(base()).await.unwrap().session_id;
+    // With the second one the watch has looked at the feed since.
+    watcher.heartbeat().await;
+    watcher.heartbeat().await;
+    slow.commit().await.unwrap();
+    watcher.until(&late, "RUNNING").await;
+    let mut expected = numbered(&["CREATED", "STARTING", "RUNNING", "UPDATED"]);
+    assert_eq!(watcher.seen(&early), expected);
+    expected.extend(numbered(&WHOLE_LIFE[..3]));
+    assert_eq!(watcher.seen(""), expected);
+}
+
+#[tokio::test]
 async fn a_revision_nobody_gave_out_is_refused() {
     let world = World::new().await;
     let replica = world.replica();

@@ -112,6 +112,7 @@ impl FakeNode {
 
     /// Registers, and beats from then on.
     pub(crate) fn beat(&mut self) {
+        self.tag.send_replace(String::new());
         let stop = CancellationToken::new();
         let (inside, tag) = (Arc::clone(&self.inside), self.tag.clone());
         let mut registry = registry::NodeRegistryServiceClient::new(self.registry.clone());
@@ -178,6 +179,7 @@ impl FakeNode {
         self.beating = Some(stop.drop_guard());
     }
 
+    /// Waits until it is, and has done what it was told; its home tag.
     pub(crate) async fn registered(&self) -> String {
         let mut tag = self.tag.subscribe();
         let tag = tokio::time::timeout(crate::world::PATIENCE, tag.wait_for(|tag| !tag.is_empty()));
@@ -199,7 +201,6 @@ impl FakeNode {
     pub(crate) async fn restart_empty(&mut self) {
         self.die();
         self.inside().hosted.clear();
-        self.tag.send_replace(String::new());
         self.serve().await;
         self.beat();
     }

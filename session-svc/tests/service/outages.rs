@@ -16,13 +16,16 @@ use tonic_types::StatusExt as _;
 use crate::{
     node::FakeNode,
     watcher::Watcher,
-    world::{
-        NODE_DEAD_AFTER, Replica, World, assert_refused, base, burying, eventually, named, red,
-    },
+    world::{Replica, World, assert_refused, base, eventually, named, red},
 };
 
 /// What a caller may have to wait for the answer that there is none; on a slow machine.
 const SOON: Duration = Duration::from_secs(5);
+
+async fn soon<T>(answer: impl Future<Output = T>) -> T {
+    let answer = tokio::time::timeout(SOON, answer).await;
+    answer.expect("the caller waits too long")
+}
 
 #[track_caller]
 fn assert_database_unavailable<T: std::fmt::Debug>(answer: Result<T, Status>) {
@@ -58,29 +61,30 @@ async fn held_create(
 
 #[tokio::test]
 async fn without_postgres_calls_fail_soon_and_nothing_is_lost() {
+    const DEAD_AFTER: Duration = Duration::from_secs(4);
+    const LOOKED: Duration = Duration::from_millis(700);
     let mut world = World::new().await;
-    let replica = world.replica_with(burying);
-    let _node = world.node(&replica, 50).await;
+    let replica = world.replica_with(|config| config.node_dead_after = DEAD_AFTER);
+    let mut node = world.node(&replica, 50).await;
     let id = replica.create(base()).await.unwrap().session_id;
+    let expires = replica.create(short()).await.unwrap().session_id;
     world.postgres.stop().unwrap();
     let away_since = Instant::now();
-    let creates = join_all((0..8).map(|_| replica.create(base()))).await;
+    let creates = join_all((0..8).map(|_| soon(replica.create(base())))).await;
     creates.into_iter().for_each(assert_database_unavailable);
-    assert_database_unavailable(replica.create(named("later")).await);
-    assert_database_unavailable(replica.get(&id).await);
-    assert_database_unavailable(replica.stop_session(&id).await);
-    let each = away_since.elapsed() / 4;
-    assert!(each < SOON, "{each:?}");
+    assert_database_unavailable(soon(replica.create(named("later"))).await);
+    assert_database_unavailable(soon(replica.get(&id)).await);
+    assert_database_unavailable(soon(replica.stop_session(&id)).await);
 
-    // For longer than a node may be silent no heartbeat can be noted.
-    tokio::time::sleep((NODE_DEAD_AFTER * 2).saturating_sub(away_since.elapsed())).await;
+    // For longer than a node may be silent no heartbeat can be noted, nor at once after that.
+    tokio::time::sleep((DEAD_AFTER + LOOKED).saturating_sub(away_since.elapsed())).await;
+    node.fall_silent();
     world.postgres.start_again().unwrap();
-    let works = eventually(async || replica.create(short()).await.ok());
-    let short = works.await.expect("creates do not work again");
-    // Dead nodes are looked for as often as deadlines: by now they were.
-    replica
-        .until(&short.session_id, SessionState::Stopped)
-        .await;
+    replica.until(&expires, SessionState::Stopped).await;
+    // Dead nodes are looked for as often as deadlines.
+    tokio::time::sleep(LOOKED).await;
+    node.beat();
+    node.registered().await;
     let session = replica.get(&id).await.unwrap();
     assert_eq!(session.state(), SessionState::Running);
     replica.create(named("later")).await.unwrap();

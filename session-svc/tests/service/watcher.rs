@@ -34,6 +34,11 @@ async fn open(
     Ok(answer.into_inner())
 }
 
+async fn patiently<T>(answer: impl Future<Output = T>) -> T {
+    let answer = tokio::time::timeout(PATIENCE, answer).await;
+    answer.expect("a watch must not fall silent")
+}
+
 impl Watcher {
     /// Watches team red, with the snapshot read.
     pub(crate) async fn start(replica: &Replica) -> Self {
@@ -51,7 +56,7 @@ impl Watcher {
             changes: Vec::new(),
         };
         loop {
-            let answer = watcher.answer().await.unwrap();
+            let answer = patiently(watcher.answer()).await.unwrap();
             assert!(answer.event.is_none(), "{answer:?}");
             if answer.r#type() == WatchEventType::SnapshotEnd {
                 watcher.known = watcher.snapshot.clone();
@@ -83,8 +88,7 @@ impl Watcher {
     }
 
     async fn answer(&mut self) -> Result<WatchSessionsResponse, Status> {
-        let answer = tokio::time::timeout(PATIENCE, self.answers.message()).await;
-        let answer = answer.expect("a watch must not fall silent")?;
+        let answer = self.answers.message().await?;
         let answer = answer.ok_or_else(|| Status::unknown("the watch ended without a word"))?;
         self.revision.clone_from(&answer.revision);
         Ok(answer)
@@ -92,23 +96,29 @@ impl Watcher {
 
     /// Waits for a heartbeat, noting changes on the way.
     pub(crate) async fn heartbeat(&mut self) {
-        loop {
-            let answer = self.answer().await.unwrap();
-            match answer.r#type() {
-                WatchEventType::Heartbeat => return,
-                _ => _ = self.note(answer),
+        patiently(async {
+            loop {
+                let answer = self.answer().await.unwrap();
+                if answer.r#type() == WatchEventType::Heartbeat {
+                    return;
+                }
+                self.note(answer);
             }
-        }
+        })
+        .await;
     }
 
     /// The next change.
     pub(crate) async fn next(&mut self) -> Result<WatchSessionsResponse, Status> {
-        loop {
-            let answer = self.answer().await?;
-            if answer.r#type() != WatchEventType::Heartbeat && self.note(answer.clone()) {
-                return Ok(answer);
+        patiently(async {
+            loop {
+                let answer = self.answer().await?;
+                if answer.r#type() != WatchEventType::Heartbeat && self.note(answer.clone()) {
+                    return Ok(answer);
+                }
             }
-        }
+        })
+        .await
     }
 
     /// Whether it is news, and not older than the snapshot.
