@@ -119,10 +119,14 @@ impl App {
         let templates = TemplateServiceServer::new(TemplateApi { door, templates })
             .max_decoding_message_size(LARGEST_MESSAGE);
         let routes = Routes::new(sessions).add_service(templates);
+        // envd's too: its calls come in by the same address, and Envoy sends them on.
         let reflected = [
-            "sandmesh.session.v1",
-            "sandmesh.template.v1",
-            "sandmesh.envd.v1",
+            "sandmesh.session.v1.SessionService",
+            "sandmesh.template.v1.TemplateService",
+            "sandmesh.envd.v1.ProcessService",
+            "sandmesh.envd.v1.FilesystemService",
+            "sandmesh.envd.v1.PortService",
+            "sandmesh.envd.v1.SystemService",
         ];
         // gRPC-Web is translated outermost, so that everything else sees plain gRPC.
         let router = Grpc::new("api-gateway")
@@ -133,7 +137,7 @@ impl App {
         let keys = Routes::new(KeyServiceServer::new(KeyApi { store }));
         let operators = Grpc::new("api-gateway-operators")
             .mesh_only(token)
-            .reflect(&["sandmesh.key.v1"])
+            .reflect(&["sandmesh.key.v1.KeyService"])
             .serve(operators, keys, shutdown.clone());
         let (public, operators) = tokio::join!(
             serve::serve_router(public, router, shutdown.clone()),

@@ -68,7 +68,9 @@ async fn grpcurl_grpc_web_traces_and_metrics() {
         assert!(services.lines().any(|line| line == service), "{services}");
     }
     assert!(
-        !services.contains("NodeService") && !services.contains("KeyService"),
+        !["NodeService", "KeyService", "ArtifactService"]
+            .iter()
+            .any(|internal| services.contains(internal)),
         "{services}"
     );
     let health = call(&mesh, &[], &json!({}), "grpc.health.v1.Health/Check");

@@ -287,7 +287,7 @@ impl App {
         };
         let grpc = Grpc::new("node-svc")
             .mesh_only(token.clone())
-            .reflect(&["sandmesh.node.v1"]);
+            .reflect(&["sandmesh.node.v1.NodeService"]);
         let own = grpc
             .router(Routes::new(NodeServiceServer::new(api)))
             .await?;

@@ -119,7 +119,7 @@ impl Bound {
 pub struct Grpc {
     service: &'static str,
     token: Option<MeshToken>,
-    packages: Vec<&'static str>,
+    reflected: Vec<&'static str>,
 }
 
 impl Grpc {
@@ -128,7 +128,7 @@ impl Grpc {
         Self {
             service,
             token: None,
-            packages: Vec::new(),
+            reflected: Vec::new(),
         }
     }
 
@@ -138,9 +138,9 @@ impl Grpc {
         self
     }
 
-    /// Packages that reflection shows, such as `sandmesh.session.v1`.
-    pub fn reflect(mut self, packages: &[&'static str]) -> Self {
-        self.packages = packages.to_vec();
+    /// Services that reflection shows, such as `sandmesh.session.v1.SessionService`.
+    pub fn reflect(mut self, services: &[&'static str]) -> Self {
+        self.reflected = services.to_vec();
         self
     }
 
@@ -189,9 +189,11 @@ impl Grpc {
         let all = FileDescriptorSet::decode(proto::DESCRIPTORS).unwrap_or_default();
         // Imports must stay resolvable, so types of other packages remain; only services are hidden.
         let file = all.file.into_iter().map(|mut file| {
-            if !self.packages.contains(&file.package()) {
-                file.service.clear();
-            }
+            let package = file.package().to_owned();
+            file.service.retain(|service| {
+                let name = format!("{package}.{}", service.name());
+                self.reflected.contains(&name.as_str())
+            });
             file
         });
         FileDescriptorSet {

@@ -83,7 +83,7 @@ async fn start(
     let stop = CancellationToken::new();
     let server = Grpc::new(name)
         .mesh_only(token.clone())
-        .reflect(&["sandmesh.envd.v1"]);
+        .reflect(&["sandmesh.envd.v1.SystemService"]);
     let serving = server.serve(
         bound,
         Routes::new(SystemServiceServer::new(Named(name))),

@@ -190,7 +190,10 @@ impl App {
             .add_service(NodeRegistryServiceServer::new(registry));
         let serving = Grpc::new("session-svc")
             .mesh_only(token)
-            .reflect(&["sandmesh.session.v1", "sandmesh.node.v1"])
+            .reflect(&[
+                "sandmesh.session.v1.SessionService",
+                "sandmesh.node.v1.NodeRegistryService",
+            ])
             .serve(bound, routes, shutdown.clone());
         tokio::pin!(serving);
         let served = tokio::select! {

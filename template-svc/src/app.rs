@@ -147,7 +147,10 @@ impl App {
             .add_service(ArtifactServiceServer::new(ArtifactApi { artifacts }));
         let served = Grpc::new("template-svc")
             .mesh_only(token)
-            .reflect(&["sandmesh.template.v1"])
+            .reflect(&[
+                "sandmesh.template.v1.TemplateService",
+                "sandmesh.template.v1.ArtifactService",
+            ])
             .serve(bound, routes, shutdown.clone())
             .await;
         shutdown.cancel();

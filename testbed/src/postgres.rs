@@ -211,7 +211,7 @@ fn cluster(programs: &Path) -> Result<PathBuf, TestbedError> {
         .parent()
         .and_then(Path::file_name)
         .unwrap_or_default();
-    let ready = cache.join(format!("postgres-{}", version.display()));
+    let ready = cache.join(format!("postgres-{}-small", version.display()));
     let lock = fs::File::create(cache.join("lock")).map_err(io_error("lock file"))?;
     // Held until this function returns.
     let _lock = Flock::lock(lock, FlockArg::LockExclusive)
@@ -233,6 +233,8 @@ fn cluster(programs: &Path) -> Result<PathBuf, TestbedError> {
         .arg("-D")
         .arg(&made);
     initdb.args(["-U", USER, "-A", "trust", "-E", "UTF8", "--no-locale"]);
+    // It is copied for every test.
+    initdb.arg("--wal-segsize=1");
     run(initdb.arg("--no-sync").current_dir("/"))?;
     let fresh = cache.join(format!("fresh-{}", std::process::id()));
     run(Command::new("cp").arg("-a").arg(&made).arg(&fresh))?;
