@@ -27,6 +27,8 @@ use crate::{
 };
 
 const BATCH: i64 = 500;
+/// How far behind the feed the catalog may be.
+const LINGER: Duration = Duration::from_millis(20);
 const RETRY: Duration = Duration::from_millis(500);
 /// How long an ended session can be told from an unknown one.
 const TOMBSTONE: Duration = Duration::from_hours(1);
@@ -179,6 +181,8 @@ impl Catalog {
             }
             if !full {
                 listener.heard().await;
+                // Those that follow at once are written together: the catalog is asked only about what its home node cannot answer.
+                tokio::time::sleep(LINGER).await;
             }
         }
     }

@@ -128,11 +128,38 @@ impl Sessions {
 
     /// Starts a session and returns it Running; the same request ID gives the same session.
     pub async fn create(&self, caller: &Caller, new: NewSession) -> Result<Session, SessionError> {
-        if let Some(request_id) = &new.request_id
-            && let Some(earlier) = self.store.by_request(&caller.team, request_id).await?
-        {
-            return self.started(earlier).await;
+        let request_id = new.request_id.clone();
+        let session = match self.plan(caller, new).await {
+            Ok(session) => session,
+            Err(away @ SessionError::Store(_)) => return Err(away),
+            // What was asked for before needs no room, and no template, a second time. Looked up only now: nearly all are new.
+            Err(refused) => {
+                let earlier = match &request_id {
+                    Some(id) => self.store.by_request(&caller.team, id).await?,
+                    None => None,
+                };
+                return match earlier {
+                    Some(earlier) => self.started(earlier).await,
+                    None => Err(refused),
+                };
+            }
+        };
+        if !self.store.insert(&session, &beginning(&session)).await? {
+            // Somebody else was faster with the same request ID.
+            let request_id = session.request_id.as_deref().unwrap_or_default();
+            let winner = self.store.by_request(&caller.team, request_id).await?;
+            return self
+                .started(winner.ok_or(SessionError::Contended(session.id))?)
+                .await;
         }
+        self.changes.tell();
+        let sessions = self.clone();
+        self.owned(async move { sessions.start(session).await })
+            .await
+    }
+
+    /// The session a request leads to, on the node it will be sent to.
+    async fn plan(&self, caller: &Caller, new: NewSession) -> Result<Session, SessionError> {
         let template = self.templates.get(caller, &new.template).await?;
         let resources = sized(new.resources, &template, &self.limits)?;
         let node = match self.nodes.place(Need::of(&resources), &[]).await? {
@@ -140,7 +167,7 @@ impl Sessions {
             Placed::Nowhere(most) => return Err(SessionError::NoCapacity { most }),
         };
         let now = Micros::now();
-        let session = Session {
+        Ok(Session {
             id: SessionId::random(&node.home_tag),
             team: caller.team.clone(),
             request_id: new.request_id,
@@ -164,19 +191,7 @@ impl Sessions {
             end_reason: None,
             lease_until: Some(now.plus(self.limits.lease)),
             version: FIRST_VERSION,
-        };
-        if !self.store.insert(&session, &beginning(&session)).await? {
-            // Somebody else was faster with the same request ID.
-            let request_id = session.request_id.as_deref().unwrap_or_default();
-            let winner = self.store.by_request(&caller.team, request_id).await?;
-            return self
-                .started(winner.ok_or(SessionError::Contended(session.id))?)
-                .await;
-        }
-        self.changes.tell();
-        let sessions = self.clone();
-        self.owned(async move { sessions.start(session).await })
-            .await
+        })
     }
 
     /// Runs work to its end even if the caller goes away meanwhile; the service joins it at shutdown.
