@@ -1,14 +1,9 @@
 //! All SQL of api-gateway.
 
-use std::time::Duration;
-
-use sqlx::{
-    FromRow, PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use service_kit::database;
+use sqlx::{FromRow, PgPool};
 
 const SCHEMA: &str = "sandmesh_gateway";
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
@@ -55,36 +50,13 @@ fn now() -> i64 {
 impl Store {
     /// Connects lazily.
     pub fn new(url: &str, connections: u32) -> Result<Self, StoreError> {
-        let options: PgConnectOptions = url.parse()?;
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .connect_lazy_with(
-                options
-                    .options([("search_path", SCHEMA)])
-                    .application_name("api-gateway"),
-            );
+        let pool = database::connect(url, "api-gateway", SCHEMA, connections)?;
         Ok(Self { pool })
     }
 
     /// Makes the schema and brings it up to date; safe when several replicas do so at once.
     pub async fn migrate(&self) -> Result<(), StoreError> {
-        let mut connection = self.pool.acquire().await?;
-        sqlx::query("select pg_advisory_lock(hashtext($1))")
-            .bind(SCHEMA)
-            .execute(&mut *connection)
-            .await?;
-        let made = sqlx::query("create schema if not exists sandmesh_gateway")
-            .execute(&mut *connection)
-            .await;
-        sqlx::query("select pg_advisory_unlock(hashtext($1))")
-            .bind(SCHEMA)
-            .execute(&mut *connection)
-            .await?;
-        made?;
-        drop(connection);
-        MIGRATIONS.run(&self.pool).await?;
-        Ok(())
+        database::migrate(&self.pool, SCHEMA, &MIGRATIONS).await
     }
 
     /// One key.

@@ -22,13 +22,27 @@ static DESCRIPTORS: LazyLock<Option<DescriptorPool>> =
     LazyLock::new(|| DescriptorPool::decode(proto::DESCRIPTORS).ok());
 
 /// A message in protobuf's JSON form; `name` is its full name.
-pub(crate) fn json(name: &str, message: &impl prost::Message) -> anyhow::Result<String> {
+fn json(name: &str, message: &impl prost::Message) -> anyhow::Result<String> {
     let pool = DESCRIPTORS.as_ref().context("descriptors")?;
     let descriptor = pool
         .get_message_by_name(name)
         .with_context(|| format!("no message {name}"))?;
     let dynamic = DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice())?;
     Ok(serde_json::to_string_pretty(&dynamic)?)
+}
+
+/// Prints an answer: in its JSON form for programs, or for people as `table` says.
+pub(crate) fn print<M: prost::Message>(
+    format: Format,
+    name: &str,
+    answer: M,
+    table: impl FnOnce(M),
+) -> anyhow::Result<()> {
+    match format {
+        Format::Json => println!("{}", json(name, &answer)?),
+        Format::Table => table(answer),
+    }
+    Ok(())
 }
 
 /// Prints columns.

@@ -7,7 +7,6 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    path::PathBuf,
     process::{Child, Command, Stdio},
     sync::Arc,
     time::{Duration, Instant},
@@ -321,12 +320,8 @@ async fn creates() {
         "--vcpus",
         "1000000",
     ]));
-    postgres(
-        &mesh,
-        "psql",
-        &["-qXc", "create database bench", "postgres"],
-    );
-    postgres(&mesh, "pgbench", &["-i", "-q", "-s", "10", "bench"]);
+    mesh.postgres("psql", &["-qXc", "create database bench", "postgres"]);
+    mesh.postgres("pgbench", &["-i", "-q", "-s", "10", "bench"]);
     create(&mesh, 50).await;
     let (mut rates, mut transactions) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
@@ -361,29 +356,10 @@ async fn create(mesh: &Mesh, count: usize) -> f64 {
 /// Transactions a second on the mesh's own Postgres, as many clients as creates at once.
 fn pgbench(mesh: &Mesh) -> f64 {
     let clients = CREATES_AT_ONCE.to_string();
-    let said = postgres(
-        mesh,
+    let said = mesh.postgres(
         "pgbench",
         &["-N", "-c", &clients, "-j", "2", "-T", "3", "bench"],
     );
     let line = said.lines().find(|line| line.starts_with("tps")).unwrap();
     line.split_whitespace().nth(2).unwrap().parse().unwrap()
-}
-
-fn postgres(mesh: &Mesh, program: &str, arguments: &[&str]) -> String {
-    let folders = fs::read_dir("/usr/lib/postgresql").unwrap().flatten();
-    let newest: Option<PathBuf> = folders.map(|entry| entry.path().join("bin")).max();
-    let output = Command::new(newest.unwrap().join(program))
-        .args(["-U", "postgres", "-h"])
-        .arg(mesh.state().join("run"))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{program}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap()
 }

@@ -281,6 +281,22 @@ impl Mesh {
         }
     }
 
+    /// Runs a program of PostgreSQL's against its database; its standard output.
+    pub fn postgres(&self, program: &str, arguments: &[&str]) -> String {
+        let folders = std::fs::read_dir("/usr/lib/postgresql").unwrap().flatten();
+        let newest = folders.map(|entry| entry.path().join("bin")).max();
+        let output = Command::new(newest.unwrap().join(program))
+            .args(["-U", "postgres", "-h"])
+            .arg(self.state().join("run"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program}: {said}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     /// A session as small as works.
     pub async fn session(&self) -> Session {
         self.client

@@ -3,7 +3,6 @@
 
 use std::{
     fs::File,
-    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -85,22 +84,6 @@ async fn set_catalog(redis: &mut MultiplexedConnection, id: &str, node: &str, st
         .query_async::<()>(redis)
         .await
         .unwrap();
-}
-
-fn psql(mesh: &Mesh, script: &str) {
-    let run = mesh.state().join("run");
-    let output = Command::new("psql")
-        .args(["-v", "ON_ERROR_STOP=1", "-qX", "-U", "postgres", "-h"])
-        .arg(&run)
-        .args(["-c", script, "postgres"])
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -285,15 +268,16 @@ async fn a_session_that_moved(mesh: &Mesh, session: &Session) {
     };
     let id = SessionId::random(&HomeTag::parse(&home.home_tag).unwrap());
     // As if it had moved: its row, its microVM and the catalog all say `away`, its ID says `home`.
-    psql(
-        mesh,
-        &format!(
-            "set search_path = sandmesh_session; \
-             create temp table moved as select * from sessions where session_id = '{}'; \
-             update moved set session_id = '{id}', node_id = '{}'; \
-             insert into sessions select * from moved",
-            session.session_id, away.id
-        ),
+    let script = format!(
+        "set search_path = sandmesh_session; \
+         create temp table moved as select * from sessions where session_id = '{}'; \
+         update moved set session_id = '{id}', node_id = '{}'; \
+         insert into sessions select * from moved",
+        session.session_id, away.id
+    );
+    mesh.postgres(
+        "psql",
+        &["-v", "ON_ERROR_STOP=1", "-qXc", &script, "postgres"],
     );
     let moved = mesh.client().get(id.as_str()).await.unwrap();
     let get = GetTemplateRequest {

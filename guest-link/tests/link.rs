@@ -318,6 +318,7 @@ async fn a_new_epoch_in_the_middle_of_a_transfer_gets_none_of_it() {
     for round in 0..20_u8 {
         let mut link = host::connect(&mut raw, soon()).await.unwrap();
         link.write_all(&vec![round; 150_000]).await.unwrap();
+        link.flush().await.unwrap();
         let mut got = vec![0; 90_000];
         link.read_exact(&mut got).await.unwrap();
         assert!(got.iter().all(|byte| *byte == round), "round {round}");
@@ -343,7 +344,7 @@ async fn a_writer_nobody_reads_waits() {
             .is_err()
     );
     assert!(
-        written < 2 * guest::BUFFER,
+        written <= 2 * guest::BUFFER,
         "{written} bytes were taken for nobody"
     );
 }

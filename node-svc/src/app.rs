@@ -6,7 +6,8 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use axum::{Router, body::Body};
@@ -51,6 +52,9 @@ use crate::{
 };
 
 const STOP_LIMIT: Duration = Duration::from_secs(30);
+/// How long a process that was killed may take to be gone.
+const DYING: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// node-svc cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -353,7 +357,14 @@ pub fn clean_up(state: &Path) -> Result<(), AppError> {
     if !state.exists() {
         return Ok(());
     }
-    let _lock = lock(state)?;
+    // A process that was killed holds its files until the last of its threads is gone, which may be after it looks dead.
+    let limit = Instant::now() + DYING;
+    let _lock = loop {
+        match lock(state) {
+            Err(AppError::InUse { .. }) if Instant::now() < limit => thread::sleep(LOOK_AGAIN),
+            other => break other?,
+        }
+    };
     let failed = |source| AppError::File {
         setting: "--state",
         path: state.to_owned(),

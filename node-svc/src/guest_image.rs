@@ -129,7 +129,7 @@ mod tests {
             .unwrap();
         assert!(
             bytes[init..]
-                .windows(14)
+                .windows(13)
                 .any(|window| window == b"\x7fELF not real")
         );
         fs::write(&modules, b"changed").unwrap();

@@ -1,7 +1,7 @@
 //! The sessions of this node: who is here, in which phase, and how to reach them. Admission is decided here.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -161,7 +161,11 @@ pub struct NodeFull {
 #[derive(Debug, Default)]
 struct Table {
     here: HashMap<SessionId, Arc<Session>>,
-    was: HashMap<SessionId, (Instant, Ended)>,
+    /// What all that are here take.
+    used: Capacity,
+    was: HashMap<SessionId, Ended>,
+    /// When those that were here ended, oldest first.
+    graves: VecDeque<(Instant, SessionId)>,
     /// Ended by themselves and not yet known to the control plane.
     unreported: HashMap<SessionId, Ended>,
     draining: bool,
@@ -203,7 +207,7 @@ impl Hosted {
             return Lookup::Here(Arc::clone(session));
         }
         match table.was.get(id) {
-            Some((_, ended)) => Lookup::Was(ended.clone()),
+            Some(ended) => Lookup::Was(ended.clone()),
             None => Lookup::Unknown,
         }
     }
@@ -214,7 +218,7 @@ impl Hosted {
         if let Some(here) = table.here.get(&session.id) {
             return Ok(Admitted::Here(Arc::clone(here)));
         }
-        let used = used(&table);
+        let used = table.used;
         let full = NodeFull {
             free_sessions: self.total.sessions.saturating_sub(used.sessions),
             free_memory: self.total.memory_bytes.saturating_sub(used.memory_bytes),
@@ -231,6 +235,10 @@ impl Hosted {
             return Err(full);
         }
         let session = Arc::new(session);
+        table.used.sessions += 1;
+        table.used.memory_bytes += need.memory_bytes;
+        table.used.vcpus += need.vcpus;
+        table.used.disk_bytes += need.disk_bytes;
         table.here.insert(session.id.clone(), Arc::clone(&session));
         Ok(Admitted::New(session))
     }
@@ -239,14 +247,21 @@ impl Hosted {
     pub fn bury(&self, session: &Session, ended: Ended, report: bool) {
         {
             let mut table = self.table();
-            table.here.remove(&session.id);
-            if table.was.len() >= TOMBSTONES {
-                table.was.retain(|_, (at, _)| at.elapsed() < TOMBSTONE / 2);
+            if table.here.remove(&session.id).is_some() {
+                let gone = session.resources;
+                table.used.sessions -= 1;
+                table.used.memory_bytes -= gone.memory_bytes;
+                table.used.vcpus -= gone.vcpus;
+                table.used.disk_bytes -= gone.disk_bytes;
             }
-            table.was.retain(|_, (at, _)| at.elapsed() < TOMBSTONE);
-            table
-                .was
-                .insert(session.id.clone(), (Instant::now(), ended.clone()));
+            while let Some((ended, _)) = table.graves.front()
+                && (table.graves.len() >= TOMBSTONES || ended.elapsed() >= TOMBSTONE)
+                && let Some((_, id)) = table.graves.pop_front()
+            {
+                table.was.remove(&id);
+            }
+            table.was.insert(session.id.clone(), ended.clone());
+            table.graves.push_back((Instant::now(), session.id.clone()));
             if report {
                 table.unreported.insert(session.id.clone(), ended.clone());
             }
@@ -293,7 +308,7 @@ impl Hosted {
 
     /// What is given out.
     pub fn used(&self) -> Capacity {
-        used(&self.table())
+        self.table().used
     }
 
     /// What there is.
@@ -310,17 +325,6 @@ impl Hosted {
     pub fn draining(&self) -> bool {
         self.table().draining
     }
-}
-
-fn used(table: &Table) -> Capacity {
-    let mut used = Capacity::default();
-    for session in table.here.values() {
-        used.sessions += 1;
-        used.memory_bytes += session.resources.memory_bytes;
-        used.vcpus += session.resources.vcpus;
-        used.disk_bytes += session.resources.disk_bytes;
-    }
-    used
 }
 
 fn hosted(session: &Session) -> HostedSession {

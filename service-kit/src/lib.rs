@@ -4,12 +4,15 @@
 //! - [`errors`]: [`Failure`](errors::Failure), the one way a domain error becomes a gRPC status with `google.rpc` details.
 //! - [`address`], [`config`]: where a service listens, and how its settings are read (flags, environment, TOML file).
 //! - [`mesh`]: trust between services: the mesh token, who the caller is, and channels that carry both.
+//! - [`database`]: Postgres, a schema for each service (feature `database`).
 //! - [`serve`]: bind first, then serve gRPC with health, reflection, telemetry, and drain on shutdown.
 //! - [`telemetry`]: logs, traces, metrics, and the admin listener that shows them.
 //! - [`request_id`]: the ID a person can quote, carried through every hop.
 
 pub mod address;
 pub mod config;
+#[cfg(feature = "database")]
+pub mod database;
 pub mod errors;
 pub mod ids;
 pub mod mesh;

@@ -5,10 +5,8 @@
 
 use std::time::Duration;
 
-use sqlx::{
-    Connection as _, PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use service_kit::database;
+use sqlx::PgPool;
 
 use crate::{lifecycle::State, session::HostPattern};
 
@@ -21,11 +19,8 @@ pub use nodes::{NodeRow, Registration};
 pub use sessions::Filter;
 
 const SCHEMA: &str = "sandmesh_session";
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a statement may take, waiting for a connection included.
 const STATEMENT_LIMIT: Duration = Duration::from_millis(1900);
-/// A connection that was used so recently is taken for alive; others are asked first.
-const SURELY_ALIVE: Duration = Duration::from_millis(500);
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
@@ -71,47 +66,13 @@ fn state_number(state: State) -> i16 {
 impl Store {
     /// Connects lazily: a database that is away is an error of the statement, not of the start.
     pub fn new(url: &str, connections: u32, hosts: HostPattern) -> Result<Self, StoreError> {
-        let options: PgConnectOptions = url.parse()?;
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            // Asking before each use would double the round trips of a create.
-            .test_before_acquire(false)
-            .before_acquire(|connection, use_of_it| {
-                Box::pin(async move {
-                    if use_of_it.idle_for > SURELY_ALIVE {
-                        connection.ping().await?;
-                    }
-                    Ok(true)
-                })
-            })
-            .connect_lazy_with(
-                options
-                    .options([("search_path", SCHEMA)])
-                    .application_name("session-svc"),
-            );
+        let pool = database::connect(url, "session-svc", SCHEMA, connections)?;
         Ok(Self { pool, hosts })
     }
 
     /// Makes the schema and brings it up to date; safe when several replicas do so at once.
     pub async fn migrate(&self) -> Result<(), StoreError> {
-        let mut connection = self.pool.acquire().await?;
-        // `if not exists` alone races in Postgres; sqlx's own lock covers only what comes after.
-        sqlx::query("select pg_advisory_lock(hashtext($1))")
-            .bind(SCHEMA)
-            .execute(&mut *connection)
-            .await?;
-        let made = sqlx::query("create schema if not exists sandmesh_session")
-            .execute(&mut *connection)
-            .await;
-        sqlx::query("select pg_advisory_unlock(hashtext($1))")
-            .bind(SCHEMA)
-            .execute(&mut *connection)
-            .await?;
-        made?;
-        drop(connection);
-        MIGRATIONS.run(&self.pool).await?;
-        Ok(())
+        database::migrate(&self.pool, SCHEMA, &MIGRATIONS).await
     }
 
     /// Whether Postgres answers.

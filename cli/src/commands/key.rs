@@ -7,7 +7,7 @@ use proto::key::v1::{
 
 use crate::{
     context::{Context, said},
-    output::{self, Format},
+    output,
 };
 
 #[derive(Debug, Subcommand)]
@@ -43,13 +43,12 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 .await
                 .map_err(said)?
                 .into_inner();
-            match context.format() {
-                Format::Json => println!(
-                    "{}",
-                    output::json("sandmesh.key.v1.CreateKeyResponse", &answer)?
-                ),
-                Format::Table => println!("{}", answer.secret),
-            }
+            output::print(
+                context.format(),
+                "sandmesh.key.v1.CreateKeyResponse",
+                answer,
+                |answer| println!("{}", answer.secret),
+            )?;
         }
         Command::List { team } => {
             let answer = keys
@@ -61,12 +60,11 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 .await
                 .map_err(said)?;
             let answer = answer.into_inner();
-            match context.format() {
-                Format::Json => println!(
-                    "{}",
-                    output::json("sandmesh.key.v1.ListKeysResponse", &answer)?
-                ),
-                Format::Table => {
+            output::print(
+                context.format(),
+                "sandmesh.key.v1.ListKeysResponse",
+                answer,
+                |answer| {
                     let rows = answer.keys.into_iter().map(|key| {
                         vec![
                             key.key_id,
@@ -80,8 +78,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                         &["key", "team", "created", "revoked", "description"],
                         rows.collect(),
                     );
-                }
-            }
+                },
+            )?;
         }
         Command::Revoke { key_id } => {
             let answer = keys
@@ -89,13 +87,12 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 .await
                 .map_err(said)?
                 .into_inner();
-            match context.format() {
-                Format::Json => println!(
-                    "{}",
-                    output::json("sandmesh.key.v1.RevokeKeyResponse", &answer)?
-                ),
-                Format::Table => println!("revoked"),
-            }
+            output::print(
+                context.format(),
+                "sandmesh.key.v1.RevokeKeyResponse",
+                answer,
+                |_| println!("revoked"),
+            )?;
         }
     }
     Ok(())

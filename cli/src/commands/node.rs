@@ -5,7 +5,7 @@ use proto::node::v1::{ListNodesRequest, node_registry_service_client::NodeRegist
 
 use crate::{
     context::{Context, said},
-    output::{self, Format},
+    output,
 };
 
 #[derive(Debug, Subcommand)]
@@ -30,12 +30,11 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
         .await
         .map_err(said)?
         .into_inner();
-    match context.format() {
-        Format::Json => println!(
-            "{}",
-            output::json("sandmesh.node.v1.ListNodesResponse", &answer)?
-        ),
-        Format::Table => {
+    output::print(
+        context.format(),
+        "sandmesh.node.v1.ListNodesResponse",
+        answer,
+        |answer| {
             let rows = answer.nodes.into_iter().map(|node| {
                 let (used, total) = (
                     node.used.unwrap_or_default(),
@@ -61,7 +60,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 ],
                 rows.collect(),
             );
-        }
-    }
+        },
+    )?;
     Ok(())
 }

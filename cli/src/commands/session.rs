@@ -13,7 +13,7 @@ use service_kit::config::{parse_bytes, parse_duration};
 use super::{pair, wire};
 use crate::{
     context::{Context, said},
-    output::{self, Format},
+    output,
 };
 
 #[derive(Debug, clap::Args)]
@@ -104,13 +104,12 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
             let created = sessions.create_session(request).await;
             spinner.finish_and_clear();
             let answer = created.map_err(said)?.into_inner();
-            match context.format() {
-                Format::Json => println!(
-                    "{}",
-                    output::json("sandmesh.session.v1.CreateSessionResponse", &answer)?
-                ),
-                Format::Table => println!("{}", answer.session.unwrap_or_default().session_id),
-            }
+            output::print(
+                context.format(),
+                "sandmesh.session.v1.CreateSessionResponse",
+                answer,
+                |answer| println!("{}", answer.session.unwrap_or_default().session_id),
+            )?;
         }
         Command::Get { id } => {
             let answer = sessions
@@ -118,13 +117,12 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 .await
                 .map_err(said)?
                 .into_inner();
-            match context.format() {
-                Format::Json => println!(
-                    "{}",
-                    output::json("sandmesh.session.v1.GetSessionResponse", &answer)?
-                ),
-                Format::Table => show(&answer.session.unwrap_or_default()),
-            }
+            output::print(
+                context.format(),
+                "sandmesh.session.v1.GetSessionResponse",
+                answer,
+                |answer| show(&answer.session.unwrap_or_default()),
+            )?;
         }
         Command::List { all, label } => list(context, &client, all, label).await?,
         Command::Stop { ids } => {
@@ -136,18 +134,12 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 let stopped = sessions.stop_session(request).await;
                 spinner.finish_and_clear();
                 let answer = stopped.map_err(said)?;
-                match context.format() {
-                    Format::Json => {
-                        println!(
-                            "{}",
-                            output::json(
-                                "sandmesh.session.v1.StopSessionResponse",
-                                &answer.into_inner()
-                            )?
-                        );
-                    }
-                    Format::Table => println!("{id} stopped"),
-                }
+                output::print(
+                    context.format(),
+                    "sandmesh.session.v1.StopSessionResponse",
+                    answer.into_inner(),
+                    |_| println!("{id} stopped"),
+                )?;
             }
         }
         Command::Extend { id, timeout } => {
@@ -160,16 +152,17 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 .await
                 .map_err(said)?
                 .into_inner();
-            match context.format() {
-                Format::Json => println!(
-                    "{}",
-                    output::json("sandmesh.session.v1.ExtendSessionResponse", &answer)?
-                ),
-                Format::Table => println!(
-                    "until {}",
-                    output::time(answer.session.unwrap_or_default().deadline)
-                ),
-            }
+            output::print(
+                context.format(),
+                "sandmesh.session.v1.ExtendSessionResponse",
+                answer,
+                |answer| {
+                    println!(
+                        "until {}",
+                        output::time(answer.session.unwrap_or_default().deadline)
+                    );
+                },
+            )?;
         }
         Command::Events { id } => {
             let request = ListSessionEventsRequest {
@@ -182,12 +175,11 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 .await
                 .map_err(said)?
                 .into_inner();
-            match context.format() {
-                Format::Json => println!(
-                    "{}",
-                    output::json("sandmesh.session.v1.ListSessionEventsResponse", &answer)?
-                ),
-                Format::Table => {
+            output::print(
+                context.format(),
+                "sandmesh.session.v1.ListSessionEventsResponse",
+                answer,
+                |answer| {
                     let rows = answer.events.into_iter().map(|event| {
                         vec![
                             event.sequence.to_string(),
@@ -202,8 +194,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                         &["#", "time", "event", "by", "reason", "message"],
                         rows.collect(),
                     );
-                }
-            }
+                },
+            )?;
         }
         Command::Watch { revision } => {
             let request = WatchSessionsRequest {
@@ -216,12 +208,11 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 .map_err(said)?
                 .into_inner();
             while let Some(change) = stream.message().await.map_err(said)? {
-                match context.format() {
-                    Format::Json => println!(
-                        "{}",
-                        output::json("sandmesh.session.v1.WatchSessionsResponse", &change)?
-                    ),
-                    Format::Table => {
+                output::print(
+                    context.format(),
+                    "sandmesh.session.v1.WatchSessionsResponse",
+                    change,
+                    |change| {
                         if let Some(session) = change.session {
                             println!(
                                 "{} {} {}",
@@ -230,8 +221,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                                 change.revision
                             );
                         }
-                    }
-                }
+                    },
+                )?;
             }
         }
     }
@@ -292,12 +283,11 @@ async fn list(
         }
         request.page_token = page.next_page_token;
     }
-    match context.format() {
-        Format::Json => println!(
-            "{}",
-            output::json("sandmesh.session.v1.ListSessionsResponse", &whole)?
-        ),
-        Format::Table => {
+    output::print(
+        context.format(),
+        "sandmesh.session.v1.ListSessionsResponse",
+        whole,
+        |whole| {
             let rows = whole.sessions.iter().map(|session| {
                 vec![
                     session.session_id.clone(),
@@ -311,8 +301,8 @@ async fn list(
                 &["session", "state", "template", "created", "deadline"],
                 rows.collect(),
             );
-        }
-    }
+        },
+    )?;
     Ok(())
 }
 

@@ -18,7 +18,7 @@ use tonic::{Request, service::interceptor::InterceptedService};
 
 use crate::{
     context::{Context, operator_of, said},
-    output::{self, Format},
+    output,
 };
 
 const CHUNK: usize = 512 << 10;
@@ -63,12 +63,11 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 .await
                 .map_err(said)?
                 .into_inner();
-            match context.format() {
-                Format::Json => println!(
-                    "{}",
-                    output::json("sandmesh.template.v1.ListTemplatesResponse", &answer)?
-                ),
-                Format::Table => {
+            output::print(
+                context.format(),
+                "sandmesh.template.v1.ListTemplatesResponse",
+                answer,
+                |answer| {
                     let rows = answer.templates.into_iter().map(|template| {
                         let size = template
                             .rootfs
@@ -86,8 +85,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                         &["template", "version", "tags", "image", "created"],
                         rows.collect(),
                     );
-                }
-            }
+                },
+            )?;
             Ok(())
         }
         Command::Import {
@@ -119,13 +118,12 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
             } else {
                 import(context.client()?.templates(), &tarball, request).await?
             };
-            match context.format() {
-                Format::Json => println!(
-                    "{}",
-                    output::json("sandmesh.template.v1.Template", &template)?
-                ),
-                Format::Table => println!("{}@{}", template.name, template.version),
-            }
+            output::print(
+                context.format(),
+                "sandmesh.template.v1.Template",
+                template,
+                |template| println!("{}@{}", template.name, template.version),
+            )?;
             Ok(())
         }
     }
