@@ -13,7 +13,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use e2e::{Mesh, MeshOptions, cache, guest, http, small};
+use e2e::{Mesh, guest, http, small};
 use http_body_util::{BodyExt as _, Empty};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
@@ -21,6 +21,7 @@ use hyper_util::{
 };
 use proto::session::v1::Session;
 use serde_json::{Value, json};
+use service_kit::config::tools_folder;
 
 const ROUNDS: usize = 5;
 const ROUND: Duration = Duration::from_secs(2);
@@ -74,7 +75,7 @@ struct Way {
 }
 
 async fn ports_and_execs() {
-    let mesh = Mesh::start(&MeshOptions::with(&["--separate"]));
+    let mesh = Mesh::start(&["--separate"]);
     let session = mesh.session().await;
     let sandbox = mesh.client().sandbox(&session).unwrap();
     guest::upload(&sandbox, &guest_server()).await;
@@ -277,7 +278,7 @@ impl BenchEnvoy {
         fs::write(&path, config.to_string()).unwrap();
         let process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL"])
-            .arg(cache().join("bin/envoy"))
+            .arg(tools_folder().join("bin/envoy"))
             .arg("-c")
             .arg(&path)
             .args(["--disable-hot-restart", "--log-level", "error"])
@@ -309,7 +310,7 @@ impl Drop for BenchEnvoy {
 // ---- creates ----
 
 async fn creates() {
-    let mesh = Mesh::start(&MeshOptions::with(&[
+    let mesh = Mesh::start(&[
         "--separate",
         "--vmm",
         "fake",
@@ -319,7 +320,7 @@ async fn creates() {
         "64TiB",
         "--vcpus",
         "1000000",
-    ]));
+    ]);
     mesh.postgres("psql", &["-qXc", "create database bench", "postgres"]);
     mesh.postgres("pgbench", &["-i", "-q", "-s", "10", "bench"]);
     create(&mesh, 50).await;

@@ -12,4 +12,4 @@ pub mod leaks;
 mod mesh;
 
 pub use collector::Collector;
-pub use mesh::{Mesh, MeshOptions, Part, cache, sandmesh, small, wait_for};
+pub use mesh::{Mesh, Part, sandmesh, small, wait_for};

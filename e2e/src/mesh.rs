@@ -9,6 +9,7 @@ use std::{
 use proto::session::v1::{Resources, Session};
 use sdk::{Client, NewSession};
 use serde::Deserialize;
+use service_kit::config::tools_folder;
 use tempfile::TempDir;
 
 const READY_LIMIT: Duration = Duration::from_secs(90);
@@ -16,25 +17,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 const DOWN_LIMIT: Duration = Duration::from_mins(1);
 /// The least a guest with Python needs.
 const GUEST_MEMORY: u64 = 128 << 20;
-
-/// How a deployment is started.
-#[derive(Debug, Clone, Default)]
-pub struct MeshOptions {
-    /// More arguments of `sandmesh up`.
-    pub arguments: Vec<String>,
-    /// No template is imported.
-    pub without_template: bool,
-}
-
-impl MeshOptions {
-    /// With these arguments.
-    pub fn with(arguments: &[&str]) -> Self {
-        Self {
-            arguments: arguments.iter().map(|text| (*text).to_owned()).collect(),
-            without_template: false,
-        }
-    }
-}
 
 /// A running deployment; dropping it takes it down.
 #[derive(Debug)]
@@ -104,8 +86,8 @@ pub fn sandmesh() -> PathBuf {
 }
 
 impl Mesh {
-    /// Starts a deployment and imports the template `base`.
-    pub fn start(options: &MeshOptions) -> Self {
+    /// Starts a deployment, with more arguments of `sandmesh up`, and imports the template `base`.
+    pub fn start(arguments: &[&str]) -> Self {
         // Unix sockets lie in it: the name must be short.
         let folder = tempfile::Builder::new()
             .prefix("sm")
@@ -118,7 +100,7 @@ impl Mesh {
             .arg(sandmesh())
             .args(["up", "--foreground", "--edge", "127.0.0.1:0", "--envd"])
             .arg(program("SANDMESH_ENVD", "guest-envd"))
-            .args(&options.arguments)
+            .args(arguments)
             .env("SANDMESH_STATE", folder.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -132,31 +114,29 @@ impl Mesh {
             folder,
         };
         mesh.wait_until_ready();
-        if !options.without_template {
-            let tarball = cache().join("base-rootfs.tar");
-            assert!(
-                tarball.exists(),
-                "{} is missing: run ./deploy/install test",
-                tarball.display()
-            );
-            let memory = format!("{GUEST_MEMORY}B");
-            let imported = mesh.run(&[
-                "template",
-                "import",
-                "base",
-                &tarball.to_string_lossy(),
-                "--shared",
-                "--memory",
-                &memory,
-                "--disk",
-                "256MiB",
-            ]);
-            assert!(
-                imported.status.success(),
-                "{}",
-                String::from_utf8_lossy(&imported.stderr)
-            );
-        }
+        let tarball = tools_folder().join("base-rootfs.tar");
+        assert!(
+            tarball.exists(),
+            "{} is missing: run ./deploy/install test",
+            tarball.display()
+        );
+        let memory = format!("{GUEST_MEMORY}B");
+        let imported = mesh.run(&[
+            "template",
+            "import",
+            "base",
+            &tarball.to_string_lossy(),
+            "--shared",
+            "--memory",
+            &memory,
+            "--disk",
+            "256MiB",
+        ]);
+        assert!(
+            imported.status.success(),
+            "{}",
+            String::from_utf8_lossy(&imported.stderr)
+        );
         mesh
     }
 
@@ -337,19 +317,6 @@ pub fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "waited {limit:?} in vain: {what}");
         std::thread::sleep(LOOK_AGAIN);
     }
-}
-
-/// Where tools lie that `deploy/install` fetched.
-pub fn cache() -> PathBuf {
-    let home = || PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache");
-    std::env::var_os("SANDMESH_CACHE").map_or_else(
-        || {
-            std::env::var_os("XDG_CACHE_HOME")
-                .map_or_else(home, PathBuf::from)
-                .join("sandmesh")
-        },
-        PathBuf::from,
-    )
 }
 
 impl Drop for Mesh {

@@ -3,7 +3,7 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use e2e::{Mesh, MeshOptions, small, wait_for};
+use e2e::{Mesh, small, wait_for};
 use proto::session::v1::{ListSessionEventsRequest, Session, SessionState, WatchSessionsRequest};
 use sdk::{Client, NewSession};
 use tonic::Code;
@@ -17,12 +17,7 @@ fn reason(result: Result<Session, sdk::Error>) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_input_is_refused_with_words_and_loses_nothing() {
-    let mesh = Mesh::start(&MeshOptions::with(&[
-        "--vmm",
-        "fake",
-        "--max-sessions",
-        "3",
-    ]));
+    let mesh = Mesh::start(&["--vmm", "fake", "--max-sessions", "3"]);
     let client = mesh.client();
     let with = |edit: &dyn Fn(&mut NewSession)| {
         let mut new = small();
@@ -100,13 +95,7 @@ async fn bad_input_is_refused_with_words_and_loses_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_request_id_is_one_session_whoever_is_killed() {
-    let mesh = Mesh::start(&MeshOptions::with(&[
-        "--vmm",
-        "fake",
-        "--separate",
-        "--session-replicas",
-        "2",
-    ]));
+    let mesh = Mesh::start(&["--vmm", "fake", "--separate", "--session-replicas", "2"]);
     let client = mesh.client();
     let named = |id: &str| NewSession {
         request_id: id.into(),

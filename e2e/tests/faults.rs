@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Mesh, MeshOptions, guest, http, small};
+use e2e::{Mesh, guest, http, small};
 use futures::{SinkExt as _, StreamExt as _};
 use nix::sys::signal::Signal;
 use proto::{
@@ -135,11 +135,7 @@ async fn create_works_again(mesh: &Mesh, when: &str) -> Session {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_runs_goes_on_whatever_else_dies_or_is_away() {
-    let mesh = Mesh::start(&MeshOptions::with(&[
-        "--separate",
-        "--node-dead-after",
-        "10s",
-    ]));
+    let mesh = Mesh::start(&["--separate", "--node-dead-after", "10s"]);
     let session = mesh.session().await;
     let sandbox = mesh.client().sandbox(&session).unwrap();
     let mut running = InUse::start(&mesh, &session, &sandbox).await;

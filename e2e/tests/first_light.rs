@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use bytes::Bytes;
-use e2e::{Mesh, MeshOptions, guest, http, leaks, wait_for};
+use e2e::{Mesh, guest, http, leaks, wait_for};
 use futures::{SinkExt as _, StreamExt as _};
 use proto::envd::v1::WriteHeader;
 use sdk::{Command, Event};
@@ -14,7 +14,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_files_and_ports_work_and_nothing_is_left() {
-    let mut mesh = Mesh::start(&MeshOptions::default());
+    let mut mesh = Mesh::start(&[]);
     let session = mesh.session().await;
     let sandbox = mesh.client().sandbox(&session).unwrap();
 
@@ -231,7 +231,7 @@ while True:
 /// However a deployment ends, `down` leaves nothing of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn down_cleans_up_after_a_deployment_that_was_killed() {
-    let mut mesh = Mesh::start(&MeshOptions::default());
+    let mut mesh = Mesh::start(&[]);
     let session = mesh.session().await;
     assert!(
         mesh.client()

@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use e2e::{Mesh, MeshOptions, guest, http, leaks, wait_for};
+use e2e::{Mesh, guest, http, leaks, wait_for};
 use futures::stream;
 use http_body_util::{BodyExt as _, StreamBody};
 use proto::envd::v1::{ProcessServiceListRequest, StartRequest};
@@ -47,7 +47,7 @@ fn descriptors(pid: i32) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_gibibyte_passes_in_constant_memory_and_vanished_clients_leave_nothing() {
-    let mesh = Mesh::start(&MeshOptions::with(&["--separate"]));
+    let mesh = Mesh::start(&["--separate"]);
     let session = mesh.session().await;
     let sandbox = mesh.client().sandbox(&session).unwrap();
     guest::upload(&sandbox, env!("CARGO_BIN_EXE_guest-server")).await;
@@ -134,7 +134,7 @@ async fn a_gibibyte_passes_in_constant_memory_and_vanished_clients_leave_nothing
 
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_sandboxes_at_once_each_with_its_own_files() {
-    let mut mesh = Mesh::start(&MeshOptions::default());
+    let mut mesh = Mesh::start(&[]);
     let began = Instant::now();
     let sessions = futures::future::join_all((0..20).map(|_| mesh.session())).await;
     println!("20 sessions run after {:?}", began.elapsed());

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Mesh, MeshOptions, Part, guest, http, small, wait_for};
+use e2e::{Mesh, Part, guest, http, small, wait_for};
 use futures::{SinkExt as _, StreamExt as _};
 use nix::{
     fcntl::{Flock, FlockArg},
@@ -98,7 +98,7 @@ async fn every_situation_has_its_answer() {
         "--node-dead-after",
         "4s",
     ];
-    let mesh = Mesh::start(&MeshOptions::with(&options));
+    let mesh = Mesh::start(&options);
     let session = mesh.session().await;
     malformed_and_unknown(&mesh, &session).await;
     closed_ports(&mesh, &session).await;

@@ -8,16 +8,17 @@ use std::{
 };
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use e2e::{Collector, Mesh, MeshOptions, cache, http};
+use e2e::{Collector, Mesh, http};
 use prost::Message as _;
 use proto::session::v1::{GetSessionRequest, GetSessionResponse};
 use serde_json::{Value, json};
+use service_kit::config::tools_folder;
 
 /// Spans are sent in batches, every five seconds unless said otherwise.
 const TRACE_LIMIT: Duration = Duration::from_secs(30);
 
 fn grpcurl() -> PathBuf {
-    let path = cache().join("bin/grpcurl");
+    let path = tools_folder().join("bin/grpcurl");
     assert!(
         path.exists(),
         "no {}: run ./deploy/install test",
@@ -50,11 +51,7 @@ fn call(mesh: &Mesh, headers: &[String], data: &Value, method: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn grpcurl_grpc_web_traces_and_metrics() {
     let collector = Collector::start().await;
-    let mesh = Mesh::start(&MeshOptions::with(&[
-        "--separate",
-        "--otlp",
-        &collector.address().to_string(),
-    ]));
+    let mesh = Mesh::start(&["--separate", "--otlp", &collector.address().to_string()]);
     let key = format!("authorization: Bearer {}", mesh.api_key());
 
     // Reflection through Envoy, of the API and of a sandbox.

@@ -247,8 +247,8 @@ impl Hosted {
     pub fn bury(&self, session: &Session, ended: Ended, report: bool) {
         {
             let mut table = self.table();
-            if table.here.remove(&session.id).is_some() {
-                let gone = session.resources;
+            if let Some(gone) = table.here.remove(&session.id) {
+                let gone = gone.resources;
                 table.used.sessions -= 1;
                 table.used.memory_bytes -= gone.memory_bytes;
                 table.used.vcpus -= gone.vcpus;

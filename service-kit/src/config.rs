@@ -102,6 +102,20 @@ fn plain(key: &str, value: toml::Value) -> Result<String, String> {
     }
 }
 
+/// Where tools lie that `deploy/install` fetched; the same rule as in `deploy/paths.sh`.
+pub fn tools_folder() -> PathBuf {
+    let home =
+        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache");
+    std::env::var_os("SANDMESH_CACHE").map_or_else(
+        || {
+            std::env::var_os("XDG_CACHE_HOME")
+                .map_or_else(home, PathBuf::from)
+                .join("sandmesh")
+        },
+        PathBuf::from,
+    )
+}
+
 /// Parses a duration such as `250ms`, `30s`, `5m`, `1h30m`; for `#[arg(value_parser = parse_duration)]`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     text.parse::<jiff::SignedDuration>()

@@ -9,9 +9,9 @@ use std::{
 
 use anyhow::bail;
 use envoy_control::bootstrap::Bootstrap;
-use service_kit::mesh::MeshToken;
+use service_kit::{config::tools_folder, mesh::MeshToken};
 
-use super::plan::{Plan, cache};
+use super::plan::Plan;
 
 /// What is run.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ pub(super) struct Envoy {
 
 impl Envoy {
     pub(super) fn prepare(plan: &Plan, token: &MeshToken, state: &Path) -> anyhow::Result<Self> {
-        let program = cache().join("bin/envoy");
+        let program = tools_folder().join("bin/envoy");
         if !program.exists() {
             bail!("no Envoy at {}: run ./deploy/install", program.display());
         }

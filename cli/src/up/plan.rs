@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use service_kit::config::tools_folder;
 
 use super::Options;
 
@@ -48,20 +49,6 @@ impl ServicePlan {
 /// A port nobody uses right now.
 fn free() -> anyhow::Result<SocketAddr> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
-}
-
-/// Where tools lie that `deploy/install` fetched.
-pub(super) fn cache() -> PathBuf {
-    let home =
-        || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache");
-    std::env::var_os("SANDMESH_CACHE").map_or_else(
-        || {
-            std::env::var_os("XDG_CACHE_HOME")
-                .map_or_else(home, PathBuf::from)
-                .join("sandmesh")
-        },
-        PathBuf::from,
-    )
 }
 
 impl Plan {
@@ -116,7 +103,7 @@ impl Plan {
         let template = self.run("template.sock");
         let template_list = flag("template-addresses", &template);
         let operators = self.run("operators.sock");
-        let cache = cache();
+        let cache = tools_folder();
         let otlp = options
             .otlp
             .map(|otlp| flag("otlp-endpoint", &format!("http://{otlp}")));
