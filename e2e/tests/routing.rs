@@ -190,7 +190,7 @@ async fn tokens(mesh: &Mesh, session: &Session) {
     );
     let network = Some(Network {
         port_access: PortAccess::Token.into(),
-        internet_access: None,
+        ..Network::default()
     });
     let protected = mesh
         .client()
@@ -301,6 +301,7 @@ async fn a_session_that_moved(mesh: &Mesh, session: &Session) {
         env: [].into(),
         access_token_sha256: Sha256::digest(&moved.access_token).to_vec(),
         team_id: "default".into(),
+        wake_on_request: false,
     };
     NodeServiceClient::new(channel)
         .start_session(start)

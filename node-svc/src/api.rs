@@ -5,12 +5,14 @@ use std::{pin::Pin, sync::Arc};
 use futures::Stream;
 use proto::{
     node::v1::{
-        DrainNodeRequest, DrainNodeResponse, ForkSessionRequest, ForkSessionResponse,
-        ListSessionsRequest, ListSessionsResponse, PauseSessionRequest, PauseSessionResponse,
-        ResumeSessionRequest, ResumeSessionResponse, SnapshotSessionRequest,
-        SnapshotSessionResponse, StartSessionRequest, StartSessionResponse, StopSessionRequest,
-        StopSessionResponse, UpdateSessionRequest, UpdateSessionResponse, WatchSessionsRequest,
-        WatchSessionsResponse, node_service_server::NodeService,
+        DeleteSnapshotRequest, DeleteSnapshotResponse, DrainNodeRequest, DrainNodeResponse,
+        ForkSessionRequest, ForkSessionResponse, GetSessionMetricsRequest,
+        GetSessionMetricsResponse, ListSessionsRequest, ListSessionsResponse, PauseSessionRequest,
+        PauseSessionResponse, ResumeSessionRequest, ResumeSessionResponse, RollbackSessionRequest,
+        RollbackSessionResponse, SnapshotSessionRequest, SnapshotSessionResponse,
+        StartSessionRequest, StartSessionResponse, StopSessionRequest, StopSessionResponse,
+        UpdateSessionRequest, UpdateSessionResponse, WatchSessionsRequest, WatchSessionsResponse,
+        node_service_server::NodeService,
     },
     session::v1::{Network, PortAccess},
 };
@@ -35,6 +37,8 @@ pub struct NodeApi {
     pub workshop: Arc<Workshop>,
     /// The drivers.
     pub drivers: TaskTracker,
+    /// When this node-svc began.
+    pub start_time: prost_types::Timestamp,
 }
 
 fn session_id(text: &str) -> Result<SessionId, Status> {
@@ -46,7 +50,7 @@ fn required(field: &'static str) -> impl Fn() -> Status {
     move || Failure::field_invalid(field, "is required").into_status()
 }
 
-fn port_access(network: Network) -> PortAccess {
+fn port_access(network: &Network) -> PortAccess {
     match network.port_access() {
         PortAccess::Token => PortAccess::Token,
         _ => PortAccess::Public,
@@ -72,7 +76,7 @@ impl NodeService for NodeApi {
         let id = session_id(&request.session_id)?;
         let template = request.template.clone().ok_or_else(required("template"))?;
         let resources = request.resources.ok_or_else(required("resources"))?;
-        let network = request.network.ok_or_else(required("network"))?;
+        let network = request.network.clone().ok_or_else(required("network"))?;
         if request.access_token_sha256.len() != 32 {
             return Err(Failure::field_invalid("access_token_sha256", "must be 32 bytes").into());
         }
@@ -80,7 +84,7 @@ impl NodeService for NodeApi {
             id.clone(),
             request.access_token_sha256.clone(),
             resources,
-            port_access(network),
+            port_access(&network),
         );
         let admitted = self.hosted.admit(session).map_err(|full| {
             Failure::new(Code::ResourceExhausted, Reason::NODE_FULL, full.to_string())
@@ -158,6 +162,27 @@ impl NodeService for NodeApi {
         Err(Failure::not_yet("SnapshotSession").into())
     }
 
+    async fn rollback_session(
+        &self,
+        _: Request<RollbackSessionRequest>,
+    ) -> Result<Response<RollbackSessionResponse>, Status> {
+        Err(Failure::not_yet("RollbackSession").into())
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        Err(Failure::not_yet("DeleteSnapshot").into())
+    }
+
+    async fn get_session_metrics(
+        &self,
+        _: Request<GetSessionMetricsRequest>,
+    ) -> Result<Response<GetSessionMetricsResponse>, Status> {
+        Err(Failure::not_yet("GetSessionMetrics").into())
+    }
+
     async fn update_session(
         &self,
         request: Request<UpdateSessionRequest>,
@@ -172,7 +197,7 @@ impl NodeService for NodeApi {
                     .into(),
             );
         };
-        session.set_port_access(port_access(network));
+        session.set_port_access(port_access(&network));
         Ok(Response::new(UpdateSessionResponse {}))
     }
 
@@ -191,6 +216,7 @@ impl NodeService for NodeApi {
     ) -> Result<Response<ListSessionsResponse>, Status> {
         Ok(Response::new(ListSessionsResponse {
             sessions: self.hosted.listing(),
+            start_time: Some(self.start_time),
         }))
     }
 

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use axum::{Router, body::Body};
@@ -203,6 +203,7 @@ impl App {
             cpu_model: cpu_model(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             incarnation: uuid::Uuid::new_v4().to_string(),
+            start_time: Some(SystemTime::now().into()),
             ..Node::default()
         };
         Ok(Self {
@@ -247,6 +248,7 @@ impl App {
             shutdown,
             _lock,
         } = self;
+        let start_time = node.start_time.unwrap_or_default();
         let drivers = TaskTracker::new();
         let connections = TaskTracker::new();
         let background = TaskTracker::new();
@@ -288,6 +290,7 @@ impl App {
             hosted: Arc::clone(&hosted),
             workshop: Arc::clone(&workshop),
             drivers: drivers.clone(),
+            start_time,
         };
         let grpc = Grpc::new("node-svc")
             .mesh_only(token.clone())

@@ -94,6 +94,7 @@ impl GuestClient {
             env: identity.env.clone().into_iter().collect(),
             machine_id: machine_id.to_vec(),
             default_user: String::new(),
+            reset_connections: false,
         });
         request.set_timeout(CONFIGURE_TIMEOUT);
         match tokio::time::timeout(CONFIGURE_TIMEOUT, self.system().configure(request)).await {

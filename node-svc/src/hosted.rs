@@ -294,6 +294,7 @@ impl Hosted {
                 message: ended.message.clone(),
             }),
             resources: None,
+            stored_bytes: 0,
         };
         table.unreported.iter().map(ended).collect()
     }
@@ -339,6 +340,7 @@ fn hosted(session: &Session) -> HostedSession {
         state: state.into(),
         end_reason: None,
         resources: Some(session.resources),
+        stored_bytes: 0,
     }
 }
 

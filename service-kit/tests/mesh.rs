@@ -42,6 +42,12 @@ impl SystemService for Named {
         };
         Ok(Response::new(GetInfoResponse { info: Some(info) }))
     }
+    async fn prepare_snapshot(
+        &self,
+        _: Request<proto::envd::v1::PrepareSnapshotRequest>,
+    ) -> Result<Response<proto::envd::v1::PrepareSnapshotResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
     async fn configure(
         &self,
         _: Request<ConfigureRequest>,

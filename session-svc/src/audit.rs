@@ -35,23 +35,16 @@ pub struct Audit {
     pub sessions: Sessions,
 }
 
-/// Why a session that should be on a node is not: what its end says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// The node registered without it.
-    Restarted,
-    /// The node does not list it.
-    Missing,
-}
-
-impl Cause {
-    fn end(self) -> EndReason {
-        match self {
-            Self::Restarted => EndReason::new("NODE_RESTARTED", "its node restarted without it"),
-            Self::Missing => {
-                EndReason::new("SESSION_MISSING", "its node does not host it any more")
-            }
-        }
+/// Why a session that should be on a node is not there: what its end says. Pure.
+///
+/// Whoever notices first says it, so it must not matter who that is: a registration, or an audit that asks a node which has
+/// restarted and not registered yet.
+fn why_missing(session: &Session, node_started: Option<Micros>) -> EndReason {
+    let is_older = |started: Micros| session.start_time.is_none_or(|ran| ran < started);
+    if node_started.is_some_and(is_older) {
+        EndReason::new("NODE_RESTARTED", "its node restarted without it")
+    } else {
+        EndReason::new("SESSION_MISSING", "its node does not host it any more")
     }
 }
 
@@ -73,22 +66,23 @@ fn must_be_listed(session: &Session, listed_at: Micros) -> bool {
 
 impl Audit {
     /// Asks a node what it hosts, and mends what differs.
-    pub async fn ask(&self, node: &NodeId, cause: Cause) -> Result<(), SessionError> {
+    pub async fn ask(&self, node: &NodeId) -> Result<(), SessionError> {
         let asked_at = Micros::now();
         let Some(mut client) = self.nodes.reach(node).await? else {
             return Ok(());
         };
         let mut request = Request::new(ListSessionsRequest {});
         request.set_timeout(CALL_LIMIT);
-        let listing = match tokio::time::timeout(CALL_LIMIT, client.list_sessions(request)).await {
-            Ok(Ok(answer)) => answer.into_inner().sessions,
+        let answer = match tokio::time::timeout(CALL_LIMIT, client.list_sessions(request)).await {
+            Ok(Ok(answer)) => answer.into_inner(),
             Ok(Err(status)) => {
                 tracing::debug!(node_id = %node, %status, "a node does not say what it hosts");
                 return Ok(());
             }
             Err(_) => return Ok(()),
         };
-        self.lose_missing(node, &listing, asked_at, cause).await?;
+        let (listing, started) = (answer.sessions, answer.start_time.map(Micros::from));
+        self.lose_missing(node, &listing, asked_at, started).await?;
         for session_id in self.unwanted(node, &listing).await? {
             tracing::warn!(session_id = session_id.get(..8), node_id = %node, "a node hosts a session that is over");
             let mut request = Request::new(proto::node::v1::StopSessionRequest { session_id });
@@ -106,7 +100,7 @@ impl Audit {
         node: &NodeId,
         listing: &[HostedSession],
         listed_at: Micros,
-        cause: Cause,
+        node_started: Option<Micros>,
     ) -> Result<(), SessionError> {
         let hosted: HashSet<&str> = listing
             .iter()
@@ -122,7 +116,8 @@ impl Audit {
             for session in page {
                 if must_be_listed(&session, listed_at) && !hosted.contains(session.id.as_str()) {
                     let actor = format!("node:{node}");
-                    self.sessions.lose(session, cause.end(), &actor).await?;
+                    let end = why_missing(&session, node_started);
+                    self.sessions.lose(session, end, &actor).await?;
                 }
             }
         }

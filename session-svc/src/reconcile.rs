@@ -13,7 +13,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    audit::{Audit, Cause},
+    audit::Audit,
     errors::SessionError,
     session::{EndReason, Micros, Session},
     sessions::Sessions,
@@ -159,7 +159,7 @@ impl Reconciler {
                 Ok(nodes) => {
                     stream::iter(nodes)
                         .for_each_concurrent(AUDITS_AT_ONCE, |node| async move {
-                            if let Err(error) = self.audit.ask(&node, Cause::Missing).await {
+                            if let Err(error) = self.audit.ask(&node).await {
                                 tracing::warn!(node_id = %node, %error, "a node could not be audited");
                             }
                         })

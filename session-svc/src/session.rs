@@ -49,6 +49,13 @@ impl Micros {
     }
 }
 
+impl From<prost_types::Timestamp> for Micros {
+    fn from(time: prost_types::Timestamp) -> Self {
+        let seconds = time.seconds.saturating_mul(1_000_000);
+        Self(seconds.saturating_add(i64::from(time.nanos / 1000)))
+    }
+}
+
 /// Why a session ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EndReason {
@@ -176,6 +183,7 @@ impl Session {
             host: format!("{{port}}-{}.{}", self.id, hosts.suffix),
             version: self.version.unsigned_abs(),
             parent_session_id: String::new(),
+            stored_bytes: 0,
         }
     }
 
@@ -184,6 +192,7 @@ impl Session {
         wire::Network {
             port_access: self.port_access.into(),
             internet_access: Some(self.internet_access),
+            ..wire::Network::default()
         }
     }
 }

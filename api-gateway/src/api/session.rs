@@ -4,11 +4,13 @@ use std::{pin::Pin, time::Duration};
 
 use futures::{Stream, TryStreamExt as _};
 use proto::session::v1::{
-    CreateSessionRequest, CreateSessionResponse, ExtendSessionRequest, ExtendSessionResponse,
+    CreateCheckpointRequest, CreateCheckpointResponse, CreateSessionRequest, CreateSessionResponse,
+    DeleteCheckpointRequest, DeleteCheckpointResponse, ExtendSessionRequest, ExtendSessionResponse,
     ForkSessionRequest, ForkSessionResponse, GetSessionMetricsRequest, GetSessionMetricsResponse,
-    GetSessionRequest, GetSessionResponse, ListSessionEventsRequest, ListSessionEventsResponse,
-    ListSessionsRequest, ListSessionsResponse, PauseSessionRequest, PauseSessionResponse,
-    ResumeSessionRequest, ResumeSessionResponse, StopSessionRequest, StopSessionResponse,
+    GetSessionRequest, GetSessionResponse, ListCheckpointsRequest, ListCheckpointsResponse,
+    ListSessionEventsRequest, ListSessionEventsResponse, ListSessionsRequest, ListSessionsResponse,
+    PauseSessionRequest, PauseSessionResponse, ResumeSessionRequest, ResumeSessionResponse,
+    RollbackSessionRequest, RollbackSessionResponse, StopSessionRequest, StopSessionResponse,
     StreamSessionLogsRequest, StreamSessionLogsResponse, UpdateSessionRequest,
     UpdateSessionResponse, WatchSessionsRequest, WatchSessionsResponse,
     session_service_client::SessionServiceClient, session_service_server::SessionService,
@@ -106,7 +108,10 @@ impl SessionService for SessionApi {
         &self,
         request: Request<PauseSessionRequest>,
     ) -> Result<Response<PauseSessionResponse>, Status> {
-        let request = self.door.enter(request, Limit::Usual).await?;
+        let request = self
+            .door
+            .enter(request, Limit::AtMost(CREATE_LIMIT))
+            .await?;
         self.sessions
             .clone()
             .pause_session(request)
@@ -118,7 +123,10 @@ impl SessionService for SessionApi {
         &self,
         request: Request<ResumeSessionRequest>,
     ) -> Result<Response<ResumeSessionResponse>, Status> {
-        let request = self.door.enter(request, Limit::Usual).await?;
+        let request = self
+            .door
+            .enter(request, Limit::AtMost(CREATE_LIMIT))
+            .await?;
         self.sessions
             .clone()
             .resume_session(request)
@@ -130,10 +138,67 @@ impl SessionService for SessionApi {
         &self,
         request: Request<ForkSessionRequest>,
     ) -> Result<Response<ForkSessionResponse>, Status> {
-        let request = self.door.enter(request, Limit::Usual).await?;
+        let request = self
+            .door
+            .enter(request, Limit::AtMost(CREATE_LIMIT))
+            .await?;
         self.sessions
             .clone()
             .fork_session(request)
+            .await
+            .map_err(outward)
+    }
+
+    async fn create_checkpoint(
+        &self,
+        request: Request<CreateCheckpointRequest>,
+    ) -> Result<Response<CreateCheckpointResponse>, Status> {
+        let request = self
+            .door
+            .enter(request, Limit::AtMost(CREATE_LIMIT))
+            .await?;
+        self.sessions
+            .clone()
+            .create_checkpoint(request)
+            .await
+            .map_err(outward)
+    }
+
+    async fn list_checkpoints(
+        &self,
+        request: Request<ListCheckpointsRequest>,
+    ) -> Result<Response<ListCheckpointsResponse>, Status> {
+        let request = self.door.enter(request, Limit::Usual).await?;
+        self.sessions
+            .clone()
+            .list_checkpoints(request)
+            .await
+            .map_err(outward)
+    }
+
+    async fn rollback_session(
+        &self,
+        request: Request<RollbackSessionRequest>,
+    ) -> Result<Response<RollbackSessionResponse>, Status> {
+        let request = self
+            .door
+            .enter(request, Limit::AtMost(CREATE_LIMIT))
+            .await?;
+        self.sessions
+            .clone()
+            .rollback_session(request)
+            .await
+            .map_err(outward)
+    }
+
+    async fn delete_checkpoint(
+        &self,
+        request: Request<DeleteCheckpointRequest>,
+    ) -> Result<Response<DeleteCheckpointResponse>, Status> {
+        let request = self.door.enter(request, Limit::Usual).await?;
+        self.sessions
+            .clone()
+            .delete_checkpoint(request)
             .await
             .map_err(outward)
     }

@@ -249,6 +249,7 @@ impl From<Create> for CreateSessionRequest {
             network: Some(Network {
                 port_access: access.into(),
                 internet_access: Some(!create.no_internet),
+                ..Network::default()
             }),
             request_id: create.request_id,
             ..Self::default()

@@ -8,10 +8,10 @@ use nix::sys::{
     signal::Signal,
 };
 use proto::envd::v1::{
-    ConfigureRequest, ConfigureResponse, GetInfoRequest, GetInfoResponse, ShutdownRequest,
-    ShutdownResponse, StreamLogsRequest, StreamLogsResponse, StreamMetricsRequest,
-    StreamMetricsResponse, StreamSpansRequest, StreamSpansResponse,
-    system_service_server::SystemService,
+    ConfigureRequest, ConfigureResponse, GetInfoRequest, GetInfoResponse, PrepareSnapshotRequest,
+    PrepareSnapshotResponse, ShutdownRequest, ShutdownResponse, StreamLogsRequest,
+    StreamLogsResponse, StreamMetricsRequest, StreamMetricsResponse, StreamSpansRequest,
+    StreamSpansResponse, system_service_server::SystemService,
 };
 use tonic::{Request, Response, Status};
 
@@ -36,6 +36,13 @@ impl SystemService for Api {
         Ok(Response::new(ConfigureResponse {
             info: Some(self.guest.info()),
         }))
+    }
+
+    async fn prepare_snapshot(
+        &self,
+        _: Request<PrepareSnapshotRequest>,
+    ) -> Result<Response<PrepareSnapshotResponse>, Status> {
+        Err(not_yet("PrepareSnapshot"))
     }
 
     async fn get_info(

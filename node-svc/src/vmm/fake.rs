@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use proto::{
     envd::v1::{
         ConfigureRequest, ConfigureResponse, GetInfoRequest, GetInfoResponse, GuestInfo,
-        ShutdownRequest, ShutdownResponse, StreamLogsRequest, StreamLogsResponse,
-        StreamMetricsRequest, StreamMetricsResponse, StreamSpansRequest, StreamSpansResponse,
+        PrepareSnapshotRequest, PrepareSnapshotResponse, ShutdownRequest, ShutdownResponse,
+        StreamLogsRequest, StreamLogsResponse, StreamMetricsRequest, StreamMetricsResponse,
+        StreamSpansRequest, StreamSpansResponse,
         system_service_server::{SystemService, SystemServiceServer},
     },
     node::v1::VmmKind,
@@ -162,6 +163,13 @@ impl SystemService for FakeGuest {
             ..info()
         };
         Ok(Response::new(ConfigureResponse { info: Some(info) }))
+    }
+
+    async fn prepare_snapshot(
+        &self,
+        _: Request<PrepareSnapshotRequest>,
+    ) -> Result<Response<PrepareSnapshotResponse>, Status> {
+        Ok(Response::new(PrepareSnapshotResponse::default()))
     }
 
     async fn get_info(

@@ -14,7 +14,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    audit::{Audit, Cause},
+    audit::Audit,
     errors::SessionError,
     lifecycle::State,
     nodes::Nodes,
@@ -93,6 +93,7 @@ impl NodeRegistryService for Registry {
             node.ok_or_else(|| Failure::field_invalid("node", "is required").into_status())?;
         let id = node_id(&description.node_id)?;
         let listed_at = Micros::now();
+        let started = description.start_time.map(Micros::from);
         let tag = self
             .nodes
             .register(&Registration {
@@ -107,7 +108,7 @@ impl NodeRegistryService for Registry {
         }
         let audit = &self.audit;
         audit
-            .lose_missing(&id, &sessions, listed_at, Cause::Restarted)
+            .lose_missing(&id, &sessions, listed_at, started)
             .await?;
         let stop_session_ids = audit.unwanted(&id, &sessions).await.map_err(store_error)?;
         // Its listing says nothing about sessions that were started around now: ask once more when that is over.
@@ -118,7 +119,7 @@ impl NodeRegistryService for Registry {
             if shutdown.run_until_cancelled(later).await.is_none() {
                 return;
             }
-            if let Err(error) = again.ask(&node, Cause::Restarted).await {
+            if let Err(error) = again.ask(&node).await {
                 tracing::warn!(node_id = %node, %error, "a node could not be audited after it registered");
             }
         });
@@ -190,5 +191,19 @@ impl NodeRegistryService for Registry {
             nodes,
             next_page_token,
         }))
+    }
+
+    async fn wake_session(
+        &self,
+        _: Request<proto::node::v1::WakeSessionRequest>,
+    ) -> Result<Response<proto::node::v1::WakeSessionResponse>, Status> {
+        Err(Failure::not_yet("WakeSession").into())
+    }
+
+    async fn drain_node(
+        &self,
+        _: Request<proto::node::v1::NodeRegistryServiceDrainNodeRequest>,
+    ) -> Result<Response<proto::node::v1::NodeRegistryServiceDrainNodeResponse>, Status> {
+        Err(Failure::not_yet("DrainNode").into())
     }
 }

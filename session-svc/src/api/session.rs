@@ -144,7 +144,7 @@ impl SessionService for SessionApi {
             wake_on_request: request.wake_on_request,
             request_id: Some(request.request_id).filter(|id| !id.is_empty()),
         };
-        let session = self.sessions.create(&caller, new).await?;
+        let session = Box::pin(self.sessions.create(&caller, new)).await?;
         Ok(Response::new(CreateSessionResponse {
             session: Some(self.sessions.for_owner(&session)),
         }))
@@ -309,6 +309,34 @@ impl SessionService for SessionApi {
         _: Request<ForkSessionRequest>,
     ) -> Result<Response<ForkSessionResponse>, Status> {
         Err(Failure::not_yet("ForkSession").into())
+    }
+
+    async fn create_checkpoint(
+        &self,
+        _: Request<wire::CreateCheckpointRequest>,
+    ) -> Result<Response<wire::CreateCheckpointResponse>, Status> {
+        Err(Failure::not_yet("CreateCheckpoint").into())
+    }
+
+    async fn list_checkpoints(
+        &self,
+        _: Request<wire::ListCheckpointsRequest>,
+    ) -> Result<Response<wire::ListCheckpointsResponse>, Status> {
+        Err(Failure::not_yet("ListCheckpoints").into())
+    }
+
+    async fn rollback_session(
+        &self,
+        _: Request<wire::RollbackSessionRequest>,
+    ) -> Result<Response<wire::RollbackSessionResponse>, Status> {
+        Err(Failure::not_yet("RollbackSession").into())
+    }
+
+    async fn delete_checkpoint(
+        &self,
+        _: Request<wire::DeleteCheckpointRequest>,
+    ) -> Result<Response<wire::DeleteCheckpointResponse>, Status> {
+        Err(Failure::not_yet("DeleteCheckpoint").into())
     }
 
     async fn stop_session(

@@ -200,6 +200,7 @@ impl Sessions {
             env: session.env.clone().into_iter().collect(),
             access_token_sha256: access_token_sha256(&self.token, &session.id),
             team_id: session.team.to_string(),
+            wake_on_request: session.wake_on_request,
         });
         request.set_timeout(self.limits.start);
         let answer = tokio::time::timeout(self.limits.start, node.start_session(request)).await;

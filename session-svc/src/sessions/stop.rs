@@ -149,6 +149,7 @@ impl Sessions {
         let mut request = Request::new(UpdateSessionRequest {
             session_id: session.id.to_string(),
             network: Some(session.network()),
+            wake_on_request: Some(session.wake_on_request),
         });
         request.set_timeout(self.limits.stop);
         node.update_session(request)

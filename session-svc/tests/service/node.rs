@@ -38,6 +38,8 @@ pub(crate) struct Inside {
     pub(crate) ended: Vec<wire::HostedSession>,
     /// Whether its heartbeats say that it takes no new sessions.
     pub(crate) draining: bool,
+    /// When its current start began.
+    started: Option<prost_types::Timestamp>,
     capacity: u32,
 }
 
@@ -69,6 +71,7 @@ impl FakeNode {
             address: "127.0.0.1:0".parse().unwrap(),
             inside: Arc::new(Mutex::new(Inside {
                 capacity,
+                started: Some(std::time::SystemTime::now().into()),
                 ..Inside::default()
             })),
             token: token.clone(),
@@ -133,6 +136,7 @@ impl FakeNode {
                         node: Some(wire::Node {
                             total: Some(total(&inside)),
                             used: Some(used(&inside)),
+                            start_time: inside.started,
                             ..description.clone()
                         }),
                         sessions: listing(&inside),
@@ -201,6 +205,7 @@ impl FakeNode {
     pub(crate) async fn restart_empty(&mut self) {
         self.die();
         self.inside().hosted.clear();
+        self.inside().started = Some(std::time::SystemTime::now().into());
         self.serve().await;
         self.beat();
     }
@@ -232,6 +237,7 @@ impl FakeNode {
                 message: "it broke".into(),
             }),
             resources: None,
+            stored_bytes: 0,
         });
     }
 }
@@ -261,6 +267,7 @@ fn listing(inside: &Inside) -> Vec<wire::HostedSession> {
         state: SessionState::Running.into(),
         end_reason: None,
         resources: Some(*size),
+        stored_bytes: 0,
     });
     hosted.chain(inside.ended.clone()).collect()
 }
@@ -329,8 +336,10 @@ impl server::NodeService for Service {
         &self,
         _: Request<wire::ListSessionsRequest>,
     ) -> Result<Response<wire::ListSessionsResponse>, Status> {
+        let inside = self.inside.lock().unwrap();
         Ok(Response::new(wire::ListSessionsResponse {
-            sessions: listing(&self.inside.lock().unwrap()),
+            sessions: listing(&inside),
+            start_time: inside.started,
         }))
     }
 
@@ -377,6 +386,27 @@ impl server::NodeService for Service {
         &self,
         _: Request<wire::DrainNodeRequest>,
     ) -> Result<Response<wire::DrainNodeResponse>, Status> {
+        later()
+    }
+
+    async fn rollback_session(
+        &self,
+        _: Request<wire::RollbackSessionRequest>,
+    ) -> Result<Response<wire::RollbackSessionResponse>, Status> {
+        later()
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _: Request<wire::DeleteSnapshotRequest>,
+    ) -> Result<Response<wire::DeleteSnapshotResponse>, Status> {
+        later()
+    }
+
+    async fn get_session_metrics(
+        &self,
+        _: Request<wire::GetSessionMetricsRequest>,
+    ) -> Result<Response<wire::GetSessionMetricsResponse>, Status> {
         later()
     }
 }
