@@ -297,7 +297,7 @@ async fn a_session_that_moved(mesh: &Mesh, session: &Session) {
         session_id: id.to_string(),
         template,
         resources: moved.resources,
-        network: moved.network,
+        network: moved.network.clone(),
         env: [].into(),
         access_token_sha256: Sha256::digest(&moved.access_token).to_vec(),
         team_id: "default".into(),
