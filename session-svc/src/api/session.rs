@@ -89,6 +89,31 @@ fn port_access(network: Option<&wire::Network>) -> wire::PortAccess {
     }
 }
 
+/// What nobody enforces yet is refused rather than ignored: its owner would count on it.
+fn network_is_enforced(network: Option<&wire::Network>) -> Result<(), Status> {
+    let Some(network) = network else {
+        return Ok(());
+    };
+    for (field, is_asked) in [
+        ("network.egress", network.egress.is_some()),
+        (
+            "network.egress_bytes_per_second",
+            network.egress_bytes_per_second > 0,
+        ),
+        (
+            "network.ingress_bytes_per_second",
+            network.ingress_bytes_per_second > 0,
+        ),
+    ] {
+        if is_asked {
+            return Err(Failure::not_yet(field)
+                .field(field, "leave it out; internet_access closes all of it")
+                .into_status());
+        }
+    }
+    Ok(())
+}
+
 fn on_timeout(asked: wire::OnTimeout) -> Result<wire::OnTimeout, Status> {
     match asked {
         wire::OnTimeout::Pause => Err(Failure::not_yet("on_timeout PAUSE")
@@ -128,6 +153,7 @@ impl SessionService for SessionApi {
         limits::metadata(&request.metadata)?;
         limits::env(&request.env)?;
         limits::request_id(&request.request_id)?;
+        network_is_enforced(request.network.as_ref())?;
         let new = NewSession {
             timeout: timeout(request.timeout, Some(DEFAULT_TIMEOUT))?,
             resources: request.resources.unwrap_or_default(),
@@ -393,5 +419,28 @@ impl SessionService for SessionApi {
         _: Request<GetSessionMetricsRequest>,
     ) -> Result<Response<GetSessionMetricsResponse>, Status> {
         Err(Failure::not_yet("GetSessionMetrics").into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_that_nobody_enforces_are_refused() {
+        let open = wire::Network::default();
+        assert!(network_is_enforced(None).is_ok() && network_is_enforced(Some(&open)).is_ok());
+        let ruled = wire::Network {
+            egress: Some(wire::Egress::default()),
+            ..open.clone()
+        };
+        let slowed = wire::Network {
+            egress_bytes_per_second: 1 << 20,
+            ..open
+        };
+        for network in [ruled, slowed] {
+            let refused = network_is_enforced(Some(&network)).unwrap_err();
+            assert_eq!(refused.code(), Code::Unimplemented);
+        }
     }
 }

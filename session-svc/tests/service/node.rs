@@ -39,7 +39,7 @@ pub(crate) struct Inside {
     /// Whether its heartbeats say that it takes no new sessions.
     pub(crate) draining: bool,
     /// When its current start began.
-    started: Option<prost_types::Timestamp>,
+    pub(crate) started: Option<prost_types::Timestamp>,
     capacity: u32,
 }
 

@@ -172,6 +172,8 @@ async fn a_session_its_node_has_forgotten_is_lost() {
     for id in [&forgotten, &hosted] {
         age(&world, id).await;
     }
+    // Older than what was aged: the node did not restart in between.
+    node.inside().started = Some(prost_types::Timestamp::default());
     node.inside().hosted.remove(&forgotten);
     let lost = replica.until(&forgotten, SessionState::Lost).await;
     assert_eq!(lost.end_reason.unwrap().reason, "SESSION_MISSING");
