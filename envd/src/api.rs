@@ -7,9 +7,9 @@ use proto::envd::v1::{
     filesystem_service_server::FilesystemServiceServer, port_service_server::PortServiceServer,
     process_service_server::ProcessServiceServer, system_service_server::SystemServiceServer,
 };
-use tonic::{Code, Request, Status, service::Interceptor};
+use tonic::{Request, Status, service::Interceptor};
 
-use crate::{errors::refuse, identity::Guest, process::Processes, spans::Spans};
+use crate::{identity::Guest, process::Processes, spans::Spans};
 
 mod filesystem;
 mod port;
@@ -18,20 +18,14 @@ mod system;
 
 pub(crate) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// Nothing is answered before the guest is a session's.
+/// Nothing passes while the guest's gate is closed.
 #[derive(Debug, Clone)]
 pub(crate) struct Gate(pub(crate) Arc<Guest>);
 
 impl Interceptor for Gate {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
-        if self.0.is_configured() {
-            return Ok(request);
-        }
-        Err(refuse(
-            Code::FailedPrecondition,
-            "GUEST_NOT_CONFIGURED",
-            "this guest is not a session's yet",
-        ))
+        self.0.gate.admit()?;
+        Ok(request)
     }
 }
 

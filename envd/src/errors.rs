@@ -1,6 +1,6 @@
 //! How envd says no: a gRPC status with `google.rpc.ErrorInfo` of the same domain as everywhere in Sandmesh.
 
-use std::{collections::HashMap, io};
+use std::{collections::HashMap, io, time::Duration};
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -13,6 +13,13 @@ const LONGEST_MESSAGE: usize = 1024;
 pub(crate) fn refuse(code: Code, reason: &str, message: impl Into<String>) -> Status {
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
     Status::with_error_details(code, short(message.into()), details)
+}
+
+/// `UNAVAILABLE`, but not for long.
+pub(crate) fn refuse_for_now(reason: &str, message: &str, retry: Duration) -> Status {
+    let mut details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    details.set_retry_info(Some(retry));
+    Status::with_error_details(Code::Unavailable, message, details)
 }
 
 /// The beginning of a message, if it is too long.

@@ -1,12 +1,17 @@
-//! Whose guest this is: the gate everything waits behind, and the one call that opens it.
+//! Whose guest this is, and the one call that makes it somebody's and opens its gate.
 //!
-//! Every step must succeed, in this order, or the guest stays closed: entropy first, so that nothing random is made before it.
+//! Every step must succeed, in this order, or the guest stays closed and its processes frozen: entropy first, so that nothing random is
+//! made before it; processes last, so that none sees a guest that is still another's.
+//!
+//! envd itself makes nothing random that leaves it: span IDs and epochs are the node's, process IDs count. What the seeds of its hash
+//! tables decide (the order of buckets, which ready branch of a select goes first) may be the same in two guests. Processes that carry a
+//! generator of their own over a snapshot are out of reach; the kernel's, which new processes and getrandom(2) use, is seeded anew.
 #![allow(unsafe_code)] // ioctl on /dev/random
 
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
-    net::Ipv4Addr,
+    io,
     os::fd::AsRawFd as _,
     sync::{Mutex, PoisonError},
 };
@@ -16,11 +21,15 @@ use nix::{
     time::{ClockId, clock_settime},
     unistd::sethostname,
 };
-use proto::envd::v1::{ConfigureRequest, GuestInfo, GuestNetwork};
+use proto::envd::v1::{ConfigureRequest, GuestInfo};
 use tonic::{Code, Status};
 
 use crate::{
+    connections,
     errors::{invalid, refuse},
+    freezer::Freezer,
+    gate::Gate,
+    network,
     users::{self, User},
 };
 
@@ -32,10 +41,14 @@ const LARGEST_ENV: usize = 1 << 20;
 /// The guest, closed until it is configured.
 #[derive(Debug)]
 pub(crate) struct Guest {
+    pub(crate) gate: Gate,
+    /// Stops users' processes; outside of a VM there may be none.
+    pub(crate) freezer: Option<Freezer>,
     /// Whether this is a VM of our own, whose clock, name and network are ours to set.
-    owns_system: bool,
+    pub(crate) owns_system: bool,
+    /// Held while the guest becomes somebody's or gets ready for a snapshot.
+    pub(crate) changing: tokio::sync::Mutex<()>,
     identity: Mutex<Option<Identity>>,
-    configuring: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Clone)]
@@ -47,11 +60,13 @@ struct Identity {
 }
 
 impl Guest {
-    pub(crate) fn new(owns_system: bool) -> Self {
+    pub(crate) fn new(owns_system: bool, freezer: Option<Freezer>) -> Self {
         Self {
+            gate: Gate::new(),
+            freezer,
             owns_system,
+            changing: tokio::sync::Mutex::default(),
             identity: Mutex::default(),
-            configuring: tokio::sync::Mutex::default(),
         }
     }
 
@@ -62,8 +77,9 @@ impl Guest {
             .clone()
     }
 
-    pub(crate) fn is_configured(&self) -> bool {
-        self.identity().is_some()
+    /// The way into the cgroup of users' processes.
+    pub(crate) fn cgroup(&self) -> io::Result<Option<File>> {
+        self.freezer.as_ref().map(Freezer::entrance).transpose()
     }
 
     pub(crate) fn env(&self) -> BTreeMap<String, String> {
@@ -110,11 +126,13 @@ impl Guest {
         }
     }
 
-    /// Makes the guest a session's. Again for the same session is a success; for another it is refused.
+    /// Makes the guest a session's and opens the gate. While it is open, again is a success that changes nothing for the same session, and
+    /// refused for another; once a snapshot's preparation has closed it, the guest may become anybody's.
     pub(crate) async fn configure(&self, request: ConfigureRequest) -> Result<(), Status> {
-        let _one_at_a_time = self.configuring.lock().await;
-        if let Some(identity) = self.identity() {
-            return if identity.session_id == request.session_id {
+        let _one_at_a_time = self.changing.lock().await;
+        if self.gate.is_open() {
+            let whose = self.identity().map(|identity| identity.session_id);
+            return if whose.as_ref() == Some(&request.session_id) {
                 Ok(())
             } else {
                 Err(refuse(
@@ -125,21 +143,25 @@ impl Guest {
             };
         }
         check(&request)?;
-        if self.owns_system {
-            let failed = |step: &str, error: String| {
+        let failed = |step: &'static str| {
+            move |error: String| {
                 refuse(
                     Code::Internal,
                     "CONFIGURE_FAILED",
                     format!("{step}: {error}"),
                 )
-            };
-            seed(&request.entropy).map_err(|error| failed("entropy", error))?;
-            set_clock(request.time.unwrap_or_default()).map_err(|error| failed("clock", error))?;
-            set_names(&request).map_err(|error| failed("names", error))?;
+            }
+        };
+        if self.owns_system {
+            seed(&request.entropy).map_err(failed("entropy"))?;
+            set_clock(request.time.unwrap_or_default()).map_err(failed("clock"))?;
+            set_names(&request).map_err(failed("names"))?;
+            if request.reset_connections {
+                // Before the network is another's: no packet of theirs leaves by it.
+                connections::reset().await.map_err(failed("connections"))?;
+            }
             let network = request.network.clone().unwrap_or_default();
-            set_network(&network)
-                .await
-                .map_err(|error| failed("network", error))?;
+            network::set(&network).await.map_err(failed("network"))?;
         }
         let identity = Identity {
             session_id: request.session_id,
@@ -148,6 +170,10 @@ impl Guest {
             default_user: request.default_user,
         };
         *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Some(identity);
+        if let Some(freezer) = &self.freezer {
+            freezer.thaw().map_err(failed("thaw"))?;
+        }
+        self.gate.open();
         Ok(())
     }
 }
@@ -264,70 +290,15 @@ fn set_names(request: &ConfigureRequest) -> Result<(), String> {
         ("/etc/machine-id", format!("{machine_id}\n")),
     ];
     for (path, text) in files {
-        fs::write(path, text).map_err(|error| format!("{path}: {error}"))?;
+        write_new(path, &text)?;
     }
     Ok(())
 }
 
-async fn set_network(network: &GuestNetwork) -> Result<(), String> {
-    use futures::TryStreamExt as _;
-    let text = |error: &dyn std::fmt::Display| error.to_string();
-    let resolv: String = network
-        .nameservers
-        .iter()
-        .fold(String::new(), |lines, server| {
-            format!("{lines}nameserver {server}\n")
-        });
-    fs::write("/etc/resolv.conf", resolv).map_err(|error| text(&error))?;
-    let (connection, handle, _) = rtnetlink::new_connection().map_err(|error| text(&error))?;
-    let connection = tokio::spawn(connection);
-    let up = |index| {
-        handle
-            .link()
-            .set(rtnetlink::LinkUnspec::new_with_index(index).up().build())
-            .execute()
-    };
-    let set = async {
-        let find = async |name: &str| {
-            let mut links = handle.link().get().match_name(name.to_owned()).execute();
-            links
-                .try_next()
-                .await
-                .ok()
-                .flatten()
-                .map(|link| link.header.index)
-        };
-        let lo = find("lo").await.ok_or("no lo")?;
-        up(lo).await.map_err(|error| text(&error))?;
-        // A guest without a network device has a loopback and that is all.
-        let Some(eth) = find("eth0").await else {
-            return Ok(());
-        };
-        let (address, prefix) = network
-            .address
-            .split_once('/')
-            .ok_or("address without a prefix")?;
-        let address: Ipv4Addr = address.parse().map_err(|error| text(&error))?;
-        let prefix: u8 = prefix.parse().map_err(|error| text(&error))?;
-        let gateway: Ipv4Addr = network.gateway.parse().map_err(|error| text(&error))?;
-        handle
-            .address()
-            .add(eth, address.into(), prefix)
-            .execute()
-            .await
-            .map_err(|error| text(&error))?;
-        up(eth).await.map_err(|error| text(&error))?;
-        let route = rtnetlink::RouteMessageBuilder::<Ipv4Addr>::new()
-            .gateway(gateway)
-            .build();
-        handle
-            .route()
-            .add(route)
-            .execute()
-            .await
-            .map_err(|error| text(&error))
-    };
-    let outcome = set.await;
-    connection.abort();
-    outcome
+/// Writes a small file, unless it says that already: a session that resumes touches no disk for it.
+pub(crate) fn write_new(path: &str, text: &str) -> Result<(), String> {
+    if fs::read_to_string(path).is_ok_and(|there| there == text) {
+        return Ok(());
+    }
+    fs::write(path, text).map_err(|error| format!("{path}: {error}"))
 }

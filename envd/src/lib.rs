@@ -2,10 +2,12 @@
 //!
 //! [`boot`] turns a bare kernel into a system: modules, disks, overlay. Then the services in [`api`] are served over the guest
 //! link, one HTTP/2 connection per epoch. [`process`] runs commands and keeps their output ([`output`]), [`reap`] is PID 1's duty to
-//! collect what has ended, [`users`] knows who is who, [`files`] acts as them, [`ports`] reads who listens, [`identity`] makes the guest a
-//! session's, [`spans`] tells the node how calls went.
+//! collect what has ended, [`users`] knows who is who, [`files`] acts as them, [`ports`] reads who listens, [`spans`] tells the node how
+//! calls went.
 //!
-//! Nothing but health, reflection and Configure is answered before Configure has succeeded.
+//! [`identity`] makes the guest a session's, with its [`network`] and without the [`connections`] of whoever it was before; [`snapshot`]
+//! gets it ready to be kept or copied, with the [`freezer`]. The [`gate`] is between them: nothing but health, reflection and the node's own
+//! calls is answered before Configure has succeeded, or between a snapshot's preparation and the next Configure.
 
 use std::{convert::Infallible, error::Error, io, path::Path, pin::Pin, sync::Arc, task};
 
@@ -15,17 +17,23 @@ use tonic::transport::server::{Connected, Server};
 
 pub mod api;
 mod boot;
+mod connections;
 mod errors;
 mod files;
+mod freezer;
+mod gate;
 mod identity;
+mod network;
 mod output;
 mod ports;
 mod process;
 mod reap;
+mod snapshot;
 mod spans;
 mod spawn;
 mod users;
 
+use freezer::Freezer;
 use identity::Guest;
 use process::Processes;
 use spans::{Spans, Trace};
@@ -43,7 +51,9 @@ pub fn init() -> Result<(), Failure> {
     let port = boot::bring_up()?;
     runtime()?.block_on(async {
         let channel = Vport::open(&port)?;
-        let guest = Arc::new(Guest::new(true));
+        let freezer = Freezer::new(boot::CGROUPS.into())
+            .map_err(|error| format!("the cgroup of users' processes: {error}"))?;
+        let guest = Arc::new(Guest::new(true, Some(freezer)));
         let processes = Processes::new(Arc::clone(&guest));
         tokio::spawn(reap::run(processes.clone()));
         serve(channel, guest, processes, Spans::default()).await;
@@ -51,11 +61,13 @@ pub fn init() -> Result<(), Failure> {
     })
 }
 
-/// Serves over a unix socket with the guest link's framing; for tests. The host's clock, name and network are left alone.
-pub fn serve_on_socket(socket: &Path) -> Result<(), Failure> {
+/// Serves over a unix socket with the guest link's framing; for tests. The host's clock, name and network are left alone. Processes can be
+/// frozen if there is a cgroup (v2) of their own for them.
+pub fn serve_on_socket(socket: &Path, cgroup: Option<&Path>) -> Result<(), Failure> {
     runtime()?.block_on(async {
         let channel = UnixChannel::bind(socket)?;
-        let guest = Arc::new(Guest::new(false));
+        let freezer = cgroup.map(|folder| Freezer::new(folder.to_owned()));
+        let guest = Arc::new(Guest::new(false, freezer.transpose()?));
         let processes = Processes::new(Arc::clone(&guest));
         tokio::spawn(reap::run(processes.clone()));
         serve(channel, guest, processes, Spans::default()).await;

@@ -1,15 +1,18 @@
 //! envd: init of the guest and its daemon. As PID 1 it brings the guest up; with `--serve SOCKET` it serves the same services over
-//! a unix socket, for tests outside a VM.
+//! a unix socket, for tests outside a VM, with processes in a cgroup if one is named.
 
 use std::{path::PathBuf, process::ExitCode};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.as_slice() {
-        [flag, socket] if flag == "--serve" => envd::serve_on_socket(&PathBuf::from(socket)),
+        [flag, socket] if flag == "--serve" => envd::serve_on_socket(&PathBuf::from(socket), None),
+        [flag, socket, cgroup] if flag == "--serve" => {
+            envd::serve_on_socket(&PathBuf::from(socket), Some(&PathBuf::from(cgroup)))
+        }
         _ if std::process::id() == 1 => envd::init(),
         _ => {
-            eprintln!("usage: envd --serve SOCKET (as PID 1 it takes no arguments)");
+            eprintln!("usage: envd --serve SOCKET [CGROUP] (as PID 1 it takes no arguments)");
             return ExitCode::from(2);
         }
     };

@@ -25,6 +25,7 @@ use tonic::{Code, Status};
 use crate::{
     errors::{invalid, refuse},
     files,
+    gate::Gate,
     identity::{self, Guest},
     output::Output,
     spawn::{self, Ended, Plan},
@@ -205,6 +206,8 @@ impl Processes {
             .split_first()
             .ok_or_else(|| invalid("argv", "must not be empty"))?;
         let mut table = self.table();
+        // Asked again with the table held: a process started after a snapshot's preparation has held it would never run.
+        self.guest.gate.admit()?;
         if request.process_id.is_empty() {
             request.process_id = table.new_id();
         }
@@ -230,6 +233,13 @@ impl Processes {
             ));
         }
         let program = look_up(name, &env, &cwd)?;
+        let cgroup = self.guest.cgroup().map_err(|error| {
+            refuse(
+                Code::Internal,
+                "START_FAILED",
+                format!("the cgroup of users' processes: {error}"),
+            )
+        })?;
         let plan = Plan {
             program: &program,
             name,
@@ -238,9 +248,10 @@ impl Processes {
             env: &env,
             user: &user,
             stdin: request.stdin() == StdinMode::Pipe,
+            cgroup,
         };
         let mut child =
-            spawn::spawn(&plan).map_err(|error| spawn_error(name, &user, &cwd, &error))?;
+            spawn::spawn(plan).map_err(|error| spawn_error(name, &user, &cwd, &error))?;
         let pid = i32::try_from(child.id()).unwrap_or_default();
         table.next += 1;
         let stdin = child
@@ -627,7 +638,7 @@ async fn supervise(
     let mut ended = process.ended.subscribe();
     let (how, at) = tokio::select! {
         how = seen(&mut ended) => how,
-        () = enforce(&process, deadline) => seen(&mut ended).await,
+        () = enforce(&processes.guest.gate, &process, deadline) => seen(&mut ended).await,
     };
     let closed = async {
         for output in [&process.stdout, &process.stderr] {
@@ -641,8 +652,11 @@ async fn supervise(
         }
     };
     // A reader that holds the output back is waited for; a grandchild that holds it open is not, for long.
-    let held_open = tokio::time::timeout(HELD_OPEN, closed).await.is_err()
-        && !wait_for_slow_reader(&process).await;
+    let gate = &processes.guest.gate;
+    let held_open = tokio::select! {
+        () = closed => false,
+        () = gate.sleep(HELD_OPEN) => !wait_for_slow_reader(gate, &process).await,
+    };
     stop.notify_waiters();
     stop.notify_one();
     process.stdout.close();
@@ -673,10 +687,10 @@ async fn supervise(
 }
 
 /// Whether the output closed after all, because what delayed it was a reader and not a grandchild.
-async fn wait_for_slow_reader(process: &Process) -> bool {
+async fn wait_for_slow_reader(gate: &Gate, process: &Process) -> bool {
     loop {
         let before = (process.stdout.end(), process.stderr.end());
-        tokio::time::sleep(HELD_OPEN).await;
+        gate.sleep(HELD_OPEN).await;
         if process.stdout.is_closed() && process.stderr.is_closed() {
             return true;
         }
@@ -700,17 +714,18 @@ async fn seen(ended: &mut watch::Receiver<Option<(Ended, SystemTime)>>) -> (Ende
     }
 }
 
-/// Returns when the deadline has passed and everything was killed; never without one.
-async fn enforce(process: &Process, deadline: Option<Duration>) {
+/// Returns when the deadline has passed and everything was killed; never without one. Time in which the process was frozen is not counted:
+/// a deadline bounds how long it may work, and a session that slept for days must not wake to processes that are late already.
+async fn enforce(gate: &Gate, process: &Process, deadline: Option<Duration>) {
     let Some(deadline) = deadline else {
         return std::future::pending().await;
     };
-    tokio::time::sleep(deadline).await;
+    gate.sleep(deadline).await;
     process.deadline_passed.send_replace(true);
     let group = Pid::from_raw(process.pid);
     // A group that is gone has nothing left to end.
     let _ = killpg(group, Signal::SIGTERM);
-    tokio::time::sleep(GRACE).await;
+    gate.sleep(GRACE).await;
     let _ = killpg(group, Signal::SIGKILL);
 }
 

@@ -2,13 +2,14 @@
 #![allow(unsafe_code)] // pre_exec: what a child does to itself between fork and exec
 
 use std::{
+    fs::File,
     io,
     os::unix::process::CommandExt as _,
     path::Path,
     process::{Child, Command, Stdio},
 };
 
-use nix::unistd::{Gid, Uid, chdir, setgid, setgroups, setsid, setuid};
+use nix::unistd::{Gid, Uid, chdir, setgid, setgroups, setsid, setuid, write};
 
 use crate::users::User;
 
@@ -22,10 +23,12 @@ pub(crate) struct Plan<'a> {
     pub(crate) env: &'a [(String, String)],
     pub(crate) user: &'a User,
     pub(crate) stdin: bool,
+    /// The cgroup it has to be in before its program runs.
+    pub(crate) cgroup: Option<File>,
 }
 
 /// Starts it. The caller holds the reaper off until it knows the PID.
-pub(crate) fn spawn(plan: &Plan<'_>) -> io::Result<Child> {
+pub(crate) fn spawn(plan: Plan<'_>) -> io::Result<Child> {
     let mut command = Command::new(plan.program);
     command
         .arg0(plan.name)
@@ -42,12 +45,15 @@ pub(crate) fn spawn(plan: &Plan<'_>) -> io::Result<Child> {
         .stderr(Stdio::piped());
     let (cwd, user) = (plan.cwd.to_owned(), plan.user.clone());
     let groups: Vec<Gid> = user.groups.iter().copied().map(Gid::from_raw).collect();
-    let am_root = Uid::effective().is_root();
+    let (am_root, cgroup) = (Uid::effective().is_root(), plan.cgroup);
     // SAFETY: only system calls between fork and exec, on values made before the fork; none of them allocates.
     unsafe {
         command.pre_exec(move || {
             setsid()?;
             restore_oom_score();
+            if let Some(cgroup) = &cgroup {
+                write(cgroup, b"0")?;
+            }
             if am_root {
                 setgroups(&groups)?;
                 setgid(Gid::from_raw(user.gid))?;

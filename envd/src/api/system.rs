@@ -13,10 +13,16 @@ use proto::envd::v1::{
     StreamLogsResponse, StreamMetricsRequest, StreamMetricsResponse, StreamSpansRequest,
     StreamSpansResponse, system_service_server::SystemService,
 };
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::Answers;
-use crate::{errors::not_yet, identity::Guest, process::Processes, spans::Spans};
+use crate::{
+    errors::{not_yet, refuse},
+    identity::Guest,
+    process::Processes,
+    snapshot,
+    spans::Spans,
+};
 
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
@@ -42,7 +48,12 @@ impl SystemService for Api {
         &self,
         _: Request<PrepareSnapshotRequest>,
     ) -> Result<Response<PrepareSnapshotResponse>, Status> {
-        Err(not_yet("PrepareSnapshot"))
+        // Goes through to its end, also if the node is gone: half way, processes would be frozen after a later call has let them go.
+        let preparing = snapshot::prepare(Arc::clone(&self.guest), self.processes.clone());
+        let free_memory_bytes = tokio::spawn(preparing)
+            .await
+            .map_err(|error| refuse(Code::Internal, "PREPARE_FAILED", error.to_string()))??;
+        Ok(Response::new(PrepareSnapshotResponse { free_memory_bytes }))
     }
 
     async fn get_info(

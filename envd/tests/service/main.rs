@@ -7,5 +7,6 @@ mod gate;
 mod ports;
 mod processes;
 mod rights;
+mod snapshots;
 mod streams;
 mod world;

@@ -11,6 +11,7 @@ use std::{
     path::{Path, PathBuf},
     pin::Pin,
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     task::{Context, Poll},
     time::Duration,
 };
@@ -62,6 +63,7 @@ pub(crate) struct World {
     folder: TempDir,
     envd: Child,
     guest: Guest,
+    cgroup: Option<Cgroup>,
 }
 
 impl World {
@@ -78,6 +80,15 @@ impl World {
 
     /// An envd nobody has configured yet.
     pub(crate) async fn closed() -> Self {
+        Self::with(None).await
+    }
+
+    /// The same, that can freeze what it starts.
+    pub(crate) async fn freezable() -> Self {
+        Self::with(Some(Cgroup::new())).await
+    }
+
+    async fn with(cgroup: Option<Cgroup>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path();
         fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
@@ -99,13 +110,14 @@ impl World {
         // Descriptors a test runner leaves open are none of a guest's.
         let script = "for fd in /proc/self/fd/*; do fd=${fd##*/}; [ $fd -le 2 ] || eval \"exec $fd>&-\"; done; \
                       mount --bind \"$1/passwd\" /etc/passwd && mount --bind \"$1/group\" /etc/group \
-                      && exec \"$0\" --serve \"$1/socket\"";
+                      && exec \"$0\" --serve \"$1/socket\" ${2:+\"$2\"}";
         // If the test dies, so does unshare; if unshare dies, so does envd; and with it, being its namespace's init, all it started.
         let envd = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--groups", &TEAM.to_string()])
             .args(["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"])
             .args(["bash", "-c", script, env!("CARGO_BIN_EXE_envd")])
             .arg(root)
+            .args(cgroup.as_ref().map(|cgroup| &cgroup.0))
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
@@ -114,7 +126,13 @@ impl World {
             folder,
             envd,
             guest,
+            cgroup,
         }
+    }
+
+    /// A file of the cgroup its processes are in.
+    pub(crate) fn cgroup(&self, below: &str) -> PathBuf {
+        self.cgroup.as_ref().unwrap().0.join(below)
     }
 
     /// The connection is gone, and with it all its calls.
@@ -207,6 +225,53 @@ impl Drop for World {
     fn drop(&mut self) {
         let _ = self.envd.kill();
         let _ = self.envd.wait();
+    }
+}
+
+/// A cgroup for one envd, in whatever cgroup v2 hierarchy this machine has.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let hierarchy = mounts
+            .lines()
+            .find_map(|mount| {
+                let (place, kind) = mount.split_once(" - ")?;
+                let is_v2 = kind.starts_with("cgroup2 ");
+                is_v2.then(|| place.split(' ').nth(4)).flatten()
+            })
+            .expect("a cgroup v2 hierarchy");
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("envd-test-{}-{number}", std::process::id());
+        let folder = Path::new(hierarchy).join(name);
+        fs::create_dir(&folder).unwrap();
+        Self(folder)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        let limit = std::time::Instant::now() + LIMIT;
+        let mut folders = vec![self.0.clone()];
+        folders.extend(
+            fs::read_dir(&self.0)
+                .into_iter()
+                .flatten()
+                .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+                .filter(|path| path.is_dir()),
+        );
+        for folder in folders.into_iter().rev() {
+            // What was killed takes a moment to be gone.
+            while fs::remove_dir(&folder).is_err_and(|error| {
+                error.kind() == std::io::ErrorKind::ResourceBusy
+                    && std::time::Instant::now() < limit
+            }) {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
     }
 }
 

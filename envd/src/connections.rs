@@ -1,0 +1,184 @@
+//! Ends TCP connections that are not this guest's any more: after a fork their other end is the parent's, after a change of place nobody's.
+//! Whoever holds one reads ECONNABORTED at once, instead of waiting for answers that cannot come.
+//!
+//! The kernel is asked by sock_diag(7), `SOCK_DESTROY`; the guest's kernel needs `CONFIG_INET_DIAG_DESTROY` and the module `tcp_diag`, which
+//! Debian's have. Listeners stay, and what has a loopback address is within the guest. Network namespaces that users made are their own.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
+
+use nix::libc;
+use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+const HEADER: usize = 16;
+/// `struct inet_diag_sockid` in `struct inet_diag_msg` and `struct inet_diag_req_v2` (linux/inet_diag.h).
+const ID: usize = 48;
+const ID_IN_MESSAGE: usize = 4;
+/// `enum tcp_state`: all in which there is a peer, so neither CLOSE, TIME_WAIT nor LISTEN.
+const FIN_WAIT2: u8 = 5;
+const STATES: u32 = 0b1_1011_0011_1110;
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Ends every TCP connection that leaves the guest.
+pub(crate) async fn reset() -> Result<(), String> {
+    let resetting = tokio::task::spawn_blocking(|| {
+        let mut socket = Socket::new(NETLINK_SOCK_DIAG).map_err(|error| error.to_string())?;
+        socket.bind_auto().map_err(|error| error.to_string())?;
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            for connection in list(&socket, u8::try_from(family).unwrap_or_default())? {
+                destroy(&socket, &connection)?;
+            }
+        }
+        Ok(())
+    });
+    match tokio::time::timeout(LIMIT, resetting).await {
+        Ok(Ok(done)) => done,
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("not done in {LIMIT:?}")),
+    }
+}
+
+/// A connection as the kernel names it.
+#[derive(Debug, PartialEq, Eq)]
+struct Connection {
+    family: u8,
+    state: u8,
+    id: [u8; ID],
+}
+
+impl Connection {
+    /// From a `struct inet_diag_msg`.
+    fn parse(message: &[u8]) -> Option<Self> {
+        let id = message.get(ID_IN_MESSAGE..ID_IN_MESSAGE + ID)?;
+        Some(Self {
+            family: *message.first()?,
+            state: *message.get(1)?,
+            id: id.try_into().ok()?,
+        })
+    }
+
+    fn is_local(&self) -> bool {
+        // Ports first, then both addresses, 16 bytes each.
+        let (ends, _) = self.id[4..36].as_chunks::<16>();
+        ends.iter().any(|end| {
+            if i32::from(self.family) == libc::AF_INET {
+                let [a, b, c, d, ..] = *end;
+                Ipv4Addr::new(a, b, c, d).is_loopback()
+            } else {
+                IpAddr::from(Ipv6Addr::from(*end))
+                    .to_canonical()
+                    .is_loopback()
+            }
+        })
+    }
+}
+
+/// A request of `struct inet_diag_req_v2`.
+fn request(kind: u16, flags: i32, family: u8, id: &[u8; ID]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER + 8 + ID);
+    bytes.extend(((HEADER + 8 + ID) as u32).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend((flags as u16).to_ne_bytes());
+    // Sequence and port: one request at a time, to the kernel.
+    bytes.extend([0; 8]);
+    bytes.extend([family, libc::IPPROTO_TCP as u8, 0, 0]);
+    bytes.extend(STATES.to_ne_bytes());
+    bytes.extend(id);
+    bytes
+}
+
+/// What the kernel answers with.
+enum Answer<'a> {
+    Message(&'a [u8]),
+    Done,
+    /// An errno, or zero for a success.
+    Result(i32),
+}
+
+/// Takes the messages of one datagram.
+fn answers(mut datagram: &[u8]) -> Vec<Answer<'_>> {
+    let mut found = Vec::new();
+    while let Some((header, _)) = datagram.split_first_chunk::<HEADER>() {
+        let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+        let Some(body) = datagram.get(HEADER..length) else {
+            break;
+        };
+        found.push(
+            match i32::from(u16::from_ne_bytes([header[4], header[5]])) {
+                libc::NLMSG_DONE => Answer::Done,
+                libc::NLMSG_ERROR => {
+                    let code = body
+                        .first_chunk()
+                        .map_or(-libc::EPROTO, |code| i32::from_ne_bytes(*code));
+                    Answer::Result(-code)
+                }
+                _ => Answer::Message(body),
+            },
+        );
+        datagram = datagram
+            .get(length.next_multiple_of(4)..)
+            .unwrap_or_default();
+    }
+    found
+}
+
+fn send(socket: &Socket, request: &[u8]) -> Result<(), String> {
+    let kernel = SocketAddr::new(0, 0);
+    let sent = socket.send_to(request, &kernel, 0);
+    sent.map(drop).map_err(|error| error.to_string())
+}
+
+fn said(errno: i32) -> String {
+    match errno {
+        libc::ENOENT => {
+            "the guest's kernel has no tcp_diag; add the module to the template's".into()
+        }
+        libc::EOPNOTSUPP => "the guest's kernel has no CONFIG_INET_DIAG_DESTROY".into(),
+        errno => nix::errno::Errno::from_raw(errno).to_string(),
+    }
+}
+
+fn list(socket: &Socket, family: u8) -> Result<Vec<Connection>, String> {
+    let flags = libc::NLM_F_REQUEST | libc::NLM_F_DUMP;
+    send(
+        socket,
+        &request(SOCK_DIAG_BY_FAMILY, flags, family, &[0; ID]),
+    )?;
+    let mut connections = Vec::new();
+    loop {
+        let (datagram, _) = socket.recv_from_full().map_err(|error| error.to_string())?;
+        for answer in answers(&datagram) {
+            match answer {
+                Answer::Message(message) => connections
+                    .extend(Connection::parse(message).filter(|connection| !connection.is_local())),
+                Answer::Result(0) | Answer::Done => return Ok(connections),
+                Answer::Result(errno) => return Err(said(errno)),
+            }
+        }
+    }
+}
+
+fn destroy(socket: &Socket, connection: &Connection) -> Result<(), String> {
+    let flags = libc::NLM_F_REQUEST | libc::NLM_F_ACK;
+    send(
+        socket,
+        &request(SOCK_DESTROY, flags, connection.family, &connection.id),
+    )?;
+    loop {
+        let (datagram, _) = socket.recv_from_full().map_err(|error| error.to_string())?;
+        for answer in answers(&datagram) {
+            match answer {
+                // It ended by itself meanwhile.
+                Answer::Result(0 | libc::ENOENT) => return Ok(()),
+                // One no process holds any more, which the kernel only remembers.
+                Answer::Result(libc::EOPNOTSUPP) if connection.state == FIN_WAIT2 => return Ok(()),
+                Answer::Result(errno) => return Err(said(errno)),
+                Answer::Message(_) | Answer::Done => {}
+            }
+        }
+    }
+}
