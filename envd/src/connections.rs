@@ -182,3 +182,121 @@ fn destroy(socket: &Socket, connection: &Connection) -> Result<(), String> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{self, Read as _, Write as _},
+        net::{TcpListener, TcpStream},
+        time::Instant,
+    };
+
+    use super::*;
+    use crate::network::tests::in_own_network;
+
+    struct Pair {
+        listener: TcpListener,
+        client: TcpStream,
+        server: TcpStream,
+    }
+
+    /// The kernel takes a moment until a new IPv6 address can be used, and tells nobody.
+    fn at_last<T>(mut what: impl FnMut() -> io::Result<T>) -> T {
+        let limit = Instant::now() + LIMIT;
+        loop {
+            match what() {
+                Ok(done) => return done,
+                Err(error) => assert!(Instant::now() < limit, "{error}"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    impl Pair {
+        fn new(listen: &str, connect: &str) -> Self {
+            let listener = at_last(|| TcpListener::bind((listen, 0)));
+            let port = listener.local_addr().unwrap().port();
+            let client = at_last(|| TcpStream::connect((connect, port)));
+            let (server, _) = listener.accept().unwrap();
+            for stream in [&client, &server] {
+                stream.set_read_timeout(Some(LIMIT)).unwrap();
+            }
+            Self {
+                listener,
+                client,
+                server,
+            }
+        }
+
+        fn works(&mut self) -> io::Result<()> {
+            self.client.write_all(b"x")?;
+            self.server.read_exact(&mut [0])
+        }
+    }
+
+    #[test]
+    fn connections_out_of_the_guest_are_aborted_and_nothing_else_is() {
+        in_own_network(async |handle| {
+            for address in ["10.77.0.1", "fd00::1"] {
+                let address = address.parse().unwrap();
+                let add = handle.address().add(1, address, 32);
+                add.execute().await.unwrap();
+            }
+            let mut out = [
+                Pair::new("10.77.0.1", "10.77.0.1"),
+                Pair::new("fd00::1", "fd00::1"),
+                // The server's side is an IPv6 socket with mapped addresses.
+                Pair::new("::", "10.77.0.1"),
+            ];
+            let mut within = [
+                Pair::new("127.0.0.1", "127.0.0.1"),
+                Pair::new("::1", "::1"),
+                Pair::new("::", "127.0.0.1"),
+            ];
+            for pair in out.iter_mut().chain(&mut within) {
+                pair.works().unwrap();
+            }
+            // One nobody has accepted yet.
+            let unaccepted = TcpStream::connect(out[0].listener.local_addr().unwrap()).unwrap();
+            reset().await.unwrap();
+            for mut stream in out
+                .iter()
+                .flat_map(|pair| [&pair.client, &pair.server])
+                .chain([&unaccepted])
+            {
+                let error = stream.read(&mut [0]).unwrap_err();
+                // Both ends are here: the one that is ended second may hear of it from the first.
+                let ended = [
+                    io::ErrorKind::ConnectionAborted,
+                    io::ErrorKind::ConnectionReset,
+                ];
+                assert!(ended.contains(&error.kind()), "{stream:?}: {error}");
+            }
+            for pair in &mut within {
+                pair.works().unwrap();
+            }
+            for pair in &out {
+                let address = pair.listener.local_addr().unwrap();
+                let host = match address.ip() {
+                    ip if ip.is_unspecified() => "10.77.0.1".parse().unwrap(),
+                    ip => ip,
+                };
+                TcpStream::connect((host, address.port())).expect("listeners stay");
+            }
+            reset()
+                .await
+                .expect("again, and with connections that are ending");
+        });
+    }
+
+    #[test]
+    fn what_the_kernel_could_say_is_read_without_harm() {
+        assert_eq!(Connection::parse(&[0; 51]), None);
+        assert!(answers(&[0; 40]).is_empty());
+        assert!(answers(&[0xff; 64]).is_empty());
+        let mut message = request(SOCK_DESTROY, 5, 2, &[0; ID]);
+        assert_eq!(answers(&message).len(), 1);
+        message[0] = 15;
+        assert!(answers(&message).is_empty(), "shorter than its header");
+    }
+}

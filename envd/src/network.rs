@@ -134,3 +134,163 @@ fn announce(address: Ipv4Addr, gateway: Ipv4Addr) {
         let _ = socket.send_to(&[], (gateway, DISCARD));
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::net::Ipv6Addr;
+
+    use nix::sched::{CloneFlags, unshare};
+    use rtnetlink::{
+        LinkVeth,
+        packet_route::{neighbour::NeighbourAttribute, route},
+    };
+
+    use super::*;
+
+    /// Runs a test in a network namespace with a loopback that is up, and nothing else.
+    pub(crate) fn in_own_network(test: impl AsyncFnOnce(&Handle) + Send + 'static) {
+        // The namespace is the thread's, and of the threads it starts.
+        let ran = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+                tokio::spawn(connection);
+                up(&handle, LOOPBACK).await.unwrap();
+                test(&handle).await;
+            });
+        });
+        ran.join().unwrap();
+    }
+
+    fn network(address: &str, gateway: &str) -> GuestNetwork {
+        GuestNetwork {
+            address: address.into(),
+            gateway: gateway.into(),
+            nameservers: vec![],
+        }
+    }
+
+    async fn addresses(handle: &Handle, link: u32) -> Vec<String> {
+        let get = handle.address().get().set_link_index_filter(link);
+        let found: Vec<_> = get.execute().try_collect().await.unwrap();
+        let mut addresses: Vec<String> = found
+            .iter()
+            .flat_map(|found| {
+                found
+                    .attributes
+                    .iter()
+                    .filter_map(|attribute| match attribute {
+                        AddressAttribute::Local(IpAddr::V4(address)) => {
+                            Some(format!("{address}/{}", found.header.prefix_len))
+                        }
+                        _ => None,
+                    })
+            })
+            .collect();
+        addresses.sort();
+        addresses
+    }
+
+    async fn gateways(handle: &Handle) -> Vec<String> {
+        let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let found: Vec<_> = handle
+            .route()
+            .get(all)
+            .execute()
+            .try_collect()
+            .await
+            .unwrap();
+        found
+            .iter()
+            .flat_map(|found| &found.attributes)
+            .filter_map(|attribute| match attribute {
+                route::RouteAttribute::Gateway(route::RouteAddress::Inet(gateway)) => {
+                    Some(gateway.to_string())
+                }
+                _ => None,
+            })
+            .collect()
+    }
+
+    async fn knows(handle: &Handle, link: u32, hardware: &[u8]) -> bool {
+        let all: Vec<_> = handle
+            .neighbours()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .unwrap();
+        all.iter().any(|found| {
+            found.header.ifindex == link
+                && found.attributes.iter().any(|attribute| {
+                    matches!(attribute, NeighbourAttribute::LinkLayerAddress(there) if there == hardware)
+                })
+        })
+    }
+
+    #[test]
+    fn a_network_is_set_again_or_anew_and_the_gateway_found_afresh() {
+        in_own_network(async |handle| {
+            let pair = LinkVeth::new("eth0", "tap").build();
+            handle.link().add(pair).execute().await.unwrap();
+            let mut links = handle.link().get().match_name("tap").execute();
+            let tap = links.try_next().await.unwrap().unwrap().header.index;
+            up(handle, tap).await.unwrap();
+            let mut links = handle.link().get().match_name("eth0").execute();
+            let eth = links.try_next().await.unwrap().unwrap().header.index;
+
+            let first = network("169.254.100.2/30", "169.254.100.1");
+            set_links(handle, &first).await.unwrap();
+            assert_eq!(addresses(handle, eth).await, ["169.254.100.2/30"]);
+            assert_eq!(gateways(handle).await, ["169.254.100.1"]);
+
+            let users = Ipv4Addr::new(192, 0, 2, 9).into();
+            handle
+                .address()
+                .add(eth, users, 24)
+                .execute()
+                .await
+                .unwrap();
+            let old = [2, 0, 0, 0, 0, 9];
+            handle
+                .neighbours()
+                .add(eth, Ipv4Addr::new(169, 254, 100, 1).into())
+                .link_layer_address(&old)
+                .replace()
+                .execute()
+                .await
+                .unwrap();
+            assert!(knows(handle, eth, &old).await);
+            set_links(handle, &first).await.unwrap();
+            assert_eq!(
+                addresses(handle, eth).await,
+                ["169.254.100.2/30", "192.0.2.9/24"],
+                "what is right already stays, and what is the user's"
+            );
+            assert!(!knows(handle, eth, &old).await);
+
+            set_links(handle, &network("10.1.2.3/24", "10.1.2.1"))
+                .await
+                .unwrap();
+            assert_eq!(addresses(handle, eth).await, ["10.1.2.3/24"]);
+            assert_eq!(gateways(handle).await, ["10.1.2.1"]);
+            for bad in ["10.1.2.3", "10.1.2.3/99", "here/24"] {
+                let refused = set_links(handle, &network(bad, "10.1.2.1")).await;
+                assert!(refused.is_err(), "{bad}");
+            }
+        });
+    }
+
+    #[test]
+    fn a_guest_without_a_device_has_its_loopback() {
+        in_own_network(async |handle| {
+            let any = network("169.254.100.2/30", "169.254.100.1");
+            set_links(handle, &any).await.unwrap();
+            assert!(UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok());
+        });
+    }
+}
