@@ -27,6 +27,12 @@ const PADDED_EVERY: u32 = 4;
 /// Written-but-unsent bytes above this make a writer wait.
 const OUT_LIMIT: usize = 2 * frame::MAX_FRAME;
 
+/// Most bytes before the answer to a greeting. What a guest still has to say in an epoch before is far less: buffers on the way are bounded.
+pub const MOST_BEFORE_ANSWER: u64 = 64 << 20;
+
+/// Most bytes of frames that are no use to a live link: a late answer to a repeated greeting, what is left of an epoch before.
+pub const MOST_USELESS: u64 = 1 << 20;
+
 /// Why there is no link.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -37,6 +43,16 @@ pub enum ConnectError {
         greetings: u32,
         /// How long that took.
         waited: Duration,
+    },
+    /// The guest sends and sends, and no answer is among it.
+    #[error(
+        "the guest sent {bytes} bytes and no answer to {greetings} greetings: it floods its channel"
+    )]
+    Flooded {
+        /// How many greetings were sent.
+        greetings: u32,
+        /// How many bytes came.
+        bytes: u64,
     },
     /// The channel ended: the VMM closed it or is gone.
     #[error("the VMM closed the guest's channel")]
@@ -60,6 +76,7 @@ where
         epoch: Epoch::random(),
         out: BytesMut::new(),
         greetings: 0,
+        received: 0,
     };
     match tokio::time::timeout_at(deadline, greeter.greet()).await {
         Ok(answer) => answer?,
@@ -72,6 +89,8 @@ where
     }
     Ok(Link {
         channel: greeter.channel,
+        skipped: greeter.decoder.skipped(),
+        useless: 0,
         decoder: greeter.decoder,
         epoch: greeter.epoch,
         // A greeting cut in half has to be completed, or the first data frame would be taken for its end.
@@ -89,6 +108,7 @@ struct Greeter<S> {
     epoch: Epoch,
     out: BytesMut,
     greetings: u32,
+    received: u64,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Greeter<S> {
@@ -112,13 +132,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Greeter<S> {
                     }
                 }
                 read = reader.read_buf(self.decoder.space()) => {
-                    if read? == 0 {
+                    let read = read?;
+                    if read == 0 {
                         return Err(ConnectError::Closed);
                     }
+                    self.received += read as u64;
                     while let Some(frame) = self.decoder.next_frame() {
                         if frame.epoch == self.epoch && frame.kind == Kind::HelloAck {
                             return Ok(());
                         }
+                    }
+                    if self.received > MOST_BEFORE_ANSWER {
+                        let (greetings, bytes) = (self.greetings, self.received);
+                        return Err(ConnectError::Flooded { greetings, bytes });
                     }
                 }
             }
@@ -147,6 +173,10 @@ enum Writing {
 pub struct Link<S> {
     channel: S,
     decoder: Decoder,
+    /// Bytes the decoder had skipped when the guest answered; it never skips another, since the guest cuts no frame.
+    skipped: u64,
+    /// Bytes of frames nobody wants.
+    useless: u64,
     epoch: Epoch,
     out: BytesMut,
     reading: Reading,
@@ -161,15 +191,22 @@ impl<S> Link<S> {
         self.epoch
     }
 
+    fn fail(&mut self, why: &'static str) {
+        self.reading = Reading::Broken(io::ErrorKind::InvalidData, why);
+    }
+
     /// What a frame of the channel does to the reading side.
     fn take(&mut self, frame: Frame) {
-        if frame.epoch != self.epoch {
+        if frame.epoch != self.epoch || matches!(frame.kind, Kind::Hello | Kind::HelloAck) {
+            self.useless += (frame::HEADER + frame.payload.len() + frame::TRAILER) as u64;
+            if self.useless > MOST_USELESS {
+                self.fail("the guest floods its link with frames of another epoch");
+            }
             return;
         }
         match frame.kind {
             Kind::Data | Kind::End if frame.sequence != self.next_in => {
-                self.reading =
-                    Reading::Broken(io::ErrorKind::InvalidData, "guest link lost a frame");
+                self.fail("the guest link lost a frame");
             }
             Kind::Data => {
                 self.next_in = self.next_in.wrapping_add(1);
@@ -180,7 +217,7 @@ impl<S> Link<S> {
                 self.reading =
                     Reading::Broken(io::ErrorKind::ConnectionReset, "guest reset the link");
             }
-            // An answer to a repeated greeting; greetings only go the other way.
+            // Answers to repeated greetings are dropped above; greetings only go the other way.
             Kind::HelloAck | Kind::Hello => {}
         }
     }
@@ -217,7 +254,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Link<S> {
                 Reading::Ended => return Poll::Ready(Ok(())),
                 Reading::Broken(kind, why) => return Poll::Ready(Err(io::Error::new(*kind, *why))),
             }
-            if let Some(frame) = this.decoder.next_frame() {
+            let frame = this.decoder.next_frame();
+            if this.decoder.skipped() != this.skipped {
+                this.fail("the guest sent bytes that are no frame");
+                continue;
+            }
+            if let Some(frame) = frame {
                 this.take(frame);
                 continue;
             }

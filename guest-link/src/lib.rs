@@ -47,12 +47,22 @@
 //!   frame: what is left of one is written before anything else, also to the next connection.
 //!
 //! Missing bytes inside a live epoch cannot happen while its host is connected; if they do, the sequence number shows it and
-//! the epoch is reset, rather than the stream silently going wrong.
+//! the epoch is reset, rather than the stream silently going wrong. For the same reason the host takes nothing but frames once its
+//! greeting is answered: anything else, a length of 4 GiB included, ends the link with an error, as do more than
+//! [`host::MOST_USELESS`] bytes of frames of other epochs. Before the answer a guest may send [`host::MOST_BEFORE_ANSWER`] bytes of
+//! what is left of an epoch before.
 //!
 //! # Greeting
 //! HELLO, then every [`host::GREETING_INTERVAL`] another one (every fourth with padding before it), until the answer or the
 //! deadline. Repeating costs 32 bytes; waiting is what a user would feel. Repeats are harmless: the guest answers each and
 //! keeps the epoch.
+//!
+//! # Snapshots
+//! A guest restored from a snapshot believes in the epoch it was taken in, with half a frame in its reader, half a frame in its
+//! writer and bytes of both in the device's queues. Its new host greets as ever. The rest of the guest's half frame is garbage before
+//! the answer; the guest's reader is brought out of its half frame by padding; everything else carries the old epoch. No hang-up
+//! of the port is needed for any of it, and one that comes late costs the epoch a reset, so the host connects again.
+//! `docs/guest-link.md` follows one restore step by step.
 //!
 //! # Backpressure
 //! Nothing queues without bound. A link's writer waits for the channel, the channel for its reader. The guest holds at most

@@ -420,3 +420,194 @@ async fn http2_runs_over_it() {
         connection.abort();
     }
 }
+
+/// A guest as a snapshot catches it: an old epoch's link, whose host sent a frame up to `cut_in` and took in all `taken` bytes of what the
+/// guest wrote until nobody read any more. The guest is told nothing when it is restored.
+struct Restored {
+    raw: DuplexStream,
+    listener: Listener,
+    old: guest::Link,
+}
+
+impl Restored {
+    async fn new(cut_in: usize, taken: usize) -> Self {
+        let (hosts, channel) = channel();
+        let mut listener = Listener::new(channel);
+        let mut raw = hosts.connect();
+        let epoch = Epoch::random();
+        raw.write_all(&hello(epoch)).await.unwrap();
+        let mut old = listener.accept().await;
+        let frame = data(epoch, 0, &vec![0x89; 60_000]);
+        raw.write_all(&frame[..cut_in.min(frame.len())])
+            .await
+            .unwrap();
+        // Until the writer is stuck, which takes as long as it takes for every buffer on the way to be full.
+        let full = async { while old.write(&[0x5a; 10_000]).await.is_ok() {} };
+        assert!(
+            tokio::time::timeout(Duration::from_millis(50), full)
+                .await
+                .is_err()
+        );
+        let mut gone = vec![0; taken];
+        raw.read_exact(&mut gone).await.unwrap();
+        Self { raw, listener, old }
+    }
+}
+
+#[tokio::test]
+async fn a_restored_guest_answers_its_new_host_whatever_it_was_in_the_middle_of() {
+    let noise = |seed: usize, count: usize| -> Vec<u8> {
+        (0..count)
+            .map(|at| ((at * 7919 + seed * 104_729) >> 3) as u8)
+            .collect()
+    };
+    for round in 0..24_usize {
+        let (cut_in, taken) = (round * 2_711, 1 + round * 2_503);
+        let Restored {
+            mut raw,
+            mut listener,
+            mut old,
+        } = Restored::new(cut_in, taken).await;
+        let mut garbage = noise(round, round * 900);
+        // Half a frame of some third epoch as well.
+        garbage.extend(&data(Epoch::random(), 3, &noise(round, 50_000))[..round * 2_000]);
+        raw.write_all(&garbage).await.unwrap();
+        let (host, guest) = tokio::join!(host::connect(raw, soon()), listener.accept());
+        let (mut host, mut guest) = (host.unwrap(), guest);
+        assert_eq!(host.epoch(), guest.epoch(), "round {round}");
+        // Read to its end, which comes without a byte of ours; its writer is let go.
+        let mut left = Vec::new();
+        old.read_to_end(&mut left).await.unwrap();
+        assert!(left.len() <= 60_000 && left.iter().all(|byte| *byte == 0x89));
+        assert!(old.write_all(&[0; 9]).await.is_err());
+        let (there, back) = (noise(round, 200_000), noise(round + 1, 200_000));
+        // Both ways at once, so that neither works only because the other is still.
+        let (mut from_host, mut from_guest) = (vec![0; there.len()], vec![0; back.len()]);
+        let (mut host_in, mut host_out) = tokio::io::split(&mut host);
+        let (mut guest_in, mut guest_out) = tokio::io::split(&mut guest);
+        let done = async {
+            tokio::try_join!(
+                async {
+                    host_out.write_all(&there).await?;
+                    host_out.flush().await
+                },
+                guest_out.write_all(&back),
+                async { guest_in.read_exact(&mut from_host).await.map(drop) },
+                async { host_in.read_exact(&mut from_guest).await.map(drop) },
+            )
+        };
+        tokio::time::timeout(Duration::from_secs(10), done)
+            .await
+            .expect("bytes move")
+            .unwrap();
+        assert!(from_host == there && from_guest == back, "round {round}");
+    }
+}
+
+#[tokio::test]
+async fn two_guests_of_one_snapshot_are_two_epochs() {
+    let mut epochs = Vec::new();
+    for _ in 0..2 {
+        let Restored {
+            raw, mut listener, ..
+        } = Restored::new(31_000, 17_000).await;
+        let (host, guest) = tokio::join!(host::connect(raw, soon()), listener.accept());
+        assert_eq!(host.unwrap().epoch(), guest.epoch());
+        epochs.push(guest.epoch());
+    }
+    assert_ne!(epochs[0], epochs[1]);
+}
+
+/// A host whose greeting was answered, and the hands of a guest that then does what it likes.
+async fn hostile() -> (host::Link<DuplexStream>, DuplexStream, Epoch) {
+    let (ours, mut guest) = tokio::io::duplex(64 * 1024);
+    let connecting = tokio::spawn(host::connect(ours, soon()));
+    let epoch = next_frame(&mut guest, &mut Decoder::new()).await.epoch;
+    let mut ack = BytesMut::new();
+    frame::put_control(&mut ack, Kind::HelloAck, epoch, 0);
+    guest.write_all(&ack).await.unwrap();
+    (connecting.await.unwrap().unwrap(), guest, epoch)
+}
+
+/// Bit by bit, as RFC 3720 defines it.
+fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc: u32, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (0x82F6_3B78 * (crc & 1))
+        })
+    })
+}
+
+#[tokio::test]
+async fn a_length_of_four_gibibytes_ends_the_link_at_once() {
+    let (mut link, mut guest, epoch) = hostile().await;
+    guest.write_all(&data(epoch, 0, b"fine")).await.unwrap();
+    let mut frame = data(epoch, 1, b"").to_vec();
+    frame[20..24].copy_from_slice(&u32::MAX.to_le_bytes());
+    let checksum = crc32c(&frame[..24]);
+    frame[24..28].copy_from_slice(&checksum.to_le_bytes());
+    guest.write_all(&frame).await.unwrap();
+    let mut four = [0; 4];
+    link.read_exact(&mut four).await.unwrap();
+    let error = link.read(&mut four).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    assert!(error.to_string().contains("no frame"), "{error}");
+}
+
+#[tokio::test]
+async fn a_flood_ends_the_link_whatever_it_is_made_of() {
+    let ack = |epoch| {
+        let mut out = BytesMut::new();
+        frame::put_control(&mut out, Kind::HelloAck, epoch, 0);
+        out
+    };
+    for (piece, why) in [
+        (
+            Vec::from(data(Epoch::random(), 0, &[1; 60_000])),
+            "another epoch",
+        ),
+        (vec![0x89; 60_000], "no frame"),
+        (vec![0; 60_000], "no frame"),
+        (vec![], "another epoch"),
+    ] {
+        let (mut link, mut guest, epoch) = hostile().await;
+        let piece = if piece.is_empty() {
+            ack(epoch).to_vec()
+        } else {
+            piece
+        };
+        let flood = tokio::spawn(async move {
+            let mut sent = 0;
+            while guest.write_all(&piece).await.is_ok() {
+                sent += piece.len() as u64;
+            }
+            sent
+        });
+        let error = link.read(&mut [0; 9]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        assert!(error.to_string().contains(why), "{error}");
+        drop(link);
+        let sent = flood.await.unwrap();
+        assert!(
+            sent < host::MOST_USELESS + (1 << 18),
+            "{sent} bytes were taken"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_floods_instead_of_answering_is_given_up_before_the_deadline() {
+    let (ours, mut guest) = tokio::io::duplex(256 * 1024);
+    let flood = tokio::spawn(async move {
+        let piece = data(Epoch::random(), 0, &[1; 60_000]);
+        while guest.write_all(&piece).await.is_ok() {}
+    });
+    let error = host::connect(ours, Instant::now() + Duration::from_mins(5))
+        .await
+        .unwrap_err();
+    let ConnectError::Flooded { bytes, .. } = error else {
+        panic!("{error}");
+    };
+    assert!((host::MOST_BEFORE_ANSWER..host::MOST_BEFORE_ANSWER + (1 << 20)).contains(&bytes));
+    flood.await.unwrap();
+}
