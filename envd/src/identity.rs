@@ -155,7 +155,7 @@ impl Guest {
         if self.owns_system {
             seed(&request.entropy).map_err(failed("entropy"))?;
             set_clock(request.time.unwrap_or_default()).map_err(failed("clock"))?;
-            set_names(&request).map_err(failed("names"))?;
+            set_names(&request.hostname, &request.machine_id).map_err(failed("names"))?;
             if request.reset_connections {
                 // Before the network is another's: no packet of theirs leaves by it.
                 connections::reset().await.map_err(failed("connections"))?;
@@ -276,11 +276,10 @@ fn set_clock(time: prost_types::Timestamp) -> Result<(), String> {
     .map_err(|error| error.to_string())
 }
 
-fn set_names(request: &ConfigureRequest) -> Result<(), String> {
-    let name = &request.hostname;
+/// Host name and machine ID, in the kernel and in the files that say them.
+pub(crate) fn set_names(name: &str, machine_id: &[u8]) -> Result<(), String> {
     sethostname(name).map_err(|error| error.to_string())?;
-    let machine_id: String = request
-        .machine_id
+    let machine_id: String = machine_id
         .iter()
         .fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
     let hosts = format!("127.0.0.1 localhost\n::1 localhost ip6-localhost\n127.0.1.1 {name}\n");

@@ -10,12 +10,13 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         address::{AddressAttribute, AddressMessage},
-        link::LinkFlags,
+        link::{LinkFlags, LinkMessage},
     },
 };
 
 use crate::identity::write_new;
 
+const RESOLV: &str = "/etc/resolv.conf";
 /// In every network namespace (Linux, include/net/flow.h, `LOOPBACK_IFINDEX`).
 const LOOPBACK: u32 = 1;
 /// discard(9): nobody has to listen.
@@ -33,7 +34,7 @@ pub(crate) async fn set(network: &GuestNetwork) -> Result<(), String> {
         .fold(String::new(), |lines, server| {
             format!("{lines}nameserver {server}\n")
         });
-    write_new("/etc/resolv.conf", &resolv)?;
+    write_new(RESOLV, &resolv)?;
     let (connection, handle, _) = rtnetlink::new_connection().map_err(text)?;
     let connection = tokio::spawn(connection);
     let outcome = set_links(&handle, network).await;
@@ -41,11 +42,32 @@ pub(crate) async fn set(network: &GuestNetwork) -> Result<(), String> {
     outcome
 }
 
+/// Does what needs no address, so that only that is left to do when there is one.
+pub(crate) async fn warm() -> Result<(), String> {
+    write_new(RESOLV, "")?;
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(text)?;
+    let connection = tokio::spawn(connection);
+    let outcome = async {
+        up(&handle, LOOPBACK).await?;
+        match eth0(&handle).await {
+            Some(link) => up(&handle, link.header.index).await,
+            None => Ok(()),
+        }
+    };
+    let outcome = outcome.await;
+    connection.abort();
+    outcome
+}
+
+/// A guest without a network device has a loopback and that is all.
+async fn eth0(handle: &Handle) -> Option<LinkMessage> {
+    let mut links = handle.link().get().match_name("eth0".to_owned()).execute();
+    links.try_next().await.ok().flatten()
+}
+
 async fn set_links(handle: &Handle, network: &GuestNetwork) -> Result<(), String> {
     up(handle, LOOPBACK).await?;
-    let mut links = handle.link().get().match_name("eth0".to_owned()).execute();
-    // A guest without a network device has a loopback and that is all.
-    let Some(link) = links.try_next().await.ok().flatten() else {
+    let Some(link) = eth0(handle).await else {
         return Ok(());
     };
     let eth = link.header.index;

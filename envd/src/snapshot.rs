@@ -1,7 +1,11 @@
 //! Getting ready for a snapshot: gate closed, processes frozen, disk written.
 //!
-//! A guest that is nobody's yet is warmed instead: every session of the template starts from its memory, so what the first process needs
-//! (the shell, its libraries, the kernel's way to start one) is in that memory already.
+//! A guest that is nobody's yet is warmed first: every session of the template starts from its memory, so what Configure and the first
+//! process need (the files of its names, its devices, the shell and its libraries) is in that memory already.
+//!
+//! Cached files stay. Most are the template's, so they cost a session nothing as long as they lie where they lay in the template's memory;
+//! dropped, they are read again by the first command of every resumed or forked session, into pages that are its own. What a session has
+//! read itself is better taken by the balloon, for which the kernel gives up first what has not been used for longest.
 
 use std::{fs, fs::File, path::Path, sync::Arc, time::Duration};
 
@@ -11,7 +15,8 @@ use tonic::{Code, Status};
 use crate::{
     errors::refuse,
     freezer::Freezer,
-    identity::Guest,
+    identity::{self, Guest},
+    network,
     process::Processes,
     spawn::{self, Plan},
 };
@@ -20,9 +25,6 @@ use crate::{
 const SYNC_LIMIT: Duration = Duration::from_secs(20);
 /// A shell that does nothing ends at once; one that does not is killed.
 const WARM_LIMIT: Duration = Duration::from_secs(3);
-/// Less clean cache than this is not worth reading again.
-const CACHE_WORTH_DROPPING: u64 = 16 << 20;
-
 fn failed(step: &'static str) -> impl Fn(String) -> Status {
     move |error| refuse(Code::Internal, "PREPARE_FAILED", format!("{step}: {error}"))
 }
@@ -48,36 +50,27 @@ pub(crate) async fn prepare(guest: Arc<Guest>, processes: Processes) -> Result<u
 }
 
 async fn stop(guest: &Arc<Guest>, processes: Processes) -> Result<u64, Status> {
+    if guest.gate.is_new() && guest.owns_system {
+        network::warm().await.map_err(failed("warm"))?;
+    }
     let stopping = Arc::clone(guest);
     blocking("freeze", move || {
         // A start that passed the gate in time holds the table until its process is there.
         drop(processes.hold());
-        let Some(freezer) = &stopping.freezer else {
-            return Ok(());
-        };
         if stopping.gate.is_new() {
-            freezer.thaw()?;
-            warm(&stopping, freezer)?;
+            warm(&stopping)?;
         }
-        freezer.freeze()
+        stopping.freezer.as_ref().map_or(Ok(()), Freezer::freeze)
     })
     .await?;
-    let own = guest.owns_system;
-    if own {
+    if guest.owns_system {
         tokio::time::timeout(SYNC_LIMIT, blocking("sync", sync))
             .await
             .map_err(|_| failed("sync")(format!("the disk did not answer in {SYNC_LIMIT:?}")))??;
     }
-    let is_a_sessions = !guest.gate.is_new();
-    blocking("memory", move || {
-        let memory = Memory::read()?;
-        // What a template has read is shared by all who start from it, and spares them the disk. What a session has read is its own copy
-        // and would be stored with it; only unmapped pages go, so running programs keep theirs.
-        if own && is_a_sessions && memory.clean_cache() >= CACHE_WORTH_DROPPING {
-            fs::write("/proc/sys/vm/drop_caches", "1").map_err(|error| error.to_string())?;
-            return Ok(Memory::read()?.free);
-        }
-        Ok(memory.free)
+    blocking("memory", || {
+        let memory = fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
+        free(&memory).ok_or_else(|| "/proc/meminfo is not understood".into())
     })
     .await
 }
@@ -98,8 +91,16 @@ fn sync() -> Result<(), String> {
     syncfs(&root).map_err(|error| error.to_string())
 }
 
-/// Starts the default user's shell once, for nothing. That it fails is the template's matter; that it stays is not.
-fn warm(guest: &Guest, freezer: &Freezer) -> Result<(), String> {
+/// Does once, for nothing, what Configure and the first start will do. That the shell fails is the template's matter; that it stays is not.
+fn warm(guest: &Guest) -> Result<(), String> {
+    if guest.owns_system {
+        // Files that are there already, on the writable disk, are overwritten faster than they are copied up or made.
+        identity::set_names("localhost", &[0; 16])?;
+    }
+    let Some(freezer) = &guest.freezer else {
+        return Ok(());
+    };
+    freezer.thaw()?;
     let Some(user) = guest.user("") else {
         return Ok(());
     };
@@ -123,41 +124,13 @@ fn warm(guest: &Guest, freezer: &Freezer) -> Result<(), String> {
     }
 }
 
-/// What /proc/meminfo says, in bytes (proc_meminfo(5)).
-#[derive(Debug, PartialEq, Eq)]
-struct Memory {
-    free: u64,
-    cached: u64,
-    mapped: u64,
-    shared: u64,
-}
-
-impl Memory {
-    fn read() -> Result<Self, String> {
-        let text = fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
-        Self::parse(&text).ok_or_else(|| "/proc/meminfo is not understood".into())
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let value = |name: &str| {
-            let line = text
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-            let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-            kib.checked_mul(1024)
-        };
-        Some(Self {
-            free: value("MemFree")?,
-            cached: value("Cached")?,
-            mapped: value("Mapped")?,
-            shared: value("Shmem")?,
-        })
-    }
-
-    /// Cache that can go. Shared memory counts as cache but is nowhere else.
-    fn clean_cache(&self) -> u64 {
-        self.cached.saturating_sub(self.shared + self.mapped)
-    }
+/// Free memory in bytes (proc_meminfo(5)).
+fn free(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemFree:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    kib.checked_mul(1024)
 }
 
 #[cfg(test)]
@@ -165,11 +138,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_read_from_the_kernels_words() {
-        let text = "MemTotal:  100 kB\nMemFree:   40 kB\nCached:   30 kB\nSwapCached:   5 kB\nMapped:  10 kB\nShmem:   4 kB\n";
-        let memory = Memory::parse(text).unwrap();
-        assert_eq!((memory.free, memory.clean_cache()), (40 << 10, 16 << 10));
-        assert_eq!(Memory::parse("MemFree: lots\n"), None);
-        assert!(Memory::read().unwrap().free > 0);
+    fn free_memory_is_read_from_the_kernels_words() {
+        assert_eq!(
+            free("MemTotal:  100 kB\nMemFree:   40 kB\nMemAvailable: 60 kB\n"),
+            Some(40 << 10)
+        );
+        assert_eq!(free("MemFree: lots\n"), None);
+        assert_eq!(free("MemFree: 99999999999999999999 kB\n"), None);
     }
 }

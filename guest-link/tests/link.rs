@@ -563,7 +563,7 @@ async fn a_flood_ends_the_link_whatever_it_is_made_of() {
     };
     for (piece, why) in [
         (
-            Vec::from(data(Epoch::random(), 0, &[1; 60_000])),
+            Vec::from(data(Epoch::random(), 0, &vec![1; 60_000])),
             "another epoch",
         ),
         (vec![0x89; 60_000], "no frame"),
@@ -599,7 +599,7 @@ async fn a_flood_ends_the_link_whatever_it_is_made_of() {
 async fn a_guest_that_floods_instead_of_answering_is_given_up_before_the_deadline() {
     let (ours, mut guest) = tokio::io::duplex(256 * 1024);
     let flood = tokio::spawn(async move {
-        let piece = data(Epoch::random(), 0, &[1; 60_000]);
+        let piece = data(Epoch::random(), 0, &vec![1; 60_000]);
         while guest.write_all(&piece).await.is_ok() {}
     });
     let error = host::connect(ours, Instant::now() + Duration::from_mins(5))
