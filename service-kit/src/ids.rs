@@ -7,6 +7,7 @@ use rand::RngExt as _;
 const ALPHABET: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
 const TAG_LENGTH: usize = 5;
 const SESSION_ID_LENGTH: usize = 25;
+const CHECKPOINT_ID_LENGTH: usize = 20;
 
 fn random_text(length: usize) -> String {
     let mut rng = rand::rng();
@@ -135,6 +136,36 @@ macro_rules! text_traits {
     };
 }
 
+/// One checkpoint of a session: 20 random characters `[a-z0-9]`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CheckpointId(String);
+
+/// Text that is not a checkpoint ID.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a checkpoint ID is 20 characters [a-z0-9]")]
+pub struct MalformedCheckpointId;
+
+impl CheckpointId {
+    /// A new ID.
+    pub fn random() -> Self {
+        Self(random_text(CHECKPOINT_ID_LENGTH))
+    }
+
+    /// Accepts exactly 20 characters `[a-z0-9]`.
+    pub fn parse(text: &str) -> Result<Self, MalformedCheckpointId> {
+        if text.len() == CHECKPOINT_ID_LENGTH && all_in_alphabet(text) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(MalformedCheckpointId)
+        }
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// A node's lasting ID: 1-64 characters `[A-Za-z0-9._-]`, by default a UUID kept on its disk.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(String);
@@ -195,6 +226,7 @@ impl TeamId {
 
 text_traits!(HomeTag, MalformedHomeTag);
 text_traits!(SessionId, MalformedSessionId);
+text_traits!(CheckpointId, MalformedCheckpointId);
 text_traits!(NodeId, MalformedNodeId);
 text_traits!(TeamId, MalformedTeamId);
 

@@ -1,6 +1,7 @@
 //! What every Sandmesh service needs and none of them is about.
 //!
 //! - [`ids`]: session IDs and the other names that travel between services; parsed once, valid ever after.
+//! - [`egress`]: what an entry of a session's egress list may be.
 //! - [`errors`]: [`Failure`](errors::Failure), the one way a domain error becomes a gRPC status with `google.rpc` details.
 //! - [`address`], [`config`]: where a service listens, and how its settings are read (flags, environment, TOML file).
 //! - [`mesh`]: trust between services: the mesh token, who the caller is, and channels that carry both.
@@ -13,6 +14,7 @@ pub mod address;
 pub mod config;
 #[cfg(feature = "database")]
 pub mod database;
+pub mod egress;
 pub mod errors;
 pub mod ids;
 pub mod mesh;

@@ -1,5 +1,6 @@
 //! The gRPC services: conversion and nothing else.
 
+mod fields;
 mod limits;
 mod registry;
 mod session;

@@ -105,6 +105,8 @@ impl App {
         let limits = Limits {
             start: config.start_timeout,
             stop: config.stop_timeout,
+            store: config.store_timeout,
+            paused_retention: config.paused_retention,
             lease: config.lease,
             max_memory: config.max_memory,
             max_disk: config.max_disk,

@@ -1,10 +1,32 @@
 //! What a node hosts against what it should host.
 //!
-//! Two things can part: a node may have lost a session that is Running here (it restarted), and may host one that is over here
-//! (it was declared dead and came back, or a start it never answered succeeded). Both are found by comparing its listing with
-//! the rows; a registration brings a listing, and every so often each node is asked for one.
+//! Three things can part: a node may have lost a session that is Running here (it restarted), may host one that is over here
+//! (it was declared dead and came back, or a start it never answered succeeded), and may hold one paused that runs here, or the
+//! other way round (it restarted in the middle of a pause or resume). All are found by comparing its listing with the rows; a
+//! registration brings a listing, and every so often each node is asked for one.
+//!
+//! | row | the node lists it as | becomes | if |
+//! | --- | --- | --- | --- |
+//! | Pending, Starting, Stopping | anything, or not at all | as it is: a replica is at work, or soon the reconciler | |
+//! | Running, Pausing, Paused, Resuming | not at all | Lost | old enough |
+//! | Running | Paused | Paused | settled |
+//! | Pausing | Paused | Paused | settled |
+//! | Pausing | Running | Running | orphaned |
+//! | Paused | Running | Running | settled |
+//! | Resuming | Running | Running | settled; a rollback only if orphaned, since before it was done the session may have run too |
+//! | Resuming | Paused | Paused | orphaned |
+//! | any of these | Starting, Pausing, Resuming, Stopping | as it is: the next listing says what came of it | |
+//! | living | final | Failed or Lost, with the node's reason (`api/registry.rs`) | |
+//! | final, unknown, or another node's | living | the node is told to end it | |
+//!
+//! *Settled*: the row has been in its state since well before the listing was made. *Orphaned*: or since before this start of the
+//! node, so that the call which was to change it died with the process it was made to. Until then a call is under way, or will be
+//! repeated by whoever takes its lease over.
 
-use std::{collections::HashSet, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
 
 use proto::node::v1::{HostedSession, ListSessionsRequest};
 use service_kit::ids::{NodeId, SessionId};
@@ -12,7 +34,7 @@ use tonic::Request;
 
 use crate::{
     errors::SessionError,
-    lifecycle::State,
+    lifecycle::{Happening, State},
     nodes::Nodes,
     session::{EndReason, Micros, Session},
     sessions::Sessions,
@@ -64,6 +86,28 @@ fn must_be_listed(session: &Session, listed_at: Micros) -> bool {
     }
 }
 
+/// What a row becomes by what its node lists it as, at a time; the table above. Pure.
+fn found(
+    session: &Session,
+    listed: State,
+    listed_at: Micros,
+    node_started: Option<Micros>,
+) -> Option<Happening> {
+    let is_orphaned = node_started.is_some_and(|started| session.state_time < started);
+    let is_settled = is_orphaned || session.state_time < listed_at.minus(AROUND);
+    let (happening, is_true) = match (session.state, listed) {
+        (State::Running | State::Pausing, State::Paused) => (Happening::Stored, is_settled),
+        (State::Resuming, State::Paused) => (Happening::Stored, is_orphaned),
+        (State::Pausing, State::Running) => (Happening::Runs, is_orphaned),
+        (State::Resuming, State::Running) if session.rollback.is_some() => {
+            (Happening::Runs, is_orphaned)
+        }
+        (State::Paused | State::Resuming, State::Running) => (Happening::Runs, is_settled),
+        _ => return None,
+    };
+    is_true.then_some(happening)
+}
+
 impl Audit {
     /// Asks a node what it hosts, and mends what differs.
     pub async fn ask(&self, node: &NodeId) -> Result<(), SessionError> {
@@ -82,7 +126,7 @@ impl Audit {
             Err(_) => return Ok(()),
         };
         let (listing, started) = (answer.sessions, answer.start_time.map(Micros::from));
-        self.lose_missing(node, &listing, asked_at, started).await?;
+        self.compare(node, &listing, asked_at, started).await?;
         for session_id in self.unwanted(node, &listing).await? {
             tracing::warn!(session_id = session_id.get(..8), node_id = %node, "a node hosts a session that is over");
             let mut request = Request::new(proto::node::v1::StopSessionRequest { session_id });
@@ -94,17 +138,17 @@ impl Audit {
         Ok(())
     }
 
-    /// Rows of this node that a listing of it does not have become Lost.
-    pub async fn lose_missing(
+    /// Rows of this node become what a listing of it says; those it does not have become Lost.
+    pub async fn compare(
         &self,
         node: &NodeId,
         listing: &[HostedSession],
         listed_at: Micros,
         node_started: Option<Micros>,
     ) -> Result<(), SessionError> {
-        let hosted: HashSet<&str> = listing
+        let hosted: HashMap<&str, &HostedSession> = listing
             .iter()
-            .map(|session| session.session_id.as_str())
+            .map(|session| (session.session_id.as_str(), session))
             .collect();
         let mut after = String::new();
         loop {
@@ -114,10 +158,21 @@ impl Audit {
             };
             after = last.id.to_string();
             for session in page {
-                if must_be_listed(&session, listed_at) && !hosted.contains(session.id.as_str()) {
-                    let actor = format!("node:{node}");
-                    let end = why_missing(&session, node_started);
-                    self.sessions.lose(session, end, &actor).await?;
+                let Some(listed) = hosted.get(session.id.as_str()) else {
+                    if must_be_listed(&session, listed_at) {
+                        let actor = format!("node:{node}");
+                        let end = why_missing(&session, node_started);
+                        self.sessions.lose(session, end, &actor).await?;
+                    }
+                    continue;
+                };
+                let state = State::from_wire(listed.state);
+                let happening =
+                    state.and_then(|state| found(&session, state, listed_at, node_started));
+                if let Some(happening) = happening {
+                    tracing::warn!(session_id = session.id.short(), node_id = %node, state = ?session.state, ?state, "a session is not what it should be");
+                    let found = self.sessions.found(session, happening, listed.stored_bytes);
+                    found.await?;
                 }
             }
         }
@@ -150,5 +205,109 @@ impl Audit {
             .into_iter()
             .filter(|id| !wanted.contains(id.as_str()))
             .collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::session::v1::{OnTimeout, Resources};
+    use service_kit::ids::{CheckpointId, HomeTag, TeamId};
+
+    use super::*;
+    use crate::session::{Network, Rollback};
+
+    const SECOND: i64 = 1_000_000;
+    const LISTED: Micros = Micros(1_000 * SECOND);
+
+    fn row(state: State, state_time: Micros) -> Session {
+        Session {
+            id: SessionId::random(&HomeTag::random()),
+            team: TeamId::parse("red").unwrap(),
+            request_id: None,
+            state,
+            node_id: NodeId::parse("n").unwrap(),
+            template: "base".into(),
+            template_version: "base@1".into(),
+            template_spec: proto::template::v1::Template::default(),
+            resources: Resources::default(),
+            network: Network::default(),
+            metadata: std::collections::BTreeMap::new(),
+            env: std::collections::BTreeMap::new(),
+            on_timeout: OnTimeout::Stop,
+            wake_on_request: false,
+            create_time: Micros(0),
+            start_time: Some(Micros(SECOND)),
+            timeout: 0,
+            deadline: Micros(0),
+            end_time: None,
+            end_reason: None,
+            lease_until: None,
+            version: 9,
+            parent: None,
+            stored_bytes: 0,
+            time_left: None,
+            state_version: 9,
+            state_time,
+            rollback: None,
+            push_due: None,
+        }
+    }
+
+    /// Every pair of states: what is made of it when the row is old, when the node has restarted since, and when it is young.
+    #[test]
+    fn the_table() {
+        let old = Micros(LISTED.0 - 60 * SECOND);
+        let young = Micros(LISTED.0 - SECOND);
+        let before = Some(Micros(old.0 - SECOND));
+        let after = Some(Micros(young.0 + SECOND / 2));
+        for state in State::ALL {
+            for listed in State::ALL {
+                let (settled, orphaned) = match (state, listed) {
+                    (State::Running | State::Pausing, State::Paused) => {
+                        (Some(Happening::Stored), Some(Happening::Stored))
+                    }
+                    (State::Paused | State::Resuming, State::Running) => {
+                        (Some(Happening::Runs), Some(Happening::Runs))
+                    }
+                    (State::Pausing, State::Running) => (None, Some(Happening::Runs)),
+                    (State::Resuming, State::Paused) => (None, Some(Happening::Stored)),
+                    _ => (None, None),
+                };
+                let pair = format!("{state:?}, listed as {listed:?}");
+                let found = |since, started| found(&row(state, since), listed, LISTED, started);
+                assert_eq!(found(old, before), settled, "{pair}");
+                assert_eq!(found(old, None), settled, "{pair}");
+                assert_eq!(found(young, after), orphaned, "{pair}");
+                // A call may be under way that the listing is older than.
+                assert_eq!(found(young, before), None, "{pair}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_session_that_runs_says_nothing_about_its_rollback() {
+        let old = Micros(LISTED.0 - 60 * SECOND);
+        let mut session = row(State::Resuming, old);
+        session.rollback = Some(Rollback {
+            to: CheckpointId::random(),
+            from: State::Running,
+        });
+        let found = |started| found(&session, State::Running, LISTED, started);
+        assert_eq!(found(None), None);
+        assert_eq!(found(Some(Micros(old.0 + 1))), Some(Happening::Runs));
+    }
+
+    #[test]
+    fn what_comes_of_a_listing_is_a_move_that_may_be_made() {
+        let old = Micros(LISTED.0 - 60 * SECOND);
+        for state in State::ALL {
+            for listed in State::ALL {
+                let after = Some(Micros(old.0 + 1));
+                if let Some(happening) = found(&row(state, old), listed, LISTED, after) {
+                    let step = crate::lifecycle::decide(state, happening);
+                    assert_eq!(step, Ok(crate::lifecycle::Step::Move(listed)));
+                }
+            }
+        }
     }
 }

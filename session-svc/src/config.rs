@@ -56,6 +56,12 @@ pub struct Config {
     /// How long a node has to stop a session.
     #[arg(long, env = "SANDMESH_SESSION_STOP_TIMEOUT", value_parser = parse_duration, default_value = "20s")]
     pub stop_timeout: Duration,
+    /// How long a node has to pause, resume, fork, checkpoint or roll back a session.
+    #[arg(long, env = "SANDMESH_SESSION_STORE_TIMEOUT", value_parser = parse_duration, default_value = "120s")]
+    pub store_timeout: Duration,
+    /// How long what is stored of a paused session is kept.
+    #[arg(long, env = "SANDMESH_SESSION_PAUSED_RETENTION", value_parser = parse_duration, default_value = "720h")]
+    pub paused_retention: Duration,
     /// How often nodes send heartbeats; after three missed ones a node gets no new sessions.
     #[arg(long, env = "SANDMESH_HEARTBEAT_INTERVAL", value_parser = parse_duration, default_value = "1s")]
     pub heartbeat_interval: Duration,

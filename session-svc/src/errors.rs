@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use service_kit::{
     errors::{Failure, Reason, reason_of},
-    ids::SessionId,
+    ids::{CheckpointId, NodeId, SessionId},
 };
 use tonic::{Code, Status};
 
@@ -50,6 +50,65 @@ pub enum SessionError {
     /// Another request with the same ID is still being worked on.
     #[error("the first request with this request_id is still being worked on")]
     StillStarting(SessionId),
+    /// A pause, resume or rollback of it is still under way.
+    #[error("session {id} is still {state:?}")]
+    StillBusy {
+        /// Which.
+        id: SessionId,
+        /// Its state.
+        state: State,
+    },
+    /// A pause, resume or rollback did not succeed, whoever had asked for it.
+    #[error("session {id} is {state:?} again: `sandmesh session events` says why")]
+    CameToNothing {
+        /// Which.
+        id: SessionId,
+        /// Its state.
+        state: State,
+    },
+    /// Its node did not do what it was asked, and says why.
+    #[error("the node of session {id}: {}", status.message())]
+    Refused {
+        /// Which.
+        id: SessionId,
+        /// What the node said.
+        status: Status,
+    },
+    /// It is paused, and a call must not wake it.
+    #[error("session {0} is paused; resume it first, or let calls wake it (wake_on_request)")]
+    NotToBeWoken(SessionId),
+    /// No such checkpoint of this session.
+    #[error("no checkpoint {id} of session {session}")]
+    CheckpointUnknown {
+        /// Which.
+        id: CheckpointId,
+        /// Of which session.
+        session: SessionId,
+    },
+    /// It has as many checkpoints as it may have.
+    #[error("session {id} has {most} checkpoints, the most it may have; delete one first")]
+    TooManyCheckpoints {
+        /// Which.
+        id: SessionId,
+        /// How many.
+        most: i64,
+    },
+    /// Its node has no room for its children.
+    #[error("the node of session {id} has no room for {count} children")]
+    NoRoomForChildren {
+        /// The parent.
+        id: SessionId,
+        /// How many were asked for.
+        count: u32,
+        /// What the node has left.
+        free: Free,
+    },
+    /// No such node, or a dead one.
+    #[error("no node {0} that lives")]
+    NodeUnknown(NodeId),
+    /// The node was not told, or did not answer.
+    #[error("node {0} does not answer")]
+    NodeSilent(NodeId),
     /// A field makes no sense.
     #[error("{field}: {description}")]
     Invalid {
@@ -111,6 +170,27 @@ impl From<StoreError> for Failure {
     }
 }
 
+const NODE_REFUSED: Reason = Reason::new("NODE_REFUSED");
+const NODE_UNKNOWN: Reason = Reason::new("NODE_UNKNOWN");
+const CHECKPOINT_UNKNOWN: Reason = Reason::new("CHECKPOINT_UNKNOWN");
+const TOO_MANY_CHECKPOINTS: Reason = Reason::new("TOO_MANY_CHECKPOINTS");
+
+fn in_words(free: Free) -> String {
+    format!(
+        "{} sessions, {} bytes of memory, {} vCPUs, {} bytes of disk",
+        free.sessions, free.memory_bytes, free.vcpus, free.disk_bytes
+    )
+}
+
+fn no_room(message: String, free: Free) -> Failure {
+    Failure::new(Code::ResourceExhausted, Reason::NO_CAPACITY, message)
+        .with("freeSessions", free.sessions)
+        .with("freeMemoryBytes", free.memory_bytes)
+        .with("freeVcpus", free.vcpus)
+        .with("freeDiskBytes", free.disk_bytes)
+        .retry_after(Duration::from_secs(5))
+}
+
 /// Undefined table and schema: this replica, or another, has not migrated the database yet.
 const NOT_MIGRATED_YET: [&str; 2] = ["42P01", "3F000"];
 
@@ -133,27 +213,68 @@ impl From<SessionError> for Failure {
                     State::Stopped | State::Stopping => Reason::SESSION_STOPPED,
                     State::Failed => Reason::SESSION_FAILED,
                     State::Lost => Reason::SESSION_LOST,
+                    State::Paused => Reason::SESSION_PAUSED,
                     _ => Reason::WRONG_STATE,
                 };
-                let code = if state.is_final() { Code::NotFound } else { Code::FailedPrecondition };
-                Self::new(code, reason, message).with("sessionId", id).with("state", format!("{state:?}"))
+                let code = if state.is_final() {
+                    Code::NotFound
+                } else {
+                    Code::FailedPrecondition
+                };
+                Self::new(code, reason, message)
+                    .with("sessionId", id)
+                    .with("state", format!("{state:?}"))
             }
             SessionError::DidNotStart { id, end } => {
-                Self::new(Code::Aborted, Reason::SESSION_FAILED, message).with("sessionId", id).with("cause", end.reason)
+                Self::new(Code::Aborted, Reason::SESSION_FAILED, message)
+                    .with("sessionId", id)
+                    .with("cause", end.reason)
             }
-            SessionError::NoCapacity { most } => Self::new(
-                Code::ResourceExhausted,
-                Reason::NO_CAPACITY,
+            SessionError::NoCapacity { most } => no_room(
                 format!(
-                    "no node has room; the most any node has free: {} sessions, {} bytes of memory, {} vCPUs, {} bytes of disk",
-                    most.sessions, most.memory_bytes, most.vcpus, most.disk_bytes
+                    "no node has room; the most any node has free: {}",
+                    in_words(most)
                 ),
-            )
-            .with("freeSessions", most.sessions)
-            .with("freeMemoryBytes", most.memory_bytes)
-            .with("freeVcpus", most.vcpus)
-            .with("freeDiskBytes", most.disk_bytes)
-            .retry_after(Duration::from_secs(5)),
+                most,
+            ),
+            SessionError::NoRoomForChildren { id, free, .. } => {
+                no_room(format!("{message}; it has free: {}", in_words(free)), free)
+                    .with("sessionId", id)
+            }
+            SessionError::StillBusy { id, state } => {
+                Self::unavailable(Reason::WRONG_STATE, message)
+                    .with("sessionId", id)
+                    .with("state", format!("{state:?}"))
+            }
+            SessionError::CameToNothing { id, state } => {
+                Self::new(Code::Aborted, Reason::WRONG_STATE, message)
+                    .with("sessionId", id)
+                    .with("state", format!("{state:?}"))
+                    .retry_after(Duration::from_secs(1))
+            }
+            // What the node said without a reason; with one it is the answer as it is.
+            SessionError::Refused { id, .. } => {
+                Self::new(Code::Aborted, NODE_REFUSED, message).with("sessionId", id)
+            }
+            SessionError::NotToBeWoken(id) => {
+                Self::new(Code::FailedPrecondition, Reason::SESSION_PAUSED, message)
+                    .with("sessionId", id)
+            }
+            SessionError::CheckpointUnknown { id, session } => {
+                Self::new(Code::NotFound, CHECKPOINT_UNKNOWN, message)
+                    .with("sessionId", session)
+                    .with("checkpointId", id)
+            }
+            SessionError::TooManyCheckpoints { id, .. } => {
+                Self::new(Code::ResourceExhausted, TOO_MANY_CHECKPOINTS, message)
+                    .with("sessionId", id)
+            }
+            SessionError::NodeUnknown(node) => {
+                Self::new(Code::NotFound, NODE_UNKNOWN, message).with("nodeId", node)
+            }
+            SessionError::NodeSilent(node) => {
+                Self::unavailable(Reason::NODE_UNREACHABLE, message).with("nodeId", node)
+            }
             SessionError::NodeUnreachable { id } => {
                 Self::unavailable(Reason::NODE_UNREACHABLE, message).with("sessionId", id)
             }
@@ -162,11 +283,13 @@ impl From<SessionError> for Failure {
             }
             SessionError::Invalid { field, description } => Self::field_invalid(field, description),
             SessionError::Store(error) => error.into(),
-            SessionError::Contended(id) => {
-                Self::new(Code::Aborted, Reason::WRONG_STATE, message).with("sessionId", id).retry_after(Duration::from_millis(100))
-            }
+            SessionError::Contended(id) => Self::new(Code::Aborted, Reason::WRONG_STATE, message)
+                .with("sessionId", id)
+                .retry_after(Duration::from_millis(100)),
             // No answer of its own: it could not be reached.
-            SessionError::Template(_) | SessionError::ShuttingDown => Self::unavailable(Reason::SERVICE_UNAVAILABLE, message),
+            SessionError::Template(_) | SessionError::ShuttingDown => {
+                Self::unavailable(Reason::SERVICE_UNAVAILABLE, message)
+            }
         }
     }
 }
@@ -174,8 +297,12 @@ impl From<SessionError> for Failure {
 impl From<SessionError> for Status {
     fn from(error: SessionError) -> Self {
         match error {
-            // template-svc has said it well: TEMPLATE_UNKNOWN with the closest names.
-            SessionError::Template(status) if reason_of(&status).is_some() => status,
+            // template-svc has said it well: TEMPLATE_UNKNOWN with the closest names. So has the node: what failed, and why.
+            SessionError::Template(status) | SessionError::Refused { status, .. }
+                if reason_of(&status).is_some() =>
+            {
+                status
+            }
             other => Failure::from(other).into_status(),
         }
     }

@@ -1,11 +1,19 @@
 //! What may happen to a session, and what follows. Pure: no I/O, no clock.
 //!
 //! ```text
-//! Pending -> Starting -> Running -> (Pausing -> Paused -> Resuming -> Running)* -> Stopping -> Stopped
-//!                \           \__________________________________________/   \
-//!                 `-> Failed <- whatever breaks                              Lost <- the node is gone
+//! Pending -> Starting -> Running -> Pausing -> Paused -> Resuming -> Running
+//!                 \       ^   ^       |          ^ \________|    \
+//!                  \      |   `-------'          `-- failed      Stopping -> Stopped
+//!                   \     `- a pause that failed                 Lost <- the node is gone
+//!                    `-> Failed <- whatever breaks
 //! ```
-//! Final states are never left. Pausing and what follows it have their places here; nothing enters them yet.
+//! - A pause that fails leaves the session Running, a resume that fails leaves it Paused with what is stored.
+//! - A rollback goes Running or Paused -> Resuming -> Running; if it fails, back to where it came from.
+//! - Asking for a pause while one is under way joins it; so does asking for a resume. A resume of what runs is a success, so two
+//!   resumes are one however they meet. A pause of what is Paused is denied: what its caller saw of the session is older than that.
+//! - The node is the authority on which of the two it is, Running or stored: [`Happening::Runs`] and [`Happening::Stored`] are
+//!   answers to calls as well as what audits find.
+//! - Every living session can be stopped. Final states are never left.
 
 use proto::session::v1::SessionState as Wire;
 
@@ -41,6 +49,16 @@ pub enum Happening {
     StartAsked,
     /// The node says it runs.
     StartDone,
+    /// A client, the deadline or an operator wants it paused.
+    PauseAsked,
+    /// A client, or a call that reached it, wants it to go on.
+    ResumeAsked,
+    /// A client wants it back at a checkpoint.
+    RollbackAsked,
+    /// The node says that it runs: resumed, rolled back, or never paused.
+    Runs,
+    /// The node says that it is stored: paused, or not resumed.
+    Stored,
     /// A client, the deadline or the reconciler wants it stopped.
     StopAsked,
     /// The node says nothing of it is left.
@@ -114,19 +132,36 @@ impl State {
 
 /// What a happening does to a session in this state.
 pub fn decide(state: State, happening: Happening) -> Result<Step, Denied> {
-    use Happening::{Broke, NodeGone, StartAsked, StartDone, StopAsked, StopDone};
-    use State::{Failed, Lost, Pending, Running, Starting, Stopped, Stopping};
+    use Happening::{
+        Broke, NodeGone, PauseAsked, ResumeAsked, RollbackAsked, Runs, StartAsked, StartDone,
+        StopAsked, StopDone, Stored,
+    };
+    use State::{
+        Failed, Lost, Paused, Pausing, Pending, Resuming, Running, Starting, Stopped, Stopping,
+    };
     match (state, happening) {
         (Pending, StartAsked) => Ok(Step::Move(Starting)),
-        (Starting, StartAsked) | (Running, StartDone) | (Stopping, StopAsked) => Ok(Step::Nothing),
-        (Starting, StartDone) => Ok(Step::Move(Running)),
+        (Starting, StartDone) | (Pausing | Paused | Resuming, Runs) => Ok(Step::Move(Running)),
+        (Running, PauseAsked) => Ok(Step::Move(Pausing)),
+        (Paused, ResumeAsked) | (Running | Paused, RollbackAsked) => Ok(Step::Move(Resuming)),
+        (Running | Pausing | Resuming, Stored) => Ok(Step::Move(Paused)),
+        (Starting, StartAsked)
+        | (Running, StartDone | ResumeAsked | Runs)
+        | (Pausing, PauseAsked)
+        | (Paused, Stored)
+        | (Resuming, ResumeAsked)
+        | (Stopping, StopAsked) => Ok(Step::Nothing),
         // Stopping twice is stopping once, and nothing can be done to what has ended.
         (ended, StopAsked | StopDone | Broke | NodeGone) if ended.is_final() => Ok(Step::Nothing),
         (_, StopAsked) => Ok(Step::Move(Stopping)),
         (Stopping, StopDone | Broke) => Ok(Step::Move(Stopped)),
         (_, Broke) => Ok(Step::Move(Failed)),
         (_, NodeGone) => Ok(Step::Move(Lost)),
-        (other, StartAsked | StartDone | StopDone) => Err(Denied::WrongState(other)),
+        (
+            other,
+            StartAsked | StartDone | PauseAsked | ResumeAsked | RollbackAsked | Runs | Stored
+            | StopDone,
+        ) => Err(Denied::WrongState(other)),
     }
 }
 
@@ -140,6 +175,11 @@ mod tests {
         prop_oneof![
             Just(Happening::StartAsked),
             Just(Happening::StartDone),
+            Just(Happening::PauseAsked),
+            Just(Happening::ResumeAsked),
+            Just(Happening::RollbackAsked),
+            Just(Happening::Runs),
+            Just(Happening::Stored),
             Just(Happening::StopAsked),
             Just(Happening::StopDone),
             Just(Happening::Broke),
@@ -147,21 +187,65 @@ mod tests {
         ]
     }
 
+    /// Where a life leads, which nothing in it is denied.
+    fn after(happenings: &[Happening]) -> State {
+        happenings.iter().fold(State::Pending, |state, happening| {
+            match decide(state, *happening) {
+                Ok(Step::Move(next)) => next,
+                Ok(Step::Nothing) => state,
+                Err(denied) => panic!("{happening:?}: {denied}"),
+            }
+        })
+    }
+
     #[test]
     fn the_usual_life() {
-        let mut state = State::Pending;
-        for happening in [
-            Happening::StartAsked,
-            Happening::StartDone,
-            Happening::StopAsked,
-            Happening::StopDone,
+        use Happening::{
+            PauseAsked, ResumeAsked, RollbackAsked, Runs, StartAsked, StartDone, StopAsked,
+            StopDone, Stored,
+        };
+        let running = [StartAsked, StartDone];
+        let and = |more: &[Happening]| after(&[&running, more].concat());
+        assert_eq!(and(&[StopAsked, StopDone]), State::Stopped);
+        assert_eq!(and(&[PauseAsked, Stored]), State::Paused);
+        assert_eq!(
+            and(&[PauseAsked, Stored, ResumeAsked, Runs]),
+            State::Running
+        );
+        assert_eq!(and(&[RollbackAsked, Runs]), State::Running);
+        assert_eq!(
+            and(&[PauseAsked, Stored, RollbackAsked, Runs]),
+            State::Running
+        );
+        // What fails leaves the session as it was.
+        assert_eq!(and(&[PauseAsked, Runs]), State::Running);
+        assert_eq!(
+            and(&[PauseAsked, Stored, ResumeAsked, Stored]),
+            State::Paused
+        );
+    }
+
+    #[test]
+    fn a_pause_or_resume_under_way_is_joined_and_a_pause_of_the_paused_is_denied() {
+        use Happening::{PauseAsked, ResumeAsked, RollbackAsked};
+        assert_eq!(decide(State::Pausing, PauseAsked), Ok(Step::Nothing));
+        assert_eq!(decide(State::Resuming, ResumeAsked), Ok(Step::Nothing));
+        assert_eq!(decide(State::Running, ResumeAsked), Ok(Step::Nothing));
+        for (state, happening) in [
+            (State::Paused, PauseAsked),
+            (State::Resuming, PauseAsked),
+            (State::Pausing, ResumeAsked),
+            (State::Pausing, RollbackAsked),
+            (State::Resuming, RollbackAsked),
         ] {
-            let Ok(Step::Move(next)) = decide(state, happening) else {
-                panic!("{state:?} {happening:?}")
-            };
-            state = next;
+            assert_eq!(decide(state, happening), Err(Denied::WrongState(state)));
         }
-        assert_eq!(state, State::Stopped);
+        // Neither start nor end can be mistaken for a pause or resume.
+        for state in [State::Pending, State::Starting, State::Stopping] {
+            for happening in [PauseAsked, ResumeAsked, RollbackAsked] {
+                assert_eq!(decide(state, happening), Err(Denied::WrongState(state)));
+            }
+        }
     }
 
     #[test]
@@ -197,12 +281,36 @@ mod tests {
         }
 
         #[test]
-        fn running_is_only_reached_by_a_start(events in prop::collection::vec(happenings(), 0..40)) {
+        fn states_that_a_node_vouches_for_are_only_reached_by_its_word(
+            events in prop::collection::vec(happenings(), 0..60),
+        ) {
             let mut state = State::Pending;
             for happening in events {
                 if let Ok(Step::Move(next)) = decide(state, happening) {
-                    prop_assert!(next != State::Running || happening == Happening::StartDone);
+                    match next {
+                        State::Running => prop_assert!(matches!(happening, Happening::StartDone | Happening::Runs)),
+                        State::Paused => prop_assert_eq!(happening, Happening::Stored),
+                        State::Pausing => prop_assert_eq!((state, happening), (State::Running, Happening::PauseAsked)),
+                        State::Resuming => prop_assert!(matches!(state, State::Running | State::Paused)),
+                        _ => {}
+                    }
                     state = next;
+                }
+            }
+        }
+
+        #[test]
+        fn a_node_can_always_settle_a_pause_or_resume(
+            events in prop::collection::vec(happenings(), 0..60),
+        ) {
+            let mut state = State::Pending;
+            for happening in events {
+                if let Ok(Step::Move(next)) = decide(state, happening) {
+                    state = next;
+                }
+                if matches!(state, State::Pausing | State::Resuming) {
+                    prop_assert_eq!(decide(state, Happening::Runs), Ok(Step::Move(State::Running)));
+                    prop_assert_eq!(decide(state, Happening::Stored), Ok(Step::Move(State::Paused)));
                 }
             }
         }

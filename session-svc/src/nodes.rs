@@ -91,6 +91,39 @@ impl Nodes {
         Ok(Placed::Nowhere(Free::default()))
     }
 
+    /// Counts sessions on a node until the next look at the registry, if it seems to have room for them; what it has left if not,
+    /// which is nothing if it takes none.
+    pub async fn reserve(
+        &self,
+        node: &NodeId,
+        need: Need,
+        count: u32,
+    ) -> Result<Result<(), Free>, StoreError> {
+        let mut slot = self.view.lock().await;
+        let fresh = slot
+            .as_ref()
+            .is_some_and(|view| view.read.elapsed() < VIEW_AGE);
+        let mut free = Free::default();
+        for look_again in [!fresh, true] {
+            if look_again {
+                *slot = Some(self.look().await?);
+            }
+            let mut candidates = slot.iter_mut().flat_map(|view| &mut view.candidates);
+            let found = candidates.find(|candidate| candidate.node_id == *node);
+            free = Free::default();
+            if let Some(candidate) = found {
+                if candidate.take_all(need, count) {
+                    return Ok(Ok(()));
+                }
+                free = candidate.free;
+            }
+            if look_again {
+                break;
+            }
+        }
+        Ok(Err(free))
+    }
+
     /// A node said that it is full: so it is, until its next heartbeat says otherwise. Answers the most that any node has left.
     pub async fn is_full(&self, node: &NodeId) -> Free {
         let mut slot = self.view.lock().await;

@@ -63,6 +63,19 @@ impl Candidate {
         };
     }
 
+    /// Counts so many sessions, if there is room for all of them.
+    pub fn take_all(&mut self, need: Need, count: u32) -> bool {
+        let fits = (0..count).try_fold(self.clone(), |mut left, _| {
+            left.fits(need).then(|| {
+                left.take(need);
+                left
+            })
+        });
+        let Some(left) = fits else { return false };
+        *self = left;
+        true
+    }
+
     fn fits(&self, need: Need) -> bool {
         self.free.sessions > 0
             && self.free.memory_bytes >= need.memory_bytes
@@ -106,6 +119,26 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn either_all_of_a_fork_fit_or_none_is_counted() {
+        let need = Need {
+            memory_bytes: 100,
+            vcpus: 1,
+            disk_bytes: 0,
+        };
+        let mut candidate = node("a", 9, 350);
+        candidate.free.vcpus = 9;
+        let before = candidate.free;
+        assert!(!candidate.take_all(need, 4));
+        assert_eq!(candidate.free, before);
+        assert!(candidate.take_all(need, 3));
+        assert_eq!(
+            (candidate.free.memory_bytes, candidate.free.sessions),
+            (50, 6)
+        );
+        assert!(!candidate.take_all(need, 1));
+    }
 
     fn node(name: &str, sessions: u32, memory_bytes: u64) -> Candidate {
         Candidate {

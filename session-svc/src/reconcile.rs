@@ -1,4 +1,5 @@
-//! What has to happen though nobody asks: deadlines, starts and stops whose replica died, dead nodes, audits, old rows.
+//! What has to happen though nobody asks: deadlines, moves whose replica died, settings that nodes did not hear of, dead nodes,
+//! audits, old rows.
 //!
 //! Every replica does all of it; leases and compare-and-set on the rows decide who is first, so no leader is needed. Each concern
 //! has a loop of its own and waits for no node, so that one that hangs holds up nothing else.
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     audit::Audit,
     errors::SessionError,
-    session::{EndReason, Micros, Session},
+    session::{EndReason, Micros},
     sessions::Sessions,
     store::{Store, StoreError},
 };
@@ -54,6 +55,8 @@ impl Reconciler {
             tokio::join!(
                 self.deadlines(),
                 self.abandoned(),
+                self.abandoned_checkpoints(),
+                self.unpushed(),
                 self.dead_nodes(),
                 self.audits(),
                 self.purges()
@@ -76,8 +79,7 @@ impl Reconciler {
                 Ok(expired) => {
                     for session in expired {
                         let sessions = self.sessions.clone();
-                        let end = EndReason::new("DEADLINE_EXPIRED", "its time to live was over");
-                        stops.spawn(async move { sessions.stop(session, end, "deadline").await });
+                        stops.spawn(async move { sessions.expire(session).await });
                     }
                 }
                 Err(error) => tracing::warn!(%error, "deadlines cannot be looked at right now"),
@@ -111,6 +113,70 @@ impl Reconciler {
                     // Another replica was faster.
                     Ok(false) => {}
                     Err(error) => tracing::warn!(%error, "a lease cannot be taken over right now"),
+                }
+            }
+        }
+    }
+
+    /// Checkpoints whose replica died while it made or removed them are removed.
+    async fn abandoned_checkpoints(&self) {
+        let mut work = JoinSet::new();
+        let mut ticks = ticks(EVERY);
+        loop {
+            ticks.tick().await;
+            collect(&mut work);
+            let Some(room) = room(&work) else { continue };
+            let found = match self.store.abandoned_checkpoints(Micros::now(), room).await {
+                Ok(found) => found,
+                Err(error) => {
+                    tracing::warn!(%error, "leases of checkpoints cannot be looked at right now");
+                    continue;
+                }
+            };
+            for mut checkpoint in found {
+                let until = Micros::now().plus(self.lease);
+                match self.store.take_checkpoint(&checkpoint, until).await {
+                    Ok(true) => {
+                        checkpoint.lease_until = Some(until);
+                        let sessions = self.sessions.clone();
+                        work.spawn(async move { sessions.discard(checkpoint).await });
+                    }
+                    // Another replica was faster.
+                    Ok(false) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "a checkpoint cannot be taken over right now");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Nodes that did not hear of a session's new settings are told again.
+    async fn unpushed(&self) {
+        let mut work = JoinSet::new();
+        let mut ticks = ticks(EVERY);
+        loop {
+            ticks.tick().await;
+            collect(&mut work);
+            let Some(room) = room(&work) else { continue };
+            let found = match self.store.unpushed(Micros::now(), room).await {
+                Ok(found) => found,
+                Err(error) => {
+                    tracing::warn!(%error, "settings to be told cannot be looked at right now");
+                    continue;
+                }
+            };
+            for mut session in found {
+                let until = self.sessions.push_due(Micros::now());
+                match self.store.set_push(&session, Some(until)).await {
+                    Ok(true) => {
+                        session.push_due = Some(until);
+                        let sessions = self.sessions.clone();
+                        work.spawn(async move { sessions.push(session).await });
+                    }
+                    // Another replica was faster.
+                    Ok(false) => {}
+                    Err(error) => tracing::warn!(%error, "settings cannot be told right now"),
                 }
             }
         }
@@ -177,6 +243,9 @@ impl Reconciler {
             // In small steps, until nothing is left to forget.
             loop {
                 let before = Micros::now().minus(self.retention);
+                if let Err(error) = self.store.purge_forks(before).await {
+                    tracing::warn!(%error, "old forks cannot be forgotten right now");
+                }
                 match self.store.purge(before, PURGE_BATCH).await {
                     Ok(0) => break,
                     Ok(sessions) => tracing::debug!(sessions, "old sessions were forgotten"),
@@ -190,7 +259,7 @@ impl Reconciler {
     }
 }
 
-type Work = JoinSet<Result<Session, SessionError>>;
+type Work<T> = JoinSet<Result<T, SessionError>>;
 
 fn ticks(every: Duration) -> tokio::time::Interval {
     let mut ticks = tokio::time::interval(every);
@@ -198,7 +267,7 @@ fn ticks(every: Duration) -> tokio::time::Interval {
     ticks
 }
 
-fn room(work: &Work) -> Option<i64> {
+fn room<T: 'static>(work: &Work<T>) -> Option<i64> {
     let room = AT_ONCE.saturating_sub(work.len());
     i64::try_from(room)
         .ok()
@@ -206,7 +275,7 @@ fn room(work: &Work) -> Option<i64> {
         .filter(|room| *room > 0)
 }
 
-fn collect(work: &mut Work) {
+fn collect<T: 'static>(work: &mut Work<T>) {
     while let Some(done) = work.try_join_next() {
         match done {
             Ok(outcome) => note(outcome),
@@ -215,7 +284,7 @@ fn collect(work: &mut Work) {
     }
 }
 
-fn note(outcome: Result<Session, SessionError>) {
+fn note<T>(outcome: Result<T, SessionError>) {
     if let Err(error) = outcome {
         tracing::warn!(%error, "a session could not be reconciled; it is tried again");
     }

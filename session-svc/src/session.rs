@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use proto::session::v1 as wire;
 use service_kit::{
-    ids::{NodeId, SessionId, TeamId},
+    ids::{CheckpointId, NodeId, SessionId, TeamId},
     mesh::MeshToken,
 };
 use sha2::{Digest as _, Sha256};
@@ -96,10 +96,8 @@ pub struct Session {
     pub template_spec: proto::template::v1::Template,
     /// Size, all fields set.
     pub resources: wire::Resources,
-    /// Who may reach its ports.
-    pub port_access: wire::PortAccess,
-    /// Whether it reaches the outside.
-    pub internet_access: bool,
+    /// How it meets the network.
+    pub network: Network,
     /// The client's labels.
     pub metadata: BTreeMap<String, String>,
     /// Environment of its processes.
@@ -124,6 +122,135 @@ pub struct Session {
     pub lease_until: Option<Micros>,
     /// Grows with every change.
     pub version: i64,
+    /// The session it was forked from.
+    pub parent: Option<SessionId>,
+    /// While Paused: bytes on its node's disk.
+    pub stored_bytes: u64,
+    /// What is left of its time to live, in microseconds; set while it does not count down, from Pausing until it runs again.
+    pub time_left: Option<i64>,
+    /// The version with which it entered its state: answers to what was begun in an earlier one change nothing any more.
+    pub state_version: i64,
+    /// When it entered its state.
+    pub state_time: Micros,
+    /// Why it is Resuming, if it is not a resume.
+    pub rollback: Option<Rollback>,
+    /// Set while its node is not known to have heard of its settings; then any replica may tell it.
+    pub push_due: Option<Micros>,
+}
+
+/// How a session meets the network.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Network {
+    /// Who may reach its ports.
+    pub port_access: wire::PortAccess,
+    /// Whether it reaches the outside where `egress` says nothing.
+    pub internet_access: bool,
+    /// Where to it may open connections; every entry makes sense.
+    pub egress: wire::Egress,
+    /// Bytes per second to the outside; 0 is the node's limit.
+    pub egress_rate: u64,
+    /// Bytes per second from the outside; 0 is the node's limit.
+    pub ingress_rate: u64,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            port_access: wire::PortAccess::Public,
+            internet_access: true,
+            egress: wire::Egress::default(),
+            egress_rate: 0,
+            ingress_rate: 0,
+        }
+    }
+}
+
+impl Network {
+    /// As on the wire, all fields set.
+    pub fn wire(&self) -> wire::Network {
+        wire::Network {
+            port_access: self.port_access.into(),
+            internet_access: Some(self.internet_access),
+            egress: Some(self.egress.clone()),
+            egress_bytes_per_second: self.egress_rate,
+            ingress_bytes_per_second: self.ingress_rate,
+        }
+    }
+}
+
+/// A session on its way back to a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rollback {
+    /// To which.
+    pub to: CheckpointId,
+    /// Where it is again if that fails: Running or Paused.
+    pub from: State,
+}
+
+/// A kept state of a session.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checkpoint {
+    /// Which.
+    pub id: CheckpointId,
+    /// Of which session.
+    pub session: SessionId,
+    /// Its owner.
+    pub team: TeamId,
+    /// The client's own ID for the request that made it.
+    pub request_id: Option<String>,
+    /// The client's name for it.
+    pub name: String,
+    /// How far it is.
+    pub state: CheckpointState,
+    /// When it was asked for.
+    pub create_time: Micros,
+    /// Bytes on its node's disk.
+    pub stored_bytes: u64,
+    /// How long the session stood still for it, in microseconds.
+    pub stop_time: i64,
+    /// Until when the replica that makes or removes it has it; after that it is removed by any other.
+    pub lease_until: Option<Micros>,
+}
+
+/// How far a checkpoint is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CheckpointState {
+    /// Its node is asked to make it.
+    Making = 0,
+    /// It can be gone back to.
+    Kept = 1,
+    /// Its node is asked to remove it.
+    Removing = 2,
+}
+
+impl Checkpoint {
+    /// As on the wire.
+    pub fn wire(&self) -> wire::Checkpoint {
+        wire::Checkpoint {
+            checkpoint_id: self.id.to_string(),
+            session_id: self.session.to_string(),
+            name: self.name.clone(),
+            create_time: Some(self.create_time.wire()),
+            stored_bytes: self.stored_bytes,
+        }
+    }
+}
+
+/// Microseconds as a duration on the wire.
+pub fn wire_duration(micros: i64) -> prost_types::Duration {
+    prost_types::Duration {
+        seconds: micros / 1_000_000,
+        nanos: i32::try_from(micros % 1_000_000).unwrap_or_default() * 1000,
+    }
+}
+
+/// A duration from the wire in microseconds; negative ones are none.
+pub fn micros(duration: Option<prost_types::Duration>) -> i64 {
+    duration
+        .and_then(|duration| std::time::Duration::try_from(duration).ok())
+        .map_or(0, |duration| {
+            i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+        })
 }
 
 /// How hosts of sandboxes are written.
@@ -167,7 +294,7 @@ impl Session {
             template: self.template.clone(),
             template_version: self.template_version.clone(),
             resources: Some(self.resources),
-            network: Some(self.network()),
+            network: Some(self.network.wire()),
             metadata: self.metadata.clone().into_iter().collect(),
             on_timeout: self.on_timeout.into(),
             wake_on_request: self.wake_on_request,
@@ -182,17 +309,12 @@ impl Session {
             access_token: String::new(),
             host: format!("{{port}}-{}.{}", self.id, hosts.suffix),
             version: self.version.unsigned_abs(),
-            parent_session_id: String::new(),
-            stored_bytes: 0,
-        }
-    }
-
-    /// Its network settings, all fields set.
-    pub fn network(&self) -> wire::Network {
-        wire::Network {
-            port_access: self.port_access.into(),
-            internet_access: Some(self.internet_access),
-            ..wire::Network::default()
+            parent_session_id: self
+                .parent
+                .as_ref()
+                .map(ToString::to_string)
+                .unwrap_or_default(),
+            stored_bytes: self.stored_bytes,
         }
     }
 }

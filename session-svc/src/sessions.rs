@@ -1,6 +1,6 @@
 //! Sessions: created, found, changed and ended.
 //!
-//! A start ([`start`]) or stop ([`stop`]) runs in a task of its own that the service joins at shutdown, so that a client which goes
+//! A start ([`start`]), stop ([`stop`]), pause or resume ([`pause`]), fork ([`fork`]) or checkpoint ([`checkpoint`]) runs in a task of its own that the service joins at shutdown, so that a client which goes
 //! away leaves nothing half done. The task keeps renewing a lease on the row; when its replica dies, another takes the lease over
 //! ([`crate::reconcile`]) and repeats the same idempotent call to the node.
 
@@ -21,13 +21,22 @@ use crate::{
     lifecycle::{Happening, State, Step, decide},
     nodes::{Nodes, Placed},
     placement::Need,
-    session::{HostPattern, Micros, Session, access_token},
+    session::{HostPattern, Micros, Network, Session, access_token},
     store::{Filter, NewEvent, Store},
 };
 
+mod checkpoint;
+mod drain;
+mod fork;
+mod node_call;
+mod pause;
+mod settings;
 mod start;
 mod stop;
 mod template;
+pub use drain::Drained;
+pub use fork::{Forked, NewFork};
+pub use pause::set_time_to_live;
 use template::{Templates, sized};
 
 /// How often a change is tried anew when others were faster.
@@ -44,10 +53,8 @@ pub struct NewSession {
     pub timeout: Duration,
     /// Size; zero fields take the template's.
     pub resources: wire::Resources,
-    /// Who may reach its ports.
-    pub port_access: wire::PortAccess,
-    /// Whether it reaches the outside.
-    pub internet_access: bool,
+    /// How it meets the network.
+    pub network: Network,
     /// Labels.
     pub metadata: std::collections::BTreeMap<String, String>,
     /// Environment.
@@ -67,6 +74,10 @@ pub struct Limits {
     pub start: Duration,
     /// For a stop.
     pub stop: Duration,
+    /// For what stores or restores memory: pause, resume, fork, checkpoint, rollback.
+    pub store: Duration,
+    /// How long what is stored of a paused session is kept.
+    pub paused_retention: Duration,
     /// How long after its last sign of life a replica's starts and stops are taken over.
     pub lease: Duration,
     /// Largest memory a session may ask for, in bytes.
@@ -177,8 +188,7 @@ impl Sessions {
             template_version: format!("{}@{}", template.name, template.version),
             template_spec: Template::clone(&template),
             resources,
-            port_access: new.port_access,
-            internet_access: new.internet_access,
+            network: new.network,
             metadata: new.metadata,
             env: new.env,
             on_timeout: new.on_timeout,
@@ -191,20 +201,25 @@ impl Sessions {
             end_reason: None,
             lease_until: Some(now.plus(self.limits.lease)),
             version: FIRST_VERSION,
+            parent: None,
+            stored_bytes: 0,
+            time_left: None,
+            state_version: FIRST_VERSION,
+            state_time: now,
+            rollback: None,
+            push_due: None,
         })
     }
 
     /// Runs work to its end even if the caller goes away meanwhile; the service joins it at shutdown.
-    async fn owned(
+    fn owned<T: Send + 'static>(
         &self,
-        work: impl Future<Output = Result<Session, SessionError>> + Send + 'static,
-    ) -> Result<Session, SessionError> {
+        work: impl Future<Output = Result<T, SessionError>> + Send + 'static,
+    ) -> impl Future<Output = Result<T, SessionError>> + Send {
         let request = request_id::current().unwrap_or_else(request_id::random);
         let work = request_id::scope(request, work).in_current_span();
-        self.tasks
-            .spawn(work)
-            .await
-            .map_err(|_| SessionError::ShuttingDown)?
+        let task = self.tasks.spawn(work);
+        async { task.await.map_err(|_| SessionError::ShuttingDown)? }
     }
 
     /// Works on a session while holding its lease, so that no other replica takes it for abandoned.
@@ -235,37 +250,123 @@ impl Sessions {
     /// Moves a session on as `decide` says, against the newest state of it: whoever changed it meanwhile is heard first.
     async fn change(
         &self,
-        mut session: Session,
+        session: Session,
         happening: Happening,
         event: NewEvent,
         edit: impl FnOnce(&mut Session, Micros) + Clone,
     ) -> Result<Session, SessionError> {
+        let (session, _) = self
+            .change_if(session, None, happening, event, edit)
+            .await?;
+        Ok(session)
+    }
+
+    /// As [`Self::change`], for the answer to what was begun when the session entered the state it is in here: if it has left that
+    /// state since, the answer is old, and changes nothing.
+    async fn answer(
+        &self,
+        session: Session,
+        happening: Happening,
+        event: NewEvent,
+        edit: impl FnOnce(&mut Session, Micros) + Clone,
+    ) -> Result<Session, SessionError> {
+        let entered = Some(session.state_version);
+        let (session, _) = self
+            .change_if(session, entered, happening, event, edit)
+            .await?;
+        Ok(session)
+    }
+
+    /// The session as it is then, and whether this call moved it.
+    async fn change_if(
+        &self,
+        mut session: Session,
+        entered: Option<i64>,
+        happening: Happening,
+        event: NewEvent,
+        edit: impl FnOnce(&mut Session, Micros) + Clone,
+    ) -> Result<(Session, bool), SessionError> {
         for _ in 0..UPDATE_TRIES {
+            if entered.is_some_and(|entered| entered != session.state_version) {
+                return Ok((session, false));
+            }
             let step = decide(session.state, happening).map_err(|_| SessionError::WrongState {
                 id: session.id.clone(),
                 state: session.state,
             })?;
             let Step::Move(state) = step else {
-                return Ok(session);
+                return Ok((session, false));
             };
+            let now = Micros::now();
+            let version = session.version + 1;
             let mut changed = Session {
                 state,
-                version: session.version + 1,
+                version,
+                state_version: version,
+                state_time: now,
                 ..session.clone()
             };
-            edit.clone()(&mut changed, Micros::now());
+            edit.clone()(&mut changed, now);
             if self.store.update(&changed, &event).await? {
                 self.changes.tell();
-                return Ok(changed);
+                return Ok((changed, true));
             }
-            let id = session.id;
-            session = self
-                .store
-                .get(&id)
-                .await?
-                .ok_or(SessionError::Unknown(id))?;
+            session = self.newest(session.id).await?;
         }
         Err(SessionError::Contended(session.id))
+    }
+
+    /// A session as it is now, whoever owns it.
+    async fn newest(&self, id: SessionId) -> Result<Session, SessionError> {
+        let found = self.store.get(&id).await?;
+        found.ok_or(SessionError::Unknown(id))
+    }
+
+    /// Waits until a session is in a state of which `settled` says so.
+    async fn wait_until(
+        &self,
+        mut session: Session,
+        settled: impl Fn(State) -> bool + Send,
+    ) -> Result<Session, SessionError> {
+        let (id, state) = (session.id.clone(), session.state);
+        let mut listener = self.changes.listen();
+        let waiting = async {
+            while !settled(session.state) {
+                listener.heard().await;
+                session = self.newest(session.id).await?;
+            }
+            Ok(session)
+        };
+        tokio::time::timeout(self.limits.store + self.limits.lease, waiting)
+            .await
+            .unwrap_or(Err(SessionError::StillBusy { id, state }))
+    }
+
+    /// A session once no pause, resume or rollback of it is under way.
+    async fn at_rest(&self, session: Session) -> Result<Session, SessionError> {
+        self.wait_until(session, |state| {
+            !matches!(state, State::Pausing | State::Resuming)
+        })
+        .await
+    }
+
+    /// Adds an event to a session's history that changes nothing else; what has ended gets none any more.
+    async fn note(&self, id: &SessionId, event: &NewEvent) -> Result<(), SessionError> {
+        for _ in 0..UPDATE_TRIES {
+            let session = self.newest(id.clone()).await?;
+            if session.state.is_final() {
+                return Ok(());
+            }
+            let noted = Session {
+                version: session.version + 1,
+                ..session
+            };
+            if self.store.update(&noted, event).await? {
+                self.changes.tell();
+                return Ok(());
+            }
+        }
+        Err(SessionError::Contended(id.clone()))
     }
 
     /// Changes what may change while a session lives, without changing its state.

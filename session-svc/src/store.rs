@@ -1,7 +1,8 @@
 //! All SQL of session-svc. Every transition of a session is one statement with its event, compare-and-set on the version.
 //!
 //! No statement is waited for longer than [`STATEMENT_LIMIT`], so a database that is away or hangs is an error soon, not a pile
-//! of calls. [`sessions`] holds the rows, [`events`] the history and change feed, [`nodes`] the registry.
+//! of calls. [`sessions`] holds the rows, [`events`] the history and change feed, [`nodes`] the registry, [`checkpoints`] and
+//! [`forks`] what their names say.
 
 use std::time::Duration;
 
@@ -10,11 +11,14 @@ use sqlx::PgPool;
 
 use crate::{lifecycle::State, session::HostPattern};
 
+mod checkpoints;
 mod events;
+mod forks;
 mod nodes;
 mod row;
 mod sessions;
 pub use events::{Event, NewEvent, Revision, Span};
+pub use forks::Fork;
 pub use nodes::{NodeRow, Registration};
 pub use sessions::Filter;
 

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use proto::node::v1::{
     HeartbeatRequest, HeartbeatResponse, HostedSession, ListNodesRequest, ListNodesResponse,
-    RegisterNodeRequest, RegisterNodeResponse, node_registry_service_server::NodeRegistryService,
+    NodeRegistryServiceDrainNodeRequest, NodeRegistryServiceDrainNodeResponse, RegisterNodeRequest,
+    RegisterNodeResponse, WakeSessionRequest, WakeSessionResponse,
+    node_registry_service_server::NodeRegistryService,
 };
 use service_kit::{
     errors::Failure,
@@ -13,6 +15,7 @@ use service_kit::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status};
 
+use super::fields;
 use crate::{
     audit::Audit,
     errors::SessionError,
@@ -107,14 +110,18 @@ impl NodeRegistryService for Registry {
             self.note_end(&id, ended).await?;
         }
         let audit = &self.audit;
-        audit
-            .lose_missing(&id, &sessions, listed_at, started)
-            .await?;
+        audit.compare(&id, &sessions, listed_at, started).await?;
         let stop_session_ids = audit.unwanted(&id, &sessions).await.map_err(store_error)?;
         // Its listing says nothing about sessions that were started around now: ask once more when that is over.
         let (again, node) = (self.audit.clone(), id.clone());
         let shutdown = self.shutdown.clone();
+        let known = self.store.node(&id).await.map_err(store_error)?;
+        let is_drained = known.is_some_and(|known| known.drain);
         self.tasks.spawn(async move {
+            // It has forgotten with its restart that it is to take no new sessions. None is sent there anyway.
+            if is_drained && let Err(error) = again.sessions.tell_to_drain(&node, true).await {
+                tracing::warn!(node_id = %node, %error, "a node that is to be drained was not told so");
+            }
             let later = tokio::time::sleep(AUDIT_AGAIN);
             if shutdown.run_until_cancelled(later).await.is_none() {
                 return;
@@ -195,15 +202,33 @@ impl NodeRegistryService for Registry {
 
     async fn wake_session(
         &self,
-        _: Request<proto::node::v1::WakeSessionRequest>,
-    ) -> Result<Response<proto::node::v1::WakeSessionResponse>, Status> {
-        Err(Failure::not_yet("WakeSession").into())
+        request: Request<WakeSessionRequest>,
+    ) -> Result<Response<WakeSessionResponse>, Status> {
+        let request = request.into_inner();
+        let id = fields::session_id(&request.session_id)?;
+        let node = node_id(&request.node_id)?;
+        self.sessions.wake(&id, &node).await?;
+        Ok(Response::new(WakeSessionResponse {}))
     }
 
     async fn drain_node(
         &self,
-        _: Request<proto::node::v1::NodeRegistryServiceDrainNodeRequest>,
-    ) -> Result<Response<proto::node::v1::NodeRegistryServiceDrainNodeResponse>, Status> {
-        Err(Failure::not_yet("DrainNode").into())
+        request: Request<NodeRegistryServiceDrainNodeRequest>,
+    ) -> Result<Response<NodeRegistryServiceDrainNodeResponse>, Status> {
+        let request = request.into_inner();
+        let node = node_id(&request.node_id)?;
+        if request.pause && !request.draining {
+            return Err(
+                Failure::field_invalid("pause", "makes sense only with draining").into_status(),
+            );
+        }
+        let drained = self
+            .sessions
+            .drain(node, request.draining, request.pause)
+            .await?;
+        Ok(Response::new(NodeRegistryServiceDrainNodeResponse {
+            paused: drained.paused,
+            running: drained.running,
+        }))
     }
 }

@@ -2,38 +2,41 @@
 
 use std::{collections::BTreeMap, pin::Pin, time::Duration};
 
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures::Stream;
 use proto::session::v1::{
-    self as wire, CreateSessionRequest, CreateSessionResponse, ExtendSessionRequest,
-    ExtendSessionResponse, ForkSessionRequest, ForkSessionResponse, GetSessionMetricsRequest,
-    GetSessionMetricsResponse, GetSessionRequest, GetSessionResponse, ListSessionEventsRequest,
-    ListSessionEventsResponse, ListSessionsRequest, ListSessionsResponse, PauseSessionRequest,
-    PauseSessionResponse, ResumeSessionRequest, ResumeSessionResponse, StopSessionRequest,
-    StopSessionResponse, StreamSessionLogsRequest, StreamSessionLogsResponse, UpdateSessionRequest,
+    CreateCheckpointRequest, CreateCheckpointResponse, CreateSessionRequest, CreateSessionResponse,
+    DeleteCheckpointRequest, DeleteCheckpointResponse, ExtendSessionRequest, ExtendSessionResponse,
+    ForkSessionRequest, ForkSessionResponse, GetSessionMetricsRequest, GetSessionMetricsResponse,
+    GetSessionRequest, GetSessionResponse, ListCheckpointsRequest, ListCheckpointsResponse,
+    ListSessionEventsRequest, ListSessionEventsResponse, ListSessionsRequest, ListSessionsResponse,
+    PauseSessionRequest, PauseSessionResponse, ResumeSessionRequest, ResumeSessionResponse,
+    RollbackSessionRequest, RollbackSessionResponse, StopSessionRequest, StopSessionResponse,
+    StreamSessionLogsRequest, StreamSessionLogsResponse, UpdateSessionRequest,
     UpdateSessionResponse, WatchSessionsRequest, WatchSessionsResponse,
     session_service_server::SessionService,
 };
-use service_kit::{
-    errors::{Failure, Reason},
-    ids::SessionId,
-    mesh::Caller,
-};
-use tonic::{Code, Request, Response, Status};
+use service_kit::{errors::Failure, mesh::Caller};
+use tonic::{Request, Response, Status};
 
-use super::limits;
+use super::{
+    fields::{
+        checkpoint_id, decode_page_token, encode_page_token, network, on_timeout, page_size,
+        session_id, timeout,
+    },
+    limits,
+};
 use crate::{
     lifecycle::State,
-    session::EndReason,
-    sessions::{NewSession, Sessions},
+    session::{Checkpoint, EndReason, Session, wire_duration},
+    sessions::{NewFork, NewSession, Sessions, set_time_to_live},
     store::Filter,
     watch::Watches,
 };
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_mins(5);
-const LONGEST_TIMEOUT: Duration = Duration::from_hours(24);
-const DEFAULT_PAGE: u32 = 100;
-const LARGEST_PAGE: u32 = 1000;
+const MOST_CHILDREN: u32 = 100;
+/// A checkpoint's name.
+const LONGEST_NAME: usize = 63;
 
 /// Serves sessions.
 #[derive(Debug)]
@@ -44,102 +47,12 @@ pub struct SessionApi {
     pub watches: Watches,
 }
 
+/// Who did it, in events.
+fn actor(caller: &Caller) -> String {
+    format!("team:{}", caller.team)
+}
+
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-fn session_id(text: &str) -> Result<SessionId, Status> {
-    SessionId::parse(text).map_err(|error| {
-        Failure::new(
-            Code::InvalidArgument,
-            Reason::SESSION_ID_MALFORMED,
-            error.to_string(),
-        )
-        .field("session_id", error.to_string())
-        .into_status()
-    })
-}
-
-fn timeout(
-    asked: Option<prost_types::Duration>,
-    default: Option<Duration>,
-) -> Result<Duration, Status> {
-    let wrong = || Failure::field_invalid("timeout", "must be from 1 s to 24 h").into_status();
-    let asked = match asked {
-        Some(asked) => Duration::try_from(asked).map_err(|_| wrong())?,
-        None => default.ok_or_else(wrong)?,
-    };
-    if (Duration::from_secs(1)..=LONGEST_TIMEOUT).contains(&asked) {
-        Ok(asked)
-    } else {
-        Err(wrong())
-    }
-}
-
-fn page_size(asked: u32) -> i64 {
-    i64::from(if asked == 0 {
-        DEFAULT_PAGE
-    } else {
-        asked.min(LARGEST_PAGE)
-    })
-}
-
-fn port_access(network: Option<&wire::Network>) -> wire::PortAccess {
-    match network.map(wire::Network::port_access) {
-        Some(wire::PortAccess::Token) => wire::PortAccess::Token,
-        _ => wire::PortAccess::Public,
-    }
-}
-
-/// What nobody enforces yet is refused rather than ignored: its owner would count on it.
-fn network_is_enforced(network: Option<&wire::Network>) -> Result<(), Status> {
-    let Some(network) = network else {
-        return Ok(());
-    };
-    for (field, is_asked) in [
-        ("network.egress", network.egress.is_some()),
-        (
-            "network.egress_bytes_per_second",
-            network.egress_bytes_per_second > 0,
-        ),
-        (
-            "network.ingress_bytes_per_second",
-            network.ingress_bytes_per_second > 0,
-        ),
-    ] {
-        if is_asked {
-            return Err(Failure::not_yet(field)
-                .field(field, "leave it out; internet_access closes all of it")
-                .into_status());
-        }
-    }
-    Ok(())
-}
-
-fn on_timeout(asked: wire::OnTimeout) -> Result<wire::OnTimeout, Status> {
-    match asked {
-        wire::OnTimeout::Pause => Err(Failure::not_yet("on_timeout PAUSE")
-            .field("on_timeout", "use STOP")
-            .into_status()),
-        _ => Ok(wire::OnTimeout::Stop),
-    }
-}
-
-fn encode_page_token(time: i64, id: &str) -> String {
-    URL_SAFE_NO_PAD.encode(format!("{time}/{id}"))
-}
-
-fn decode_page_token(token: &str) -> Result<Option<(i64, String)>, Status> {
-    if token.is_empty() {
-        return Ok(None);
-    }
-    let parse = || {
-        let text = String::from_utf8(URL_SAFE_NO_PAD.decode(token).ok()?).ok()?;
-        let (time, id) = text.split_once('/')?;
-        Some((time.parse().ok()?, id.to_owned()))
-    };
-    parse().map(Some).ok_or_else(|| {
-        Failure::field_invalid("page_token", "is not one this service gave out").into_status()
-    })
-}
 
 #[tonic::async_trait]
 impl SessionService for SessionApi {
@@ -153,17 +66,11 @@ impl SessionService for SessionApi {
         limits::metadata(&request.metadata)?;
         limits::env(&request.env)?;
         limits::request_id(&request.request_id)?;
-        network_is_enforced(request.network.as_ref())?;
         let new = NewSession {
             timeout: timeout(request.timeout, Some(DEFAULT_TIMEOUT))?,
             resources: request.resources.unwrap_or_default(),
-            port_access: port_access(request.network.as_ref()),
-            internet_access: request
-                .network
-                .as_ref()
-                .and_then(|network| network.internet_access)
-                .unwrap_or(true),
-            on_timeout: on_timeout(request.on_timeout())?,
+            network: network(request.network.clone())?,
+            on_timeout: on_timeout(request.on_timeout()),
             template: request.template,
             metadata: request.metadata.into_iter().collect(),
             env: request.env.into_iter().collect(),
@@ -245,11 +152,15 @@ impl SessionService for SessionApi {
         &self,
         request: Request<UpdateSessionRequest>,
     ) -> Result<Response<UpdateSessionResponse>, Status> {
-        const FIELDS: [&str; 4] = [
+        const FIELDS: [&str; 8] = [
             "metadata",
             "on_timeout",
             "wake_on_request",
             "network.port_access",
+            "network.internet_access",
+            "network.egress",
+            "network.egress_bytes_per_second",
+            "network.ingress_bytes_per_second",
         ];
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
@@ -264,16 +175,16 @@ impl SessionService for SessionApi {
         }
         limits::metadata(&request.metadata)?;
         let asked = |field: &str| paths.iter().any(|path| path == field);
-        let on_timeout = if asked("on_timeout") {
-            on_timeout(request.on_timeout())?
-        } else {
-            wire::OnTimeout::Stop
-        };
-        let access = port_access(request.network.as_ref());
+        let on_timeout = on_timeout(request.on_timeout());
+        let network = network(request.network)?;
         let metadata: BTreeMap<String, String> = request.metadata.into_iter().collect();
+        // What its node must hear of.
+        let is_pushed = paths
+            .iter()
+            .any(|path| path.starts_with("network.") || path == "wake_on_request");
         let session = self
             .sessions
-            .edit(&caller, &id, "UPDATED", |session, _| {
+            .edit(&caller, &id, "UPDATED", |session, now| {
                 if asked("metadata") {
                     session.metadata.clone_from(&metadata);
                 }
@@ -284,12 +195,27 @@ impl SessionService for SessionApi {
                     session.wake_on_request = request.wake_on_request;
                 }
                 if asked("network.port_access") {
-                    session.port_access = access;
+                    session.network.port_access = network.port_access;
+                }
+                if asked("network.internet_access") {
+                    session.network.internet_access = network.internet_access;
+                }
+                if asked("network.egress") {
+                    session.network.egress.clone_from(&network.egress);
+                }
+                if asked("network.egress_bytes_per_second") {
+                    session.network.egress_rate = network.egress_rate;
+                }
+                if asked("network.ingress_bytes_per_second") {
+                    session.network.ingress_rate = network.ingress_rate;
+                }
+                if is_pushed {
+                    session.push_due = Some(self.sessions.push_due(now));
                 }
             })
             .await?;
-        if asked("network.port_access") {
-            self.sessions.push_network(&session).await?;
+        if is_pushed {
+            self.sessions.push(session.clone()).await?;
         }
         Ok(Response::new(UpdateSessionResponse {
             session: Some(self.sessions.for_owner(&session)),
@@ -307,8 +233,8 @@ impl SessionService for SessionApi {
         let session = self
             .sessions
             .edit(&caller, &id, "EXTENDED", |session, now| {
-                session.deadline = now.plus(timeout);
-                session.timeout = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX);
+                let timeout = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX);
+                set_time_to_live(session, now, timeout, self.sessions.paused_retention());
             })
             .await?;
         Ok(Response::new(ExtendSessionResponse {
@@ -318,51 +244,147 @@ impl SessionService for SessionApi {
 
     async fn pause_session(
         &self,
-        _: Request<PauseSessionRequest>,
+        request: Request<PauseSessionRequest>,
     ) -> Result<Response<PauseSessionResponse>, Status> {
-        Err(Failure::not_yet("PauseSession").into())
+        let caller = Caller::of(&request)?;
+        let id = session_id(&request.get_ref().session_id)?;
+        let session = self.sessions.get(&caller, &id).await?;
+        let session = self.sessions.pause(session, None, &actor(&caller)).await?;
+        Ok(Response::new(PauseSessionResponse {
+            session: Some(self.sessions.for_owner(&session)),
+        }))
     }
 
     async fn resume_session(
         &self,
-        _: Request<ResumeSessionRequest>,
+        request: Request<ResumeSessionRequest>,
     ) -> Result<Response<ResumeSessionResponse>, Status> {
-        Err(Failure::not_yet("ResumeSession").into())
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let timeout = match request.timeout {
+            None => None,
+            asked => Some(timeout(asked, None)?),
+        };
+        let session = self.sessions.get(&caller, &id).await?;
+        let session = self
+            .sessions
+            .resume(session, timeout, None, &actor(&caller))
+            .await?;
+        Ok(Response::new(ResumeSessionResponse {
+            session: Some(self.sessions.for_owner(&session)),
+        }))
     }
 
     async fn fork_session(
         &self,
-        _: Request<ForkSessionRequest>,
+        request: Request<ForkSessionRequest>,
     ) -> Result<Response<ForkSessionResponse>, Status> {
-        Err(Failure::not_yet("ForkSession").into())
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        limits::request_id(&request.request_id)?;
+        if request.count > MOST_CHILDREN {
+            let description = format!("must be at most {MOST_CHILDREN}");
+            return Err(Failure::field_invalid("count", description).into());
+        }
+        let new = NewFork {
+            count: request.count.max(1),
+            timeout: timeout(request.timeout, Some(DEFAULT_TIMEOUT))?,
+            request_id: Some(request.request_id).filter(|id| !id.is_empty()),
+        };
+        let parent = self.sessions.get(&caller, &id).await?;
+        let forked = Box::pin(self.sessions.fork(&caller, parent, new)).await?;
+        let shown = |children: &[Session]| {
+            let shown = children.iter().map(|child| self.sessions.for_owner(child));
+            shown.collect()
+        };
+        Ok(Response::new(ForkSessionResponse {
+            sessions: shown(&forked.running),
+            parent_stop_time: Some(wire_duration(forked.parent_stop_time)),
+            failed: shown(&forked.failed),
+        }))
     }
 
     async fn create_checkpoint(
         &self,
-        _: Request<wire::CreateCheckpointRequest>,
-    ) -> Result<Response<wire::CreateCheckpointResponse>, Status> {
-        Err(Failure::not_yet("CreateCheckpoint").into())
+        request: Request<CreateCheckpointRequest>,
+    ) -> Result<Response<CreateCheckpointResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        limits::request_id(&request.request_id)?;
+        if request.name.len() > LONGEST_NAME || request.name.chars().any(char::is_control) {
+            let description =
+                format!("must be at most {LONGEST_NAME} bytes without control characters");
+            return Err(Failure::field_invalid("name", description).into());
+        }
+        let request_id = Some(request.request_id).filter(|id| !id.is_empty());
+        let session = self.sessions.get(&caller, &id).await?;
+        let made = self
+            .sessions
+            .create_checkpoint(&caller, session, request.name, request_id);
+        let made = Box::pin(made).await?;
+        Ok(Response::new(CreateCheckpointResponse {
+            checkpoint: Some(made.wire()),
+            stop_time: Some(wire_duration(made.stop_time)),
+        }))
     }
 
     async fn list_checkpoints(
         &self,
-        _: Request<wire::ListCheckpointsRequest>,
-    ) -> Result<Response<wire::ListCheckpointsResponse>, Status> {
-        Err(Failure::not_yet("ListCheckpoints").into())
+        request: Request<ListCheckpointsRequest>,
+    ) -> Result<Response<ListCheckpointsResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let session = self.sessions.get(&caller, &id).await?;
+        let after = decode_page_token(&request.page_token)?;
+        let limit = page_size(request.page_size);
+        let listed = self
+            .sessions
+            .list_checkpoints(&session, after, limit)
+            .await?;
+        let full = i64::try_from(listed.len()).is_ok_and(|count| count == limit);
+        let next_page_token = listed
+            .last()
+            .filter(|_| full)
+            .map(|last| encode_page_token(last.create_time.0, last.id.as_str()))
+            .unwrap_or_default();
+        Ok(Response::new(ListCheckpointsResponse {
+            checkpoints: listed.iter().map(Checkpoint::wire).collect(),
+            next_page_token,
+        }))
     }
 
     async fn rollback_session(
         &self,
-        _: Request<wire::RollbackSessionRequest>,
-    ) -> Result<Response<wire::RollbackSessionResponse>, Status> {
-        Err(Failure::not_yet("RollbackSession").into())
+        request: Request<RollbackSessionRequest>,
+    ) -> Result<Response<RollbackSessionResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let to = checkpoint_id(&request.checkpoint_id)?;
+        let session = self.sessions.get(&caller, &id).await?;
+        let session = self.sessions.rollback(session, to, &actor(&caller)).await?;
+        Ok(Response::new(RollbackSessionResponse {
+            session: Some(self.sessions.for_owner(&session)),
+        }))
     }
 
     async fn delete_checkpoint(
         &self,
-        _: Request<wire::DeleteCheckpointRequest>,
-    ) -> Result<Response<wire::DeleteCheckpointResponse>, Status> {
-        Err(Failure::not_yet("DeleteCheckpoint").into())
+        request: Request<DeleteCheckpointRequest>,
+    ) -> Result<Response<DeleteCheckpointResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let checkpoint = checkpoint_id(&request.checkpoint_id)?;
+        let session = self.sessions.get(&caller, &id).await?;
+        self.sessions
+            .delete_checkpoint(session, checkpoint, &actor(&caller))
+            .await?;
+        Ok(Response::new(DeleteCheckpointResponse {}))
     }
 
     async fn stop_session(
@@ -373,10 +395,7 @@ impl SessionService for SessionApi {
         let id = session_id(&request.get_ref().session_id)?;
         let session = self.sessions.get(&caller, &id).await?;
         let end = EndReason::new("STOP_REQUESTED", "it was asked to stop");
-        let session = self
-            .sessions
-            .stop(session, end, &format!("team:{}", caller.team))
-            .await?;
+        let session = self.sessions.stop(session, end, &actor(&caller)).await?;
         Ok(Response::new(StopSessionResponse {
             session: Some(self.sessions.for_listing(&session)),
         }))
@@ -416,31 +435,11 @@ impl SessionService for SessionApi {
 
     async fn get_session_metrics(
         &self,
-        _: Request<GetSessionMetricsRequest>,
+        request: Request<GetSessionMetricsRequest>,
     ) -> Result<Response<GetSessionMetricsResponse>, Status> {
-        Err(Failure::not_yet("GetSessionMetrics").into())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rules_that_nobody_enforces_are_refused() {
-        let open = wire::Network::default();
-        assert!(network_is_enforced(None).is_ok() && network_is_enforced(Some(&open)).is_ok());
-        let ruled = wire::Network {
-            egress: Some(wire::Egress::default()),
-            ..open.clone()
-        };
-        let slowed = wire::Network {
-            egress_bytes_per_second: 1 << 20,
-            ..open
-        };
-        for network in [ruled, slowed] {
-            let refused = network_is_enforced(Some(&network)).unwrap_err();
-            assert_eq!(refused.code(), Code::Unimplemented);
-        }
+        let caller = Caller::of(&request)?;
+        let id = session_id(&request.get_ref().session_id)?;
+        let session = self.sessions.get(&caller, &id).await?;
+        Ok(Response::new(self.sessions.metrics(&session).await?))
     }
 }

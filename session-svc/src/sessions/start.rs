@@ -90,7 +90,7 @@ impl Sessions {
     }
 
     /// The node has it: so it runs, unless somebody wanted it stopped meanwhile.
-    async fn runs(&self, session: Session) -> Result<Session, SessionError> {
+    pub(super) async fn runs(&self, session: Session) -> Result<Session, SessionError> {
         let event = NewEvent::new("RUNNING", format!("node:{}", session.node_id));
         let asked = session.clone();
         let running = self
@@ -112,7 +112,7 @@ impl Sessions {
 
     /// Ends a start that did not come to an end. A node that has not been `told` may still have it: then it is Stopping, so that
     /// the stop is repeated until the node has heard it.
-    async fn give_up(
+    pub(super) async fn give_up(
         &self,
         session: Session,
         end: EndReason,
@@ -171,6 +171,7 @@ impl Sessions {
             node_id: node.node_id.clone(),
             lease_until: Some(now.plus(self.limits.lease)),
             version: FIRST_VERSION,
+            state_version: FIRST_VERSION,
             ..session
         };
         let begin = beginning(&moved);
@@ -196,7 +197,7 @@ impl Sessions {
             session_id: session.id.to_string(),
             template: Some(session.template_spec.clone()),
             resources: Some(session.resources),
-            network: Some(session.network()),
+            network: Some(session.network.wire()),
             env: session.env.clone().into_iter().collect(),
             access_token_sha256: access_token_sha256(&self.token, &session.id),
             team_id: session.team.to_string(),

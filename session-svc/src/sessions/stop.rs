@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::node::v1::{StopSessionRequest, UpdateSessionRequest};
+use proto::{node::v1::StopSessionRequest, session::v1::OnTimeout};
 use tonic::Request;
 
 use super::{Happening, SessionError, Sessions};
@@ -20,11 +20,22 @@ impl Sessions {
         end: EndReason,
         actor: &str,
     ) -> Result<Session, SessionError> {
+        self.stop_if(session, None, end, actor).await
+    }
+
+    /// As [`Self::stop`]; with `entered`, only while it is in the state that it entered with that version.
+    async fn stop_if(
+        &self,
+        session: Session,
+        entered: Option<i64>,
+        end: EndReason,
+        actor: &str,
+    ) -> Result<Session, SessionError> {
         let sessions = self.clone();
         let actor = actor.to_owned();
         self.owned(async move {
-            let stopping = sessions.begin_stop(session, end, &actor).await?;
-            if stopping.state.is_final() {
+            let stopping = sessions.begin_stop(session, entered, end, &actor).await?;
+            if stopping.state != State::Stopping {
                 return Ok(stopping);
             }
             let limit = sessions.limits.stop;
@@ -37,16 +48,40 @@ impl Sessions {
     async fn begin_stop(
         &self,
         session: Session,
+        entered: Option<i64>,
         end: EndReason,
         actor: &str,
     ) -> Result<Session, SessionError> {
         let lease = self.limits.lease;
         let event = NewEvent::new("STOPPING", actor).because(&*end.reason, &*end.message);
-        self.change(session, Happening::StopAsked, event, |session, now| {
-            session.lease_until = Some(now.plus(lease));
-            session.end_reason = Some(end);
-        })
-        .await
+        let stopped = self.change_if(
+            session,
+            entered,
+            Happening::StopAsked,
+            event,
+            |session, now| {
+                session.lease_until = Some(now.plus(lease));
+                session.end_reason = Some(end);
+            },
+        );
+        Ok(stopped.await?.0)
+    }
+
+    /// Ends or pauses a session whose deadline has passed; one that was paused or resumed since it was read is left alone.
+    pub async fn expire(&self, session: Session) -> Result<Session, SessionError> {
+        let entered = Some(session.state_version);
+        let over = EndReason::new("DEADLINE_EXPIRED", "its time to live was over");
+        match (session.state, session.on_timeout) {
+            (State::Paused, _) => {
+                let end = EndReason::new("RETENTION_EXPIRED", "it was paused for too long");
+                self.stop_if(session, entered, end, "deadline").await
+            }
+            (_, OnTimeout::Pause) => {
+                self.pause_if(session, entered, Some(over), "deadline")
+                    .await
+            }
+            _ => self.stop_if(session, entered, over, "deadline").await,
+        }
     }
 
     /// The second half of a stop; also how an abandoned one is repeated.
@@ -61,6 +96,7 @@ impl Sessions {
         self.change(stopping, Happening::StopDone, event, |session, now| {
             session.end_time = Some(now);
             session.lease_until = None;
+            session.stored_bytes = 0;
         })
         .await
     }
@@ -94,7 +130,8 @@ impl Sessions {
         let sessions = self.clone();
         self.owned(async move {
             match session.state {
-                // Its client cannot have learned its ID, and cannot ask for it again.
+                // Its client cannot have learned its ID, and cannot ask for it again. So it is with the children of a fork, too:
+                // the moment they were taken at is over, and the same request again is a new fork once none of them ran.
                 State::Starting if session.request_id.is_none() => {
                     let end = EndReason::new(
                         "START_ABANDONED",
@@ -109,7 +146,11 @@ impl Sessions {
                     let limit = sessions.limits.stop;
                     sessions.finish_stop(session, limit).await
                 }
-                _ => Ok(session),
+                State::Pausing => sessions.finish_pause(session).await,
+                State::Resuming => sessions.finish_resume(session).await,
+                State::Running | State::Paused | State::Stopped | State::Failed | State::Lost => {
+                    Ok(session)
+                }
             }
         })
         .await
@@ -138,31 +179,13 @@ impl Sessions {
         })
         .await
     }
-
-    /// Tells the node of a session what changed about its network.
-    pub async fn push_network(&self, session: &Session) -> Result<(), SessionError> {
-        let unreachable = || SessionError::NodeUnreachable {
-            id: session.id.clone(),
-        };
-        let node = self.nodes.reach(&session.node_id).await?;
-        let mut node = node.ok_or_else(unreachable)?;
-        let mut request = Request::new(UpdateSessionRequest {
-            session_id: session.id.to_string(),
-            network: Some(session.network()),
-            wake_on_request: Some(session.wake_on_request),
-        });
-        request.set_timeout(self.limits.stop);
-        node.update_session(request)
-            .await
-            .map_err(|_| unreachable())?;
-        Ok(())
-    }
 }
 
 fn ended(session: &mut Session, now: Micros, end: EndReason) {
     session.end_time = Some(now);
     session.end_reason.get_or_insert(end);
     session.lease_until = None;
+    session.stored_bytes = 0;
     if session.start_time.is_none() {
         // A create that failed, whoever noticed, does not use its request ID up: another try with it is a new one.
         session.request_id = None;

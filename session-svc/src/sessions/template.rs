@@ -109,6 +109,8 @@ mod tests {
     const LIMITS: Limits = Limits {
         start: Duration::ZERO,
         stop: Duration::ZERO,
+        store: Duration::ZERO,
+        paused_retention: Duration::ZERO,
         lease: Duration::ZERO,
         max_memory: 1 << 30,
         max_disk: 10 << 30,

@@ -29,8 +29,10 @@ pub struct NodeRow {
     pub home_tag: HomeTag,
     /// Its current start.
     pub incarnation: String,
-    /// Whether it takes no new sessions.
+    /// Whether it takes no new sessions: it says so, or an operator wants so.
     pub draining: bool,
+    /// Whether an operator wants it to take none.
+    pub drain: bool,
     /// Whether it was declared dead.
     pub dead: bool,
     /// When it was last heard of.
@@ -45,6 +47,7 @@ struct Columns {
     home_tag: String,
     incarnation: String,
     draining: bool,
+    drain: bool,
     dead: bool,
     last_heartbeat: i64,
     description: Vec<u8>,
@@ -63,7 +66,8 @@ impl TryFrom<Columns> for NodeRow {
             node_id: NodeId::parse(&row.node_id).map_err(|_| malformed())?,
             home_tag: HomeTag::parse(&row.home_tag).map_err(|_| malformed())?,
             incarnation: row.incarnation,
-            draining: row.draining,
+            draining: row.draining || row.drain,
+            drain: row.drain,
             dead: row.dead,
             last_heartbeat: Micros(row.last_heartbeat),
         })
@@ -73,7 +77,7 @@ impl TryFrom<Columns> for NodeRow {
 type IdQuery<'q> = sqlx::query::QueryAs<'q, sqlx::Postgres, (String,), PgArguments>;
 
 const COLUMNS: &str =
-    "node_id, home_tag, incarnation, draining, dead, last_heartbeat, description, used";
+    "node_id, home_tag, incarnation, draining, drain, dead, last_heartbeat, description, used";
 
 impl Store {
     /// Makes a node known, or known again; its home tag stays the same for good.
@@ -140,6 +144,21 @@ impl Store {
             .bind(now.0)
             .bind(draining)
             .bind(used.map(|used| used.encode_to_vec()))
+            .execute(&self.pool)
+            .await?;
+            Ok(done.rows_affected() > 0)
+        })
+        .await
+    }
+
+    /// Notes what an operator wants of a node; `false` if it is not known.
+    pub async fn set_drain(&self, node: &NodeId, drain: bool) -> Result<bool, StoreError> {
+        bounded(async {
+            let done = sqlx::query(
+                "update nodes set drain = $2, draining = draining and $2 where node_id = $1",
+            )
+            .bind(node.as_str())
+            .bind(drain)
             .execute(&self.pool)
             .await?;
             Ok(done.rows_affected() > 0)

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use prost::Message as _;
 use service_kit::ids::{NodeId, SessionId, TeamId};
 use sqlx::{postgres::PgArguments, types::Json};
 
 use super::{
-    NewEvent, Store, StoreError, bounded,
+    NewEvent, Query, Store, StoreError, bounded,
     events::Columns,
-    row::{self, SessionRow},
+    row::{self, COLUMN_COUNT, SessionRow},
     state_number,
 };
 use crate::{
@@ -62,36 +63,62 @@ impl Store {
 
     /// Stores a new session with its first events; `false` if its team has used the request ID before.
     pub async fn insert(&self, session: &Session, events: &[NewEvent]) -> Result<bool, StoreError> {
+        let query = self.insert_query(session, events);
+        bounded(async { Ok(query.execute(&self.pool).await?.rows_affected() > 0) }).await
+    }
+
+    pub(super) fn insert_query(&self, session: &Session, events: &[NewEvent]) -> Query<'static> {
+        let placeholders = |range: std::ops::RangeInclusive<usize>| {
+            range
+                .map(|n| format!("${n}"))
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
+        let event = COLUMN_COUNT + 1;
+        let types = [
+            "bigint", "text", "smallint", "bigint", "text", "text", "text", "bytea",
+        ];
+        let events_columns: Vec<String> = (event..)
+            .zip(types)
+            .map(|(n, kind)| format!("${n}::{kind}[]"))
+            .collect();
         let sql = format!(
-            "with made as (insert into sessions ({}) values \
-             ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25, $26) \
+            "with made as (insert into sessions ({}) values ({}) \
              on conflict (team, request_id) where request_id is not null do nothing returning session_id) \
              insert into session_events (session_id, team, number, type, state, time, reason, message, actor, session) \
-             select made.session_id, $2, e.* from made, \
-             unnest($27::bigint[], $28::text[], $29::smallint[], $30::bigint[], $31::text[], $32::text[], $33::text[], $34::bytea[]) as e",
-            row::COLUMNS
+             select made.session_id, $2, e.* from made, unnest({}) as e",
+            row::COLUMNS,
+            placeholders(1..=COLUMN_COUNT),
+            events_columns.join(", ")
         );
         let query = row::bind(sqlx::query(sqlx::AssertSqlSafe(sql)), session);
-        let query = Columns::of(session, events, &self.hosts).bind(query);
-        bounded(async { Ok(query.execute(&self.pool).await?.rows_affected() > 0) }).await
+        Columns::of(session, events, &self.hosts).bind(query)
     }
 
     /// Stores a changed session with its event if nobody changed it since it was read; `session.version` is the new version.
     pub async fn update(&self, session: &Session, event: &NewEvent) -> Result<bool, StoreError> {
+        let query = self.update_query(session, event);
+        bounded(async { Ok(query.execute(&self.pool).await?.rows_affected() > 0) }).await
+    }
+
+    /// A lease is written only with a move to another state: whoever has it renews it without a new version.
+    pub(super) fn update_query(&self, session: &Session, event: &NewEvent) -> Query<'static> {
         let query = sqlx::query(
             "with changed as (update sessions set state = $3, port_access = $4, internet_access = $5, metadata = $6, \
              on_timeout = $7, wake_on_request = $8, start_time = $9, deadline = $10, end_time = $11, end_reason = $12, \
-             end_message = $13, lease_until = $14, version = $15, request_id = $16, timeout = $17 \
+             end_message = $13, lease_until = case when state = $3 then lease_until else $14 end, version = $15, \
+             request_id = $16, timeout = $17, stored_bytes = $18, egress = $19, egress_rate = $20, ingress_rate = $21, \
+             time_left = $22, state_version = $23, state_time = $24, rollback_to = $25, rollback_from = $26, push_due = $27 \
              where session_id = $1 and version = $15 - 1 returning session_id) \
              insert into session_events (session_id, team, number, type, state, time, reason, message, actor, session) \
              select changed.session_id, $2, e.* from changed, \
-             unnest($18::bigint[], $19::text[], $20::smallint[], $21::bigint[], $22::text[], $23::text[], $24::text[], $25::bytea[]) as e",
+             unnest($28::bigint[], $29::text[], $30::smallint[], $31::bigint[], $32::text[], $33::text[], $34::text[], $35::bytea[]) as e",
         )
         .bind(session.id.to_string())
         .bind(session.team.to_string())
         .bind(state_number(session.state))
-        .bind(session.port_access as i16)
-        .bind(session.internet_access)
+        .bind(session.network.port_access as i16)
+        .bind(session.network.internet_access)
         .bind(Json(session.metadata.clone()))
         .bind(session.on_timeout as i16)
         .bind(session.wake_on_request)
@@ -103,17 +130,18 @@ impl Store {
         .bind(session.lease_until.map(|time| time.0))
         .bind(session.version)
         .bind(session.request_id.clone())
-        .bind(session.timeout);
-        let columns = Columns::of(session, std::slice::from_ref(event), &self.hosts);
-        bounded(async {
-            Ok(columns
-                .bind(query)
-                .execute(&self.pool)
-                .await?
-                .rows_affected()
-                > 0)
-        })
-        .await
+        .bind(session.timeout)
+        .bind(row::bytes(session.stored_bytes))
+        .bind(session.network.egress.encode_to_vec())
+        .bind(row::bytes(session.network.egress_rate))
+        .bind(row::bytes(session.network.ingress_rate))
+        .bind(session.time_left)
+        .bind(session.state_version)
+        .bind(session.state_time.0)
+        .bind(row::rollback_to(session))
+        .bind(row::rollback_from(session))
+        .bind(session.push_due.map(|time| time.0));
+        Columns::of(session, std::slice::from_ref(event), &self.hosts).bind(query)
     }
 
     /// Gives a session that has not started anywhere another ID and node, in one transaction with the end of its old ID.
@@ -237,9 +265,9 @@ impl Store {
             .await
     }
 
-    /// Running sessions whose deadline has passed.
+    /// Running and paused sessions whose deadline has passed.
     pub async fn expired(&self, now: Micros, limit: i64) -> Result<Vec<Session>, StoreError> {
-        let query = select("state = 3 and deadline <= $1 order by deadline limit $2");
+        let query = select("state in (3, 5) and deadline <= $1 order by deadline limit $2");
         self.many(query.bind(now.0).bind(limit)).await
     }
 
@@ -257,6 +285,49 @@ impl Store {
         .bind(session.id.as_str())
         .bind(session.lease_until.map(|time| time.0))
         .bind(until.0);
+        bounded(async { Ok(query.execute(&self.pool).await?.rows_affected() > 0) }).await
+    }
+
+    /// Renews the leases of sessions that are being started together; those that are not as they were read are left alone.
+    pub async fn renew_starts(
+        &self,
+        ids: Vec<String>,
+        old: Micros,
+        until: Micros,
+    ) -> Result<(), StoreError> {
+        let query = sqlx::query(
+            "update sessions set lease_until = $3 where session_id = any($1) and lease_until = $2 and state = $4",
+        )
+        .bind(ids)
+        .bind(old.0)
+        .bind(until.0)
+        .bind(state_number(State::Starting));
+        bounded(async {
+            query.execute(&self.pool).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Sessions whose settings their node may not have heard of.
+    pub async fn unpushed(&self, now: Micros, limit: i64) -> Result<Vec<Session>, StoreError> {
+        let query = select("state < 7 and push_due <= $1 order by push_due limit $2");
+        self.many(query.bind(now.0).bind(limit)).await
+    }
+
+    /// Takes over telling a node of settings (`until`), or notes that it knows them (`None`); `false` if they changed since, or
+    /// another replica took it over.
+    pub async fn set_push(
+        &self,
+        session: &Session,
+        until: Option<Micros>,
+    ) -> Result<bool, StoreError> {
+        let query = sqlx::query(
+            "update sessions set push_due = $3 where session_id = $1 and push_due = $2",
+        )
+        .bind(session.id.to_string())
+        .bind(session.push_due.map(|time| time.0))
+        .bind(until.map(|time| time.0));
         bounded(async { Ok(query.execute(&self.pool).await?.rows_affected() > 0) }).await
     }
 

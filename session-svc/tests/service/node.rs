@@ -1,7 +1,7 @@
 //! A node that hosts nothing real, and does what a test tells it to.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -10,7 +10,7 @@ use proto::{
     node::v1::{
         self as wire, node_registry_service_client as registry, node_service_server as server,
     },
-    session::v1::{EndReason, Resources, SessionState},
+    session::v1::{EndReason, GetSessionMetricsResponse, Network, Resources, SessionState},
 };
 use service_kit::{
     address::Address,
@@ -25,6 +25,10 @@ use tonic::{Code, Request, Response, Status, service::Routes};
 use crate::world::eventually;
 
 const MEMORY_EACH: u64 = 128 << 20;
+/// What a paused session takes, and what a checkpoint does.
+pub(crate) const STORED: u64 = 5 << 20;
+/// How long a session stands still for it.
+pub(crate) const STOP_NANOS: i32 = 7_000_000;
 
 #[derive(Debug, Default)]
 pub(crate) struct Inside {
@@ -34,6 +38,18 @@ pub(crate) struct Inside {
     pub(crate) stops: Vec<String>,
     /// What it says to starts instead of starting.
     pub(crate) refuse: Option<Status>,
+    /// Of those it hosts, the ones that are stored.
+    pub(crate) paused: BTreeSet<String>,
+    /// Session and ID of each checkpoint.
+    pub(crate) checkpoints: BTreeSet<(String, String)>,
+    /// The settings it was told of last.
+    pub(crate) settings: BTreeMap<String, (Network, bool)>,
+    /// Method and session of every other call.
+    pub(crate) calls: Vec<(&'static str, String)>,
+    /// What it says to a method instead of doing it.
+    pub(crate) refuse_method: BTreeMap<&'static str, Status>,
+    /// How many children of a fork do not start.
+    pub(crate) fail_children: usize,
     /// Sessions that ended by themselves and are not acknowledged.
     pub(crate) ended: Vec<wire::HostedSession>,
     /// Whether its heartbeats say that it takes no new sessions.
@@ -46,8 +62,8 @@ pub(crate) struct Inside {
 #[derive(Debug, Clone)]
 struct Service {
     inside: Arc<Mutex<Inside>>,
-    starts_open: watch::Receiver<bool>,
-    stops_open: watch::Receiver<bool>,
+    held: watch::Receiver<BTreeSet<&'static str>>,
+    stop: CancellationToken,
 }
 
 #[derive(Debug)]
@@ -57,8 +73,8 @@ pub(crate) struct FakeNode {
     inside: Arc<Mutex<Inside>>,
     token: MeshToken,
     registry: MeshChannel,
-    starts_open: watch::Sender<bool>,
-    stops_open: watch::Sender<bool>,
+    /// Methods that wait.
+    held: watch::Sender<BTreeSet<&'static str>>,
     beating: Option<DropGuard>,
     tag: watch::Sender<String>,
     serving: Option<DropGuard>,
@@ -76,8 +92,7 @@ impl FakeNode {
             })),
             token: token.clone(),
             registry,
-            starts_open: watch::Sender::new(true),
-            stops_open: watch::Sender::new(true),
+            held: watch::Sender::default(),
             beating: None,
             tag: watch::Sender::default(),
             serving: None,
@@ -99,8 +114,8 @@ impl FakeNode {
         self.address = bound.address().clone();
         let service = Service {
             inside: Arc::clone(&self.inside),
-            starts_open: self.starts_open.subscribe(),
-            stops_open: self.stops_open.subscribe(),
+            held: self.held.subscribe(),
+            stop: stop.clone(),
         };
         let routes = Routes::new(server::NodeServiceServer::new(service));
         let grpc = Grpc::new("fake-node").mesh_only(self.token.clone());
@@ -205,6 +220,15 @@ impl FakeNode {
     pub(crate) async fn restart_empty(&mut self) {
         self.die();
         self.inside().hosted.clear();
+        self.inside().paused.clear();
+        self.inside().started = Some(std::time::SystemTime::now().into());
+        self.serve().await;
+        self.beat();
+    }
+
+    /// A new start of node-svc that has found everything on its disk.
+    pub(crate) async fn restart(&mut self) {
+        self.die();
         self.inside().started = Some(std::time::SystemTime::now().into());
         self.serve().await;
         self.beat();
@@ -212,17 +236,45 @@ impl FakeNode {
 
     /// Lets starts wait until [`FakeNode::open`].
     pub(crate) fn hold_starts(&self) {
-        self.starts_open.send_replace(false);
+        self.hold("start");
     }
 
     /// Lets stops wait until [`FakeNode::open`].
     pub(crate) fn hold_stops(&self) {
-        self.stops_open.send_replace(false);
+        self.hold("stop");
+    }
+
+    /// Lets calls of a method wait until [`FakeNode::open`].
+    pub(crate) fn hold(&self, method: &'static str) {
+        self.held.send_modify(|held| {
+            held.insert(method);
+        });
     }
 
     pub(crate) fn open(&self) {
-        self.starts_open.send_replace(true);
-        self.stops_open.send_replace(true);
+        self.held.send_modify(BTreeSet::clear);
+    }
+
+    /// How often a method was called.
+    pub(crate) fn count(&self, method: &str) -> usize {
+        let inside = self.inside();
+        inside
+            .calls
+            .iter()
+            .filter(|(called, _)| *called == method)
+            .count()
+    }
+
+    /// Waits until a method was called so often.
+    pub(crate) async fn called(&self, method: &str, times: usize) {
+        let called = eventually(async || (self.count(method) >= times).then_some(()));
+        called
+            .await
+            .unwrap_or_else(|| panic!("{method} was not called {times} times"));
+    }
+
+    pub(crate) fn is_paused(&self, id: &str) -> bool {
+        self.inside().paused.contains(id)
     }
 
     /// A session ends by itself.
@@ -252,10 +304,15 @@ fn total(inside: &Inside) -> wire::Capacity {
     }
 }
 
+/// What is paused takes nothing but disk.
 fn used(inside: &Inside) -> wire::Capacity {
+    let active = inside
+        .hosted
+        .iter()
+        .filter(|(id, _)| !inside.paused.contains(*id));
     wire::Capacity {
-        sessions: inside.hosted.len() as u32,
-        memory_bytes: inside.hosted.values().map(|size| size.memory_bytes).sum(),
+        sessions: active.clone().count() as u32,
+        memory_bytes: active.map(|(_, size)| size.memory_bytes).sum(),
         vcpus: 0,
         disk_bytes: 0,
     }
@@ -264,10 +321,18 @@ fn used(inside: &Inside) -> wire::Capacity {
 fn listing(inside: &Inside) -> Vec<wire::HostedSession> {
     let hosted = inside.hosted.iter().map(|(id, size)| wire::HostedSession {
         session_id: id.clone(),
-        state: SessionState::Running.into(),
+        state: if inside.paused.contains(id) {
+            SessionState::Paused.into()
+        } else {
+            SessionState::Running.into()
+        },
         end_reason: None,
         resources: Some(*size),
-        stored_bytes: 0,
+        stored_bytes: if inside.paused.contains(id) {
+            STORED
+        } else {
+            0
+        },
     });
     hosted.chain(inside.ended.clone()).collect()
 }
@@ -275,8 +340,58 @@ fn listing(inside: &Inside) -> Vec<wire::HostedSession> {
 fn end(inside: &Mutex<Inside>, ids: &[String]) {
     let mut inside = inside.lock().unwrap();
     for id in ids {
-        inside.hosted.remove(id);
+        remove(&mut inside, id);
         inside.stops.push(id.clone());
+    }
+}
+
+/// Nothing of it is left.
+fn remove(inside: &mut Inside, id: &str) {
+    inside.hosted.remove(id);
+    inside.paused.remove(id);
+    inside.checkpoints.retain(|(session, _)| session != id);
+}
+
+fn unknown() -> Status {
+    Failure::new(Code::NotFound, Reason::SESSION_UNKNOWN, "not on this node").into()
+}
+
+fn stood_still() -> prost_types::Duration {
+    prost_types::Duration {
+        seconds: 0,
+        nanos: STOP_NANOS,
+    }
+}
+
+impl Service {
+    async fn opened(&self, method: &'static str) -> Result<(), Status> {
+        let mut held = self.held.clone();
+        tokio::select! {
+            _ = held.wait_for(|held| !held.contains(method)) => Ok(()),
+            () = self.stop.cancelled() => Err(Status::unavailable("the node died")),
+        }
+    }
+
+    /// Notes a call, and answers what the node is when it is time to do it.
+    async fn called(
+        &self,
+        method: &'static str,
+        id: &str,
+    ) -> Result<MutexGuard<'_, Inside>, Status> {
+        {
+            let mut inside = self.inside.lock().unwrap();
+            inside.calls.push((method, id.to_owned()));
+            if let Some(status) = inside.refuse_method.get(method) {
+                return Err(status.clone());
+            }
+        }
+        self.opened(method).await?;
+        let inside = self.inside.lock().unwrap();
+        if inside.hosted.contains_key(id) || method == "drain" {
+            Ok(inside)
+        } else {
+            Err(unknown())
+        }
     }
 }
 
@@ -311,8 +426,7 @@ impl server::NodeService for Service {
                 .into());
             }
         }
-        let mut open = self.starts_open.clone();
-        open.wait_for(|open| *open).await.unwrap();
+        self.opened("start").await?;
         let mut inside = self.inside.lock().unwrap();
         inside
             .hosted
@@ -326,9 +440,8 @@ impl server::NodeService for Service {
     ) -> Result<Response<wire::StopSessionResponse>, Status> {
         let id = request.into_inner().session_id;
         self.inside.lock().unwrap().stops.push(id.clone());
-        let mut open = self.stops_open.clone();
-        open.wait_for(|open| *open).await.unwrap();
-        self.inside.lock().unwrap().hosted.remove(&id);
+        self.opened("stop").await?;
+        remove(&mut self.inside.lock().unwrap(), &id);
         Ok(Response::new(wire::StopSessionResponse {}))
     }
 
@@ -345,8 +458,12 @@ impl server::NodeService for Service {
 
     async fn update_session(
         &self,
-        _: Request<wire::UpdateSessionRequest>,
+        request: Request<wire::UpdateSessionRequest>,
     ) -> Result<Response<wire::UpdateSessionResponse>, Status> {
+        let request = request.into_inner();
+        let mut inside = self.called("update", &request.session_id).await?;
+        let settings = (request.network.unwrap(), request.wake_on_request.unwrap());
+        inside.settings.insert(request.session_id, settings);
         Ok(Response::new(wire::UpdateSessionResponse {}))
     }
 
@@ -358,55 +475,122 @@ impl server::NodeService for Service {
     ) -> Result<Response<Self::WatchSessionsStream>, Status> {
         later()
     }
+
     async fn pause_session(
         &self,
-        _: Request<wire::PauseSessionRequest>,
+        request: Request<wire::PauseSessionRequest>,
     ) -> Result<Response<wire::PauseSessionResponse>, Status> {
-        later()
+        let id = request.into_inner().session_id;
+        let mut inside = self.called("pause", &id).await?;
+        inside.paused.insert(id);
+        Ok(Response::new(wire::PauseSessionResponse {
+            stored_bytes: STORED,
+            stop_time: Some(stood_still()),
+        }))
     }
+
     async fn resume_session(
         &self,
-        _: Request<wire::ResumeSessionRequest>,
+        request: Request<wire::ResumeSessionRequest>,
     ) -> Result<Response<wire::ResumeSessionResponse>, Status> {
-        later()
+        let id = request.into_inner().session_id;
+        let mut inside = self.called("resume", &id).await?;
+        inside.paused.remove(&id);
+        Ok(Response::new(wire::ResumeSessionResponse { steps: vec![] }))
     }
+
     async fn fork_session(
         &self,
-        _: Request<wire::ForkSessionRequest>,
+        request: Request<wire::ForkSessionRequest>,
     ) -> Result<Response<wire::ForkSessionResponse>, Status> {
-        later()
+        let request = request.into_inner();
+        let mut inside = self.called("fork", &request.session_id).await?;
+        let size = inside.hosted[&request.session_id];
+        let fail = inside.fail_children;
+        let mut failed = Vec::new();
+        for (index, child) in request.children.into_iter().enumerate() {
+            assert_eq!(child.access_token_sha256.len(), 32);
+            if index < fail {
+                failed.push(wire::HostedSession {
+                    session_id: child.session_id,
+                    state: SessionState::Failed.into(),
+                    end_reason: Some(EndReason {
+                        reason: "CONFIGURE_FAILED".into(),
+                        message: "no entropy".into(),
+                    }),
+                    ..wire::HostedSession::default()
+                });
+            } else {
+                inside.hosted.insert(child.session_id, size);
+            }
+        }
+        Ok(Response::new(wire::ForkSessionResponse {
+            parent_stop_time: Some(stood_still()),
+            failed,
+        }))
     }
+
     async fn snapshot_session(
         &self,
-        _: Request<wire::SnapshotSessionRequest>,
+        request: Request<wire::SnapshotSessionRequest>,
     ) -> Result<Response<wire::SnapshotSessionResponse>, Status> {
-        later()
-    }
-    async fn drain_node(
-        &self,
-        _: Request<wire::DrainNodeRequest>,
-    ) -> Result<Response<wire::DrainNodeResponse>, Status> {
-        later()
+        let request = request.into_inner();
+        let mut inside = self.called("snapshot", &request.session_id).await?;
+        let checkpoint = (request.session_id, request.checkpoint_id);
+        inside.checkpoints.insert(checkpoint);
+        Ok(Response::new(wire::SnapshotSessionResponse {
+            stored_bytes: STORED,
+            stop_time: Some(stood_still()),
+        }))
     }
 
     async fn rollback_session(
         &self,
-        _: Request<wire::RollbackSessionRequest>,
+        request: Request<wire::RollbackSessionRequest>,
     ) -> Result<Response<wire::RollbackSessionResponse>, Status> {
-        later()
+        let request = request.into_inner();
+        let mut inside = self.called("rollback", &request.session_id).await?;
+        let checkpoint = (request.session_id, request.checkpoint_id);
+        if !inside.checkpoints.contains(&checkpoint) {
+            return Err(Status::not_found("no such checkpoint"));
+        }
+        inside.paused.remove(&checkpoint.0);
+        Ok(Response::new(wire::RollbackSessionResponse {}))
     }
 
     async fn delete_snapshot(
         &self,
-        _: Request<wire::DeleteSnapshotRequest>,
+        request: Request<wire::DeleteSnapshotRequest>,
     ) -> Result<Response<wire::DeleteSnapshotResponse>, Status> {
-        later()
+        let request = request.into_inner();
+        let mut inside = self.called("delete", &request.session_id).await?;
+        let checkpoint = (request.session_id, request.checkpoint_id);
+        inside.checkpoints.remove(&checkpoint);
+        Ok(Response::new(wire::DeleteSnapshotResponse {}))
     }
 
     async fn get_session_metrics(
         &self,
-        _: Request<wire::GetSessionMetricsRequest>,
+        request: Request<wire::GetSessionMetricsRequest>,
     ) -> Result<Response<wire::GetSessionMetricsResponse>, Status> {
-        later()
+        let id = request.into_inner().session_id;
+        drop(self.called("metrics", &id).await?);
+        Ok(Response::new(wire::GetSessionMetricsResponse {
+            metrics: Some(GetSessionMetricsResponse {
+                memory_bytes: MEMORY_EACH,
+                disk_bytes: 3,
+                host_threads: 4,
+                ..GetSessionMetricsResponse::default()
+            }),
+        }))
+    }
+
+    async fn drain_node(
+        &self,
+        request: Request<wire::DrainNodeRequest>,
+    ) -> Result<Response<wire::DrainNodeResponse>, Status> {
+        let mut inside = self.called("drain", "").await?;
+        inside.draining = request.into_inner().draining;
+        Ok(Response::new(wire::DrainNodeResponse {}))
     }
 }

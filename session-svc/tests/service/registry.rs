@@ -48,9 +48,8 @@ async fn until_node(replica: &Replica, node: &FakeNode, state: NodeState) -> Nod
 
 /// Makes a session old enough for a listing without it to mean something.
 async fn age(world: &World, id: &str) {
-    let database = sqlx::PgPool::connect(&world.postgres.url()).await.unwrap();
     let sql = "update sandmesh_session.sessions set start_time = start_time - 60000000 where session_id = $1";
-    sqlx::query(sql).bind(id).execute(&database).await.unwrap();
+    world.sql(sql, id).await;
 }
 
 #[tokio::test]

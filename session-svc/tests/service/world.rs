@@ -3,10 +3,12 @@
 use std::{collections::HashMap, path::PathBuf, time::Duration};
 
 use proto::{
-    node::v1::node_registry_service_client::NodeRegistryServiceClient,
+    node::v1::{WakeSessionRequest, node_registry_service_client::NodeRegistryServiceClient},
     session::v1::{
-        CreateSessionRequest, GetSessionRequest, Session, SessionState, StopSessionRequest,
-        session_service_client::SessionServiceClient,
+        Checkpoint, CreateCheckpointRequest, CreateSessionRequest, ForkSessionRequest,
+        ForkSessionResponse, GetSessionRequest, ListCheckpointsRequest, ListSessionEventsRequest,
+        PauseSessionRequest, ResumeSessionRequest, RollbackSessionRequest, Session, SessionState,
+        StopSessionRequest, session_service_client::SessionServiceClient,
     },
     template::v1::{self as template, template_service_server as template_server},
 };
@@ -30,6 +32,7 @@ use crate::node::FakeNode;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// Nodes beat more often than they are asked to (node.rs), so that none falls silent because the machine is slow.
 pub(crate) const HEARTBEAT: Duration = Duration::from_millis(500);
+pub(crate) const PAUSED_RETENTION: Duration = Duration::from_hours(720);
 /// For replicas that are [`burying`].
 pub(crate) const NODE_DEAD_AFTER: Duration = Duration::from_secs(2);
 
@@ -82,6 +85,8 @@ impl World {
             edge_port: 10080,
             start_timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(5),
+            store_timeout: Duration::from_secs(10),
+            paused_retention: PAUSED_RETENTION,
             heartbeat_interval: HEARTBEAT,
             node_dead_after: Duration::from_mins(10),
             retention: Duration::from_hours(24),
@@ -112,6 +117,13 @@ impl World {
         let node = FakeNode::start(&self.token, replica.channel.clone(), sessions).await;
         node.registered().await;
         node
+    }
+
+    /// Changes what tests cannot wait for.
+    pub(crate) async fn sql(&self, statement: &'static str, id: &str) {
+        let database = sqlx::PgPool::connect(&self.postgres.url()).await.unwrap();
+        let done = sqlx::query(statement).bind(id).execute(&database).await;
+        assert_eq!(done.unwrap().rows_affected(), 1);
     }
 
     pub(crate) async fn redis(&self) -> redis::aio::MultiplexedConnection {
@@ -236,6 +248,94 @@ impl Replica {
         };
         let answer = self.sessions().stop_session(red(request)).await?;
         Ok(answer.into_inner().session.unwrap())
+    }
+
+    pub(crate) async fn pause(&self, id: &str) -> Result<Session, Status> {
+        let request = PauseSessionRequest {
+            session_id: id.into(),
+        };
+        let answer = self.sessions().pause_session(red(request)).await?;
+        Ok(answer.into_inner().session.unwrap())
+    }
+
+    pub(crate) async fn resume(&self, id: &str) -> Result<Session, Status> {
+        let request = ResumeSessionRequest {
+            session_id: id.into(),
+            timeout: None,
+        };
+        let answer = self.sessions().resume_session(red(request)).await?;
+        Ok(answer.into_inner().session.unwrap())
+    }
+
+    pub(crate) async fn fork(
+        &self,
+        id: &str,
+        count: u32,
+        request_id: &str,
+    ) -> Result<ForkSessionResponse, Status> {
+        let request = ForkSessionRequest {
+            session_id: id.into(),
+            count,
+            request_id: request_id.into(),
+            timeout: None,
+        };
+        let answer = self.sessions().fork_session(red(request)).await?;
+        Ok(answer.into_inner())
+    }
+
+    pub(crate) async fn checkpoint(
+        &self,
+        id: &str,
+        request_id: &str,
+    ) -> Result<Checkpoint, Status> {
+        let request = CreateCheckpointRequest {
+            session_id: id.into(),
+            name: "kept".into(),
+            request_id: request_id.into(),
+        };
+        let answer = self.sessions().create_checkpoint(red(request)).await?;
+        Ok(answer.into_inner().checkpoint.unwrap())
+    }
+
+    pub(crate) async fn checkpoints(&self, id: &str) -> Vec<Checkpoint> {
+        let request = ListCheckpointsRequest {
+            session_id: id.into(),
+            ..ListCheckpointsRequest::default()
+        };
+        let answer = self.sessions().list_checkpoints(red(request)).await;
+        answer.unwrap().into_inner().checkpoints
+    }
+
+    pub(crate) async fn rollback(&self, id: &str, to: &str) -> Result<Session, Status> {
+        let request = RollbackSessionRequest {
+            session_id: id.into(),
+            checkpoint_id: to.into(),
+        };
+        let answer = self.sessions().rollback_session(red(request)).await?;
+        Ok(answer.into_inner().session.unwrap())
+    }
+
+    pub(crate) async fn wake(&self, id: &str, node: &FakeNode) -> Result<(), Status> {
+        let request = WakeSessionRequest {
+            session_id: id.into(),
+            node_id: node.id.clone(),
+        };
+        self.registry().wake_session(request).await.map(drop)
+    }
+
+    /// Type and reason of what happened to a session, oldest first.
+    pub(crate) async fn events(&self, id: &str) -> Vec<(String, String)> {
+        let request = ListSessionEventsRequest {
+            session_id: id.into(),
+            page_size: 1000,
+            ..ListSessionEventsRequest::default()
+        };
+        let answer = self.sessions().list_session_events(red(request)).await;
+        let events = answer.unwrap().into_inner().events;
+        events
+            .into_iter()
+            .map(|event| (event.r#type, event.reason))
+            .collect()
     }
 
     /// Waits until a session is in a state.
