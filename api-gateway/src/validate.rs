@@ -2,8 +2,16 @@
 
 use std::collections::HashMap;
 
-use proto::session::v1::CreateSessionRequest;
-use service_kit::errors::{Failure, Reason};
+use proto::session::v1::{
+    CreateCheckpointRequest, CreateSessionRequest, DeleteCheckpointRequest, Egress,
+    ForkSessionRequest, Network, ResumeSessionRequest, RollbackSessionRequest,
+    UpdateSessionRequest,
+};
+use service_kit::{
+    egress::{Entry, LEAST_RATE, MOST_ENTRIES},
+    errors::{Failure, Reason},
+    ids::CheckpointId,
+};
 use tonic::{Code, Status};
 
 const METADATA_ENTRIES: usize = 64;
@@ -13,6 +21,8 @@ const METADATA_BYTES: usize = 16 << 10;
 const ENV_ENTRIES: usize = 256;
 const ENV_BYTES: usize = 64 << 10;
 const REQUEST_ID: usize = 128;
+const CHILDREN: u32 = 100;
+const CHECKPOINT_NAME: usize = 63;
 const SHORTEST_SECONDS: i64 = 1;
 const LONGEST_SECONDS: i64 = 24 * 60 * 60;
 
@@ -53,13 +63,102 @@ pub fn create_session(request: &CreateSessionRequest) -> Result<(), Status> {
     timeout(&mut wrong, request.timeout.as_ref());
     metadata(&mut wrong, &request.metadata);
     env(&mut wrong, &request.env);
-    let id = &request.request_id;
+    network(&mut wrong, request.network.as_ref());
+    request_id(&mut wrong, &request.request_id);
+    wrong.done()
+}
+
+/// Checks an update; which fields it may name session-svc says.
+pub fn update_session(request: &UpdateSessionRequest) -> Result<(), Status> {
+    let mut wrong = Wrong::default();
+    metadata(&mut wrong, &request.metadata);
+    network(&mut wrong, request.network.as_ref());
+    wrong.done()
+}
+
+/// Checks a resume.
+pub fn resume_session(request: &ResumeSessionRequest) -> Result<(), Status> {
+    let mut wrong = Wrong::default();
+    timeout(&mut wrong, request.timeout.as_ref());
+    wrong.done()
+}
+
+/// Checks a fork.
+pub fn fork_session(request: &ForkSessionRequest) -> Result<(), Status> {
+    let mut wrong = Wrong::default();
+    wrong.unless(request.count <= CHILDREN, "count", "must be at most 100");
+    timeout(&mut wrong, request.timeout.as_ref());
+    request_id(&mut wrong, &request.request_id);
+    wrong.done()
+}
+
+/// Checks a checkpoint to be made.
+pub fn create_checkpoint(request: &CreateCheckpointRequest) -> Result<(), Status> {
+    let mut wrong = Wrong::default();
+    wrong.unless(
+        request.name.len() <= CHECKPOINT_NAME && !request.name.chars().any(char::is_control),
+        "name",
+        "must be at most 63 bytes without control characters",
+    );
+    request_id(&mut wrong, &request.request_id);
+    wrong.done()
+}
+
+/// Checks a rollback.
+pub fn rollback_session(request: &RollbackSessionRequest) -> Result<(), Status> {
+    checkpoint_id(&request.checkpoint_id)
+}
+
+/// Checks the removal of a checkpoint.
+pub fn delete_checkpoint(request: &DeleteCheckpointRequest) -> Result<(), Status> {
+    checkpoint_id(&request.checkpoint_id)
+}
+
+fn checkpoint_id(id: &str) -> Result<(), Status> {
+    let mut wrong = Wrong::default();
+    if let Err(error) = CheckpointId::parse(id) {
+        wrong.unless(false, "checkpoint_id", error.to_string());
+    }
+    wrong.done()
+}
+
+fn request_id(wrong: &mut Wrong, id: &str) {
     wrong.unless(
         id.len() <= REQUEST_ID && id.bytes().all(|b| b.is_ascii_graphic()),
         "request_id",
         "must be at most 128 printable ASCII characters without spaces",
     );
-    wrong.done()
+}
+
+fn network(wrong: &mut Wrong, network: Option<&Network>) {
+    let Some(network) = network else { return };
+    for (field, rate) in [
+        (
+            "network.egress_bytes_per_second",
+            network.egress_bytes_per_second,
+        ),
+        (
+            "network.ingress_bytes_per_second",
+            network.ingress_bytes_per_second,
+        ),
+    ] {
+        let description = format!("must be 0, for the node's limit, or at least {LEAST_RATE}");
+        wrong.unless(rate == 0 || rate >= LEAST_RATE, field, description);
+    }
+    let Some(Egress { allow, deny }) = &network.egress else {
+        return;
+    };
+    for (field, entries) in [
+        ("network.egress.allow", allow),
+        ("network.egress.deny", deny),
+    ] {
+        let description = format!("may have at most {MOST_ENTRIES} entries");
+        wrong.unless(entries.len() <= MOST_ENTRIES, field, description);
+        let nonsense = entries.iter().find_map(|entry| Entry::parse(entry).err());
+        if let Some(nonsense) = nonsense {
+            wrong.unless(false, field, nonsense.to_string());
+        }
+    }
 }
 
 /// Checks an optional time to live.
@@ -71,13 +170,6 @@ fn timeout(wrong: &mut Wrong, timeout: Option<&prost_types::Duration>) {
             && (timeout.seconds < LONGEST_SECONDS || (timeout.seconds == LONGEST_SECONDS && !after))
     });
     wrong.unless(fits, "timeout", "must be from 1 s to 24 h");
-}
-
-/// Checks labels alone, for an update.
-pub fn labels(labels: &HashMap<String, String>) -> Result<(), Status> {
-    let mut wrong = Wrong::default();
-    metadata(&mut wrong, labels);
-    wrong.done()
 }
 
 fn metadata(wrong: &mut Wrong, metadata: &HashMap<String, String>) {
@@ -135,7 +227,11 @@ mod tests {
     use super::*;
 
     fn fields(request: &CreateSessionRequest) -> Vec<String> {
-        match create_session(request) {
+        named(create_session(request))
+    }
+
+    fn named(checked: Result<(), Status>) -> Vec<String> {
+        match checked {
             Ok(()) => vec![],
             Err(status) => status
                 .get_details_bad_request()
@@ -182,6 +278,15 @@ mod tests {
             timeout: Some(seconds(0)),
             metadata: [("k".to_owned(), "v".repeat(1 << 20))].into(),
             env: [("A=B".to_owned(), String::new())].into(),
+            network: Some(Network {
+                egress: Some(Egress {
+                    allow: vec!["10.0.0.1/8".into()],
+                    deny: vec!["example.com".into(); 65],
+                }),
+                egress_bytes_per_second: 1,
+                ingress_bytes_per_second: 1023,
+                ..Network::default()
+            }),
             request_id: "has space".into(),
             ..CreateSessionRequest::default()
         };
@@ -189,7 +294,88 @@ mod tests {
         named.dedup();
         assert_eq!(
             named,
-            ["template", "timeout", "metadata", "env", "request_id"]
+            [
+                "template",
+                "timeout",
+                "metadata",
+                "env",
+                "network.egress_bytes_per_second",
+                "network.ingress_bytes_per_second",
+                "network.egress.allow",
+                "network.egress.deny",
+                "request_id"
+            ]
         );
+    }
+
+    #[test]
+    fn forks_resumes_and_checkpoints_have_limits() {
+        let fork = |count| {
+            named(fork_session(&ForkSessionRequest {
+                count,
+                ..ForkSessionRequest::default()
+            }))
+        };
+        assert!([0, 1, 100].map(fork).iter().all(Vec::is_empty));
+        assert_eq!(fork(101), ["count"]);
+        let wrong = ForkSessionRequest {
+            timeout: Some(seconds(0)),
+            request_id: "has space".into(),
+            ..ForkSessionRequest::default()
+        };
+        assert_eq!(named(fork_session(&wrong)), ["timeout", "request_id"]);
+        let resume = |timeout| {
+            named(resume_session(&ResumeSessionRequest {
+                timeout,
+                ..ResumeSessionRequest::default()
+            }))
+        };
+        assert!(resume(None).is_empty() && resume(Some(seconds(1))).is_empty());
+        assert_eq!(resume(Some(seconds(86_401))), ["timeout"]);
+        let checkpoint = |name: &str| {
+            named(create_checkpoint(&CreateCheckpointRequest {
+                name: name.into(),
+                ..CreateCheckpointRequest::default()
+            }))
+        };
+        assert!(checkpoint("").is_empty() && checkpoint(&"x".repeat(63)).is_empty());
+        assert_eq!(checkpoint(&"x".repeat(64)), ["name"]);
+        assert_eq!(checkpoint("a\nb"), ["name"]);
+        let back = |id: &str| {
+            named(rollback_session(&RollbackSessionRequest {
+                checkpoint_id: id.into(),
+                ..RollbackSessionRequest::default()
+            }))
+        };
+        assert!(back(&"a1".repeat(10)).is_empty());
+        for id in ["", "a", "A1A1A1A1A1A1A1A1A1A1"] {
+            assert_eq!(back(id), ["checkpoint_id"], "{id}");
+        }
+    }
+
+    #[test]
+    fn updates_are_checked_like_creates() {
+        let update = |network| {
+            named(update_session(&UpdateSessionRequest {
+                network: Some(network),
+                ..UpdateSessionRequest::default()
+            }))
+        };
+        let allowing = |entry: &str| Network {
+            egress: Some(Egress {
+                allow: vec![entry.into()],
+                deny: vec![],
+            }),
+            ..Network::default()
+        };
+        for entry in [
+            "203.0.113.0/24",
+            "203.0.113.7",
+            "example.com",
+            "*.example.com",
+        ] {
+            assert!(update(allowing(entry)).is_empty(), "{entry}");
+        }
+        assert_eq!(update(allowing("*")), ["network.egress.allow"]);
     }
 }

@@ -1,5 +1,6 @@
 //! What clients and operators do, one file per noun.
 
+pub(crate) mod checkpoint;
 pub(crate) mod cp;
 pub(crate) mod exec;
 pub(crate) mod key;

@@ -41,6 +41,9 @@ enum Command {
     /// Sessions
     #[command(subcommand)]
     Session(commands::session::Command),
+    /// Kept states of a session, to go back to
+    #[command(subcommand)]
+    Checkpoint(commands::checkpoint::Command),
     /// Run a command in a session; its exit code is the command's
     Exec(commands::exec::Options),
     /// Copy a file into or out of a session: ID:path names the sandbox side, - stdin or stdout
@@ -103,6 +106,7 @@ async fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Status => return up::status::run(&context).await,
         Command::Key(command) => commands::key::run(&context, command).await?,
         Command::Session(command) => commands::session::run(&context, command).await?,
+        Command::Checkpoint(command) => commands::checkpoint::run(&context, command).await?,
         Command::Exec(options) => return commands::exec::run(&context, options).await,
         Command::Cp(options) => commands::cp::run(&context, &options).await?,
         Command::Url(options) => commands::url::run(&context, &options).await?,

@@ -16,7 +16,7 @@ mod files;
 mod process;
 mod sandbox;
 
-pub use client::{Client, NewSession};
+pub use client::{Changes, Client, NewFork, NewSession};
 pub use error::Error;
 pub use process::{Command, Event, Exit, Output, Process, Remote};
 pub use sandbox::Sandbox;

@@ -84,7 +84,7 @@ impl SessionService for SessionApi {
         request: Request<UpdateSessionRequest>,
     ) -> Result<Response<UpdateSessionResponse>, Status> {
         let request = self.door.enter(request, Limit::Usual).await?;
-        validate::labels(&request.get_ref().metadata)?;
+        validate::update_session(request.get_ref())?;
         self.sessions
             .clone()
             .update_session(request)
@@ -127,6 +127,7 @@ impl SessionService for SessionApi {
             .door
             .enter(request, Limit::AtMost(CREATE_LIMIT))
             .await?;
+        validate::resume_session(request.get_ref())?;
         self.sessions
             .clone()
             .resume_session(request)
@@ -142,6 +143,7 @@ impl SessionService for SessionApi {
             .door
             .enter(request, Limit::AtMost(CREATE_LIMIT))
             .await?;
+        validate::fork_session(request.get_ref())?;
         self.sessions
             .clone()
             .fork_session(request)
@@ -157,6 +159,7 @@ impl SessionService for SessionApi {
             .door
             .enter(request, Limit::AtMost(CREATE_LIMIT))
             .await?;
+        validate::create_checkpoint(request.get_ref())?;
         self.sessions
             .clone()
             .create_checkpoint(request)
@@ -184,6 +187,7 @@ impl SessionService for SessionApi {
             .door
             .enter(request, Limit::AtMost(CREATE_LIMIT))
             .await?;
+        validate::rollback_session(request.get_ref())?;
         self.sessions
             .clone()
             .rollback_session(request)
@@ -196,6 +200,7 @@ impl SessionService for SessionApi {
         request: Request<DeleteCheckpointRequest>,
     ) -> Result<Response<DeleteCheckpointResponse>, Status> {
         let request = self.door.enter(request, Limit::Usual).await?;
+        validate::delete_checkpoint(request.get_ref())?;
         self.sessions
             .clone()
             .delete_checkpoint(request)

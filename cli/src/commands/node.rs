@@ -1,7 +1,10 @@
 //! `sandmesh node`: nodes, for operators of this machine's deployment.
 
 use clap::Subcommand;
-use proto::node::v1::{ListNodesRequest, node_registry_service_client::NodeRegistryServiceClient};
+use proto::node::v1::{
+    ListNodesRequest, NodeRegistryServiceDrainNodeRequest,
+    node_registry_service_client::NodeRegistryServiceClient,
+};
 
 use crate::{
     context::{Context, said},
@@ -16,11 +19,50 @@ pub(crate) enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Make a node take no new sessions; those it has run out
+    Drain {
+        /// Which.
+        node: String,
+        /// Pause what runs on it.
+        #[arg(long, conflicts_with = "undo")]
+        pause: bool,
+        /// Let it take sessions again.
+        #[arg(long)]
+        undo: bool,
+    },
 }
 
 pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<()> {
-    let Command::List { all } = command;
     let mut registry = NodeRegistryServiceClient::new(context.operator("session")?);
+    let all = match command {
+        Command::List { all } => all,
+        Command::Drain { node, pause, undo } => {
+            let request = NodeRegistryServiceDrainNodeRequest {
+                node_id: node.clone(),
+                draining: !undo,
+                pause,
+            };
+            let spinner = output::spinner(format!("telling {node}"));
+            let drained = registry.drain_node(request).await;
+            spinner.finish_and_clear();
+            return output::print(
+                context.format(),
+                "sandmesh.node.v1.NodeRegistryServiceDrainNodeResponse",
+                drained.map_err(said)?.into_inner(),
+                |answer| {
+                    let takes = if undo {
+                        "takes sessions again"
+                    } else {
+                        "takes no new sessions"
+                    };
+                    println!(
+                        "{node} {takes}; {} paused now, {} running",
+                        answer.paused, answer.running
+                    );
+                },
+            );
+        }
+    };
     let request = ListNodesRequest {
         include_dead: all,
         ..ListNodesRequest::default()

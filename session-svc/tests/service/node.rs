@@ -251,6 +251,13 @@ impl FakeNode {
         });
     }
 
+    /// Lets only calls of a method go on.
+    pub(crate) fn release(&self, method: &str) {
+        self.held.send_modify(|held| {
+            held.remove(method);
+        });
+    }
+
     pub(crate) fn open(&self) {
         self.held.send_modify(BTreeSet::clear);
     }
@@ -415,7 +422,7 @@ impl server::NodeService for Service {
             }
             let known = inside.hosted.contains_key(&request.session_id);
             let room = total(&inside).memory_bytes - used(&inside).memory_bytes;
-            let fits = inside.hosted.len() < inside.capacity as usize
+            let fits = used(&inside).sessions < inside.capacity
                 && request.resources.unwrap().memory_bytes <= room;
             if !known && !fits {
                 return Err(Failure::new(

@@ -192,31 +192,44 @@ async fn many_pauses_at_once_are_one_and_so_are_many_resumes() {
     node.hold("pause");
     let pauses: Vec<Task> = (0..10).map(|n| pausing(&replicas[n % 2], &id)).collect();
     node.called("pause", 1).await;
-    // A resume meanwhile waits for the pause to end.
-    let resume = resuming(&replicas[1], &id);
-    node.hold("resume");
     let state = replicas[1].get(&id).await.unwrap().state();
     assert_eq!(state, SessionState::Pausing);
-    node.inside().calls.clear();
     node.open();
-    resume.await.unwrap().unwrap();
-    // Whoever paused was told that it is, or that it is no more.
     for pause in join_all(pauses).await {
-        if let Err(status) = pause.unwrap() {
-            assert_eq!(status.code(), Code::Aborted, "{status:?}");
+        // Those that come too late to join it are told that it is paused.
+        match pause.unwrap() {
+            Ok(session) => assert_eq!(session.state(), SessionState::Paused),
+            late => drop(assert_refused(
+                late,
+                Code::FailedPrecondition,
+                "SESSION_PAUSED",
+            )),
         }
     }
-    assert_eq!((node.count("pause"), node.count("resume")), (0, 1));
+    assert_eq!(node.count("pause"), 1);
 
-    replicas[0].pause(&id).await.unwrap();
     node.hold("resume");
     let resumes: Vec<Task> = (0..10).map(|n| resuming(&replicas[n % 2], &id)).collect();
-    node.called("resume", 2).await;
+    node.called("resume", 1).await;
     node.open();
     for resume in join_all(resumes).await {
         assert_eq!(resume.unwrap().unwrap().state(), SessionState::Running);
     }
-    assert_eq!(node.count("resume"), 2);
+    assert_eq!(node.count("resume"), 1);
+
+    // A resume that comes during a pause waits for it, and a pause during a resume.
+    node.hold("pause");
+    let pause = pausing(&replicas[0], &id);
+    node.called("pause", 2).await;
+    let resume = resuming(&replicas[1], &id);
+    node.hold("resume");
+    node.release("pause");
+    assert_eq!(pause.await.unwrap().unwrap().state(), SessionState::Paused);
+    node.called("resume", 2).await;
+    let pause = pausing(&replicas[0], &id);
+    node.open();
+    resume.await.unwrap().unwrap();
+    assert_eq!(pause.await.unwrap().unwrap().state(), SessionState::Paused);
 }
 
 #[tokio::test]
