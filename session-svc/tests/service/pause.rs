@@ -314,9 +314,9 @@ async fn a_stop_during_a_pause_or_resume_leaves_nothing() {
     let world = World::new().await;
     let replica = world.replica();
     let node = world.node(&replica, 4).await;
-    for resume_too in [false, true] {
+    for resume in [false, true] {
         let id = replica.create(base()).await.unwrap().session_id;
-        let held = if resume_too {
+        let held = if resume {
             replica.pause(&id).await.unwrap();
             node.hold("resume");
             resuming(&replica, &id)
@@ -324,9 +324,8 @@ async fn a_stop_during_a_pause_or_resume_leaves_nothing() {
             node.hold("pause");
             pausing(&replica, &id)
         };
-        let asked = node.count("pause") + node.count("resume");
-        let calls = async || (node.count("pause") + node.count("resume") > asked).then_some(());
-        let _ = tokio::time::timeout(Duration::from_millis(300), eventually(calls)).await;
+        node.called(if resume { "resume" } else { "pause" }, 1)
+            .await;
         let stopped = replica.stop_session(&id).await.unwrap();
         assert_eq!(stopped.state(), SessionState::Stopped);
         assert_eq!(stopped.end_reason.unwrap().reason, "STOP_REQUESTED");
