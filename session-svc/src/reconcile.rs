@@ -209,7 +209,7 @@ impl Reconciler {
             }
         }
         for node in self.store.dead_nodes_with_sessions().await? {
-            for session in self.store.living(&node, "", BATCH).await? {
+            for session in self.store.active(&node, BATCH).await? {
                 let end = EndReason::new("NODE_DEAD", "its node sent no heartbeat for too long");
                 note(self.sessions.lose(session, end, "reconciler").await);
             }

@@ -259,14 +259,13 @@ impl Sessions {
                 (failed.session_id, EndReason::new(end.reason, end.message))
             })
             .collect();
-        let outcomes = self
-            .each(children, |child| async {
-                match ends.get(child.id.as_str()) {
-                    Some(end) => self.fail(child, end.clone()).await,
-                    None => self.runs(child).await,
-                }
-            })
-            .await;
+        let noted = self.each(children.clone(), |child| async {
+            match ends.get(child.id.as_str()) {
+                Some(end) => self.fail(child, end.clone()).await,
+                None => self.runs(child).await,
+            }
+        });
+        let outcomes = self.holding_all(&children, noted).await;
         let (mut running, mut failed) = (Vec::new(), Vec::new());
         for child in outcomes {
             if child.state == State::Running {
@@ -299,7 +298,11 @@ impl Sessions {
     }
 
     /// Notes something of each child; those of which it could be noted. The others are left to their leases.
-    async fn each<F>(&self, children: Vec<Session>, work: impl Fn(Session) -> F) -> Vec<Session>
+    async fn each<F>(
+        &self,
+        children: Vec<Session>,
+        work: impl Fn(Session) -> F + Send,
+    ) -> Vec<Session>
     where
         F: Future<Output = Result<Session, SessionError>> + Send,
     {

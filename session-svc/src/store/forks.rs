@@ -29,33 +29,30 @@ impl Store {
         begin: &[NewEvent],
         fork: Option<&Fork>,
     ) -> Result<bool, StoreError> {
-        bounded(async {
-            let mut transaction = self.pool.begin().await?;
-            if let Some(fork) = fork {
-                let stored = sqlx::query(
-                    "insert into forks (team, request_id, parent_session_id, children, create_time) \
-                     values ($1, $2, $3, $4, $5) on conflict do nothing",
-                )
-                .bind(fork.team.as_str())
-                .bind(&fork.request_id)
-                .bind(fork.parent.as_str())
-                .bind(&fork.children)
-                .bind(Micros::now().0)
-                .execute(&mut *transaction)
-                .await?;
-                if stored.rows_affected() == 0 {
-                    return Ok(false);
-                }
+        let mut transaction =
+            bounded(async { Ok::<_, StoreError>(self.pool.begin().await?) }).await?;
+        if let Some(fork) = fork {
+            let query = sqlx::query(
+                "insert into forks (team, request_id, parent_session_id, children, create_time) \
+                 values ($1, $2, $3, $4, $5) on conflict do nothing",
+            )
+            .bind(fork.team.as_str())
+            .bind(&fork.request_id)
+            .bind(fork.parent.as_str())
+            .bind(&fork.children)
+            .bind(Micros::now().0);
+            let stored = bounded(async { Ok(query.execute(&mut *transaction).await?) }).await?;
+            if stored.rows_affected() == 0 {
+                return Ok(false);
             }
-            for child in children {
-                self.insert_query(child, begin)
-                    .execute(&mut *transaction)
-                    .await?;
-            }
-            transaction.commit().await?;
-            Ok(true)
-        })
-        .await
+        }
+        // One statement each: a hundred at once take longer than one may.
+        for child in children {
+            let query = self.insert_query(child, begin);
+            bounded(async { Ok(query.execute(&mut *transaction).await?) }).await?;
+        }
+        bounded(async { Ok(transaction.commit().await?) }).await?;
+        Ok(true)
     }
 
     /// The fork a team made with this request ID.

@@ -209,11 +209,11 @@ impl Store {
         self.node_ids(query.bind(silent_since.0)).await
     }
 
-    /// Dead nodes that still have sessions which are not final: a replica died between the two steps.
+    /// Dead nodes that still have sessions which run on them, or so it says: a replica died between the two steps.
     pub async fn dead_nodes_with_sessions(&self) -> Result<Vec<NodeId>, StoreError> {
         let query = sqlx::query_as(
             "select node_id from nodes where dead and exists \
-             (select 1 from sessions where sessions.node_id = nodes.node_id and state < 8)",
+             (select 1 from sessions where sessions.node_id = nodes.node_id and state < 8 and state <> 5)",
         );
         self.node_ids(query).await
     }

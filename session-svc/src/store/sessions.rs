@@ -252,6 +252,13 @@ impl Store {
         .await
     }
 
+    /// Sessions of one node that are neither final nor Paused: those that end with it. What is paused is on its disk still.
+    pub async fn active(&self, node: &NodeId, limit: i64) -> Result<Vec<Session>, StoreError> {
+        let query =
+            select("state < 8 and state <> 5 and node_id = $1 order by session_id limit $2");
+        self.many(query.bind(node.to_string()).bind(limit)).await
+    }
+
     /// Sessions that are not final or ended after a time, by ID after one: what the catalog holds.
     pub async fn known(
         &self,

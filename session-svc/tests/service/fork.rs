@@ -6,7 +6,7 @@ use std::{
 };
 
 use proto::session::v1::{
-    CreateSessionRequest, ForkSessionRequest, ForkSessionResponse, Network, PortAccess,
+    CreateSessionRequest, ForkSessionRequest, ForkSessionResponse, Network, PortAccess, Resources,
     SessionState,
 };
 use service_kit::errors::{Failure, Reason};
@@ -94,6 +94,30 @@ async fn children_are_sessions_of_their_own_like_their_parent() {
     assert_eq!(child.state(), SessionState::Running);
     let late = replica.fork(&parent.session_id, 1, "").await;
     assert_refused(late, Code::NotFound, "SESSION_STOPPED");
+}
+
+#[tokio::test]
+async fn a_hundred_children_are_one_fork() {
+    let world = World::new().await;
+    let replica = world.replica();
+    let mut node = world.node(&replica, 101).await;
+    let request = CreateSessionRequest {
+        resources: Some(Resources {
+            disk_bytes: 1 << 20,
+            ..Resources::default()
+        }),
+        ..base()
+    };
+    let id = replica.create(request).await.unwrap().session_id;
+    // The fake node has 64 CPUs and none in use.
+    let refused = replica.fork(&id, 100, "").await;
+    assert_refused(refused, Code::ResourceExhausted, "NO_CAPACITY");
+    node.inside().vcpus = 100;
+    node.beat();
+    node.registered().await;
+    let forked = eventually(async || replica.fork(&id, 100, "all").await.ok());
+    assert_eq!(forked.await.unwrap().sessions.len(), 100);
+    assert_eq!((node.count("fork"), node.inside().hosted.len()), (1, 101));
 }
 
 #[tokio::test]

@@ -57,6 +57,7 @@ pub(crate) struct Inside {
     /// When its current start began.
     pub(crate) started: Option<prost_types::Timestamp>,
     capacity: u32,
+    pub(crate) vcpus: u32,
 }
 
 #[derive(Debug, Clone)]
@@ -87,6 +88,7 @@ impl FakeNode {
             address: "127.0.0.1:0".parse().unwrap(),
             inside: Arc::new(Mutex::new(Inside {
                 capacity,
+                vcpus: 64,
                 started: Some(std::time::SystemTime::now().into()),
                 ..Inside::default()
             })),
@@ -306,7 +308,7 @@ fn total(inside: &Inside) -> wire::Capacity {
     wire::Capacity {
         sessions,
         memory_bytes: u64::from(sessions) * MEMORY_EACH,
-        vcpus: 64,
+        vcpus: inside.vcpus,
         disk_bytes: 1 << 42,
     }
 }

@@ -21,7 +21,9 @@ use tonic::{Code, Status};
 use crate::{
     node::{FakeNode, STORED},
     registry::listed,
-    world::{PAUSED_RETENTION, Replica, World, assert_refused, base, eventually, named, red},
+    world::{
+        PAUSED_RETENTION, Replica, World, assert_refused, base, burying, eventually, named, red,
+    },
 };
 
 /// How far a deadline may be from where it should be: a test takes its time.
@@ -366,6 +368,52 @@ async fn a_pause_or_resume_whose_replica_died_is_finished_by_another() {
     node.open();
     lives.until(&id, SessionState::Running).await;
     assert!(!node.is_paused(&id));
+}
+
+#[tokio::test]
+async fn a_pause_or_resume_whose_answer_was_lost_is_noted_by_asking_again() {
+    let world = World::new().await;
+    let replica = world.replica();
+    let node = world.node(&replica, 4).await;
+    let id = replica.create(living(600)).await.unwrap().session_id;
+    // The node has done it, and whoever had asked is gone.
+    node.inside().paused.insert(id.clone());
+    let sql = "update sandmesh_session.sessions set state = 4, state_version = version, lease_until = 1, time_left = 600000000 \
+               where session_id = $1";
+    world.sql(sql, &id).await;
+    let paused = replica.until(&id, SessionState::Paused).await;
+    assert_eq!(paused.stored_bytes, STORED);
+    node.inside().paused.clear();
+    let sql = "update sandmesh_session.sessions set state = 6, state_version = version, lease_until = 1 where session_id = $1";
+    world.sql(sql, &id).await;
+    assert_left(&replica.until(&id, SessionState::Running).await, 600);
+}
+
+#[tokio::test]
+async fn what_is_paused_waits_for_a_node_that_was_declared_dead() {
+    let world = World::new().await;
+    let replica = world.replica_with(burying);
+    let mut node = world.node(&replica, 4).await;
+    let paused = replica.create(base()).await.unwrap().session_id;
+    let runs = replica.create(base()).await.unwrap().session_id;
+    let stopped = replica.create(base()).await.unwrap().session_id;
+    replica.pause(&paused).await.unwrap();
+    replica.pause(&stopped).await.unwrap();
+    node.die();
+    replica.until(&runs, SessionState::Lost).await;
+    let session = replica.get(&paused).await.unwrap();
+    assert_eq!(session.state(), SessionState::Paused);
+    // One that is not wanted any more does not wait.
+    let silent = replica.stop_session(&stopped).await;
+    assert_refused(silent, Code::Unavailable, "NODE_UNREACHABLE");
+    let lost = replica.until(&stopped, SessionState::Lost).await;
+    assert_eq!(lost.end_reason.unwrap().reason, "STOP_REQUESTED");
+    node.restart().await;
+    node.registered().await;
+    let told = eventually(async || (node.inside().hosted.len() == 1).then_some(()));
+    told.await.expect("it hosts what is lost");
+    let resumed = replica.resume(&paused).await.unwrap();
+    assert_eq!(resumed.state(), SessionState::Running);
 }
 
 #[tokio::test]
