@@ -1,6 +1,7 @@
 //! Puts node-svc together: lock, reap, bind, serve, register, drain.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read as _, Seek as _, Write as _},
     net::Ipv4Addr,
@@ -137,8 +138,11 @@ impl App {
         let vmm = tokio::task::block_in_place(|| vmm(&config))?;
         let (slots, images) = if vmm.needs_place() {
             let slots = SlotConfig {
-                owner: config.state.clone(),
-                ready: config.ready_slots,
+                name_servers: nameservers(&config.nameservers)
+                    .into_iter()
+                    .map(|address| (address, 53).into())
+                    .collect(),
+                ..SlotConfig::new(config.state.clone(), config.ready_slots)
             };
             let envd = |source| AppError::File {
                 setting: "--envd",
@@ -148,7 +152,9 @@ impl App {
             let images =
                 GuestImages::open(config.state.join("images"), &config.envd).map_err(envd)?;
             (
-                Some(tokio::task::block_in_place(|| SlotPool::open(&slots))?),
+                Some(tokio::task::block_in_place(|| {
+                    SlotPool::open(&slots, &BTreeSet::new())
+                })?),
                 Some(images),
             )
         } else {
@@ -374,11 +380,7 @@ pub fn clean_up(state: &Path) -> Result<(), AppError> {
         source,
     };
     driver::reap(&state.join("s")).map_err(failed)?;
-    SlotPool::open(&SlotConfig {
-        owner: state.to_owned(),
-        ready: 0,
-    })?
-    .remove_all()?;
+    SlotPool::open(&SlotConfig::new(state.to_owned(), 0), &BTreeSet::new())?.remove_all()?;
     Ok(())
 }
 

@@ -30,7 +30,7 @@ use crate::{
     guest_image::GuestImages,
     hosted::{Ended, Hosted, Phase, Reach, Session},
     journal,
-    slot::{self, Slot, SlotError, SlotPool},
+    slot::{self, NetworkRules, Slot, SlotError, SlotPool},
     spans,
     vmm::{BootSpec, GuestPlace, Vm, Vmm, VmmError},
 };
@@ -252,7 +252,7 @@ impl Workshop {
             self.prepare(plan, &mut spec, &mut watch).await?;
         }
         if let Some(slots) = &self.slots {
-            let slot = slots.take(plan.internet).await?;
+            let slot = slots.take(&NetworkRules::internet(plan.internet)).await?;
             taken.slot = Some(slot.clone());
             entry.slot = Some(slot.index);
             spec.place = Some(GuestPlace {

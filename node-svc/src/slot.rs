@@ -5,31 +5,56 @@
 //!   smh<n> 10.213.x.y/31 -----+----- eth0 10.213.x.y+1/31    tap0 169.254.100.1/30 ---- guest 169.254.100.2
 //! ```
 //! Inside, every slot looks the same. TCP to the address of `eth0` goes to the guest; what the guest sends leaves under that
-//! address or not at all. The addresses follow from the slot's number; numbers are given out in blocks of 64 per node process,
-//! locked by a file under `/run/sandmesh`, so that several nodes on one host never meet.
+//! address or not at all, and where to is its session's [`NetworkRules`]. The addresses follow from the slot's number; numbers are
+//! given out in blocks of 64, as many per node process as its capacity needs, locked by files under `/run/sandmesh`, so that several
+//! nodes on one host never meet.
+//!
+//! A slot that was used is removed with all a guest may have left in it, and made anew. Slots outlive their node process: the next
+//! one adopts those it is told to keep, untouched, and removes the rest.
 
 use std::{
-    collections::VecDeque,
-    fs::{self, File},
-    io,
-    net::{IpAddr, Ipv4Addr},
+    collections::{BTreeSet, HashMap, VecDeque},
+    fs, io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use nix::fcntl::{Flock, FlockArg};
-use tokio::sync::Notify;
+use ipnet::Ipv4Net;
+use tokio::{
+    sync::{Notify, Semaphore},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
+use self::{
+    block::{BLOCKS, Block, Held},
+    dns::{Forwarder, NamePolicy, Upstream},
+    firewall::Model,
+};
+
+mod block;
+mod dns;
 mod firewall;
 mod namespace;
+mod netlink;
+mod rules;
+mod shape;
 mod tap;
 
-/// Slots in a block.
-pub const BLOCK: u32 = 64;
-/// Blocks on a host: 10.213.0.0/16 in pairs of addresses.
-const BLOCKS: u32 = 512;
-const LOCKS: &str = "/run/sandmesh/blocks";
+pub use self::{
+    block::BLOCK,
+    rules::{MAX_RULES, MIN_RATE, NamePattern, NetworkRules, Rule, RuleError},
+};
+
+/// Slots a node can have at most: all of the host's.
+pub const MAX_CAPACITY: usize = (BLOCK * BLOCKS) as usize;
+/// Slots that are made at once: the kernel does most of it one by one.
+const PARALLEL: usize = 8;
+/// Between tries to make a slot ahead, after one failed.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// The guest's side, the same in every slot.
 pub const GUEST_ADDRESS: &str = "169.254.100.2/30";
@@ -40,15 +65,45 @@ pub const GUEST_MAC: &str = "02:fc:00:00:00:01";
 /// Name of the tap device in the namespace.
 pub const TAP: &str = "tap0";
 
+const GUEST: Ipv4Addr = Ipv4Addr::new(169, 254, 100, 2);
+const GATEWAY_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 100, 1);
+const GUEST_MAC_BYTES: [u8; 6] = [2, 0xfc, 0, 0, 0, 1];
+
 /// Slots cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum SlotError {
-    /// All blocks of the host are taken.
-    #[error("all {BLOCKS} blocks of network slots on this host are taken")]
-    NoBlock,
-    /// All slots of the block are in use.
-    #[error("all {BLOCK} network slots of this node are in use")]
-    NoSlot,
+    /// Not enough blocks of the host are free.
+    #[error(
+        "{wanted} blocks of {BLOCK} network slots are needed and {found} of this host's {BLOCKS} can be had; lower the node's number of slots, or stop another node"
+    )]
+    NoBlock {
+        /// How many were needed.
+        wanted: usize,
+        /// How many there were.
+        found: usize,
+    },
+    /// A slot that is to be kept lies in a block of another node.
+    #[error(
+        "the block {block} of network slots is held by the node with the state folder {holder}"
+    )]
+    NotOurs {
+        /// Which block.
+        block: u32,
+        /// Whose it is.
+        holder: String,
+    },
+    /// More than there are.
+    #[error("{capacity} network slots are asked for; a host has {MAX_CAPACITY}")]
+    Capacity {
+        /// How many were asked for.
+        capacity: usize,
+    },
+    /// All slots of the node are in use.
+    #[error("all {capacity} network slots of this node are in use")]
+    NoSlot {
+        /// How many there are.
+        capacity: usize,
+    },
     /// A system call failed.
     #[error("network slot: {step}: {cause}")]
     System {
@@ -111,20 +166,48 @@ pub struct Slot {
     pub reach: IpAddr,
 }
 
+/// Bytes that went through a slot's link, headers included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// From the guest.
+    pub sent: u64,
+    /// To the guest.
+    pub received: u64,
+}
+
 /// How slots are made.
 #[derive(Debug, Clone)]
 pub struct SlotConfig {
-    /// Who holds the block: the node's state folder.
+    /// Who holds the blocks: the node's state folder.
     pub owner: PathBuf,
     /// How many are kept ready.
     pub ready: usize,
+    /// How many there are, those in use included.
+    pub capacity: usize,
+    /// Networks that no session reaches, whatever its rules say.
+    pub egress_deny: Vec<Ipv4Net>,
+    /// Who is asked, from the host, for the names that guests ask for.
+    pub name_servers: Vec<SocketAddr>,
+}
+
+impl SlotConfig {
+    /// One block of slots, nothing denied to all, no name servers.
+    pub fn new(owner: PathBuf, ready: usize) -> Self {
+        Self {
+            owner,
+            ready,
+            capacity: BLOCK as usize,
+            egress_deny: Vec::new(),
+            name_servers: Vec::new(),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
 struct Places {
     ready: VecDeque<SlotIndex>,
     /// Not made.
-    empty: Vec<SlotIndex>,
+    empty: VecDeque<SlotIndex>,
 }
 
 /// The slots of one node process.
@@ -135,91 +218,145 @@ pub struct SlotPool {
 
 #[derive(Debug)]
 struct Inner {
-    block: u32,
     /// Held for as long as the process lives.
-    _lock: Flock<File>,
+    held: Vec<Held>,
+    capacity: usize,
+    ready: usize,
     places: Mutex<Places>,
     wanted: Notify,
-    ready: usize,
+    making: Semaphore,
+    model: Model,
+    upstream: Arc<Upstream>,
+    /// Whether guests' questions are answered even if no rule speaks of names, since guests cannot reach the name servers.
+    is_always_asked: bool,
+    forwarders: Mutex<HashMap<SlotIndex, Forwarder>>,
 }
 
 impl SlotPool {
-    /// Takes a block, clears what an earlier process left in it, and lays the host's firewall. Blocking.
-    pub fn open(config: &SlotConfig) -> Result<Self, SlotError> {
-        let (block, lock) = take_block(&config.owner)?;
-        let first = block * BLOCK;
-        let all: Vec<SlotIndex> = (first..first + BLOCK).map(SlotIndex).collect();
-        for index in &all {
-            namespace::remove(*index)?;
+    /// Takes the blocks, removes what an earlier process left in them but for the slots in `keep`, and lays the host's firewall.
+    /// Slots that are kept are in use, and stay as they are; their rules about names work again after [`Self::apply`]. Blocking.
+    pub fn open(config: &SlotConfig, keep: &BTreeSet<SlotIndex>) -> Result<Self, SlotError> {
+        let capacity = config.capacity.max(1);
+        if capacity > MAX_CAPACITY {
+            return Err(SlotError::Capacity { capacity });
         }
+        let count = capacity.div_ceil(BLOCK as usize);
+        let mut held = block::take(&config.owner, count, keep)?;
+        let blocks: BTreeSet<Block> = held.iter().map(|one| one.block).collect();
+        let stale: Vec<SlotIndex> = namespace::existing()?
+            .into_iter()
+            .filter(|index| blocks.contains(&Block::of(*index)) && !keep.contains(index))
+            .collect();
+        namespace::remove(&stale)?;
         // Guests' packets cross the host.
         fs::write("/proc/sys/net/ipv4/ip_forward", "1")
             .map_err(SlotError::system("enable ip_forward"))?;
-        firewall::lay_host(block)?;
-        let places = Places {
-            ready: VecDeque::new(),
-            empty: all.into_iter().rev().collect(),
+        // A node that has become smaller leaves its last blocks to others, once nothing of it is in them.
+        let kept: BTreeSet<Block> = keep.iter().copied().map(Block::of).collect();
+        let mut surplus = Vec::new();
+        while held.len() > count {
+            let Some(place) = held.iter().rposition(|one| !kept.contains(&one.block)) else {
+                break;
+            };
+            surplus.push(held.remove(place));
+        }
+        let blocks: Vec<Block> = held.iter().map(|one| one.block).collect();
+        let all: Vec<Block> = surplus
+            .iter()
+            .map(|one| one.block)
+            .chain(blocks.clone())
+            .collect();
+        firewall::lay_host(&blocks, &all, &config.egress_deny)?;
+        surplus.into_iter().for_each(Held::release);
+        let empty = blocks
+            .iter()
+            .flat_map(|block| block.slots())
+            .filter(|index| !keep.contains(index))
+            .take(capacity.saturating_sub(keep.len()))
+            .collect();
+        // A name server on loopback or in a network that is denied to guests can still be asked by the node.
+        let is_out_of_reach = |server: &SocketAddr| match server.ip() {
+            IpAddr::V4(address) => {
+                address.is_loopback()
+                    || address.is_link_local()
+                    || config.egress_deny.iter().any(|net| net.contains(&address))
+            }
+            IpAddr::V6(_) => true,
         };
         Ok(Self {
             inner: Arc::new(Inner {
-                block,
-                _lock: lock,
-                places: Mutex::new(places),
-                wanted: Notify::new(),
+                held,
+                capacity,
                 ready: config.ready,
+                places: Mutex::new(Places {
+                    ready: VecDeque::new(),
+                    empty,
+                }),
+                wanted: Notify::new(),
+                making: Semaphore::new(PARALLEL),
+                model: Model::make()?,
+                is_always_asked: config.name_servers.iter().any(is_out_of_reach),
+                upstream: Arc::new(Upstream::new(config.name_servers.clone())),
+                forwarders: Mutex::default(),
             }),
         })
     }
 
-    /// Makes slots ahead until `shutdown`.
+    /// Makes slots ahead, several at once, until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
+        let mut making = JoinSet::new();
         loop {
-            let next = {
-                let mut places = self.places();
-                if places.ready.len() < self.inner.ready {
-                    places.empty.pop()
-                } else {
-                    None
-                }
-            };
-            if let Some(index) = next {
-                match make(index).await {
-                    Ok(()) => self.places().ready.push_back(index),
-                    Err(error) => {
-                        tracing::error!(%error, "a network slot cannot be made");
-                        self.places().empty.insert(0, index);
-                        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            while !shutdown.is_cancelled() && making.len() < PARALLEL {
+                let next = {
+                    let mut places = self.places();
+                    if places.ready.len() + making.len() < self.inner.ready {
+                        places.empty.pop_front()
+                    } else {
+                        None
                     }
-                }
-                if !shutdown.is_cancelled() {
-                    continue;
-                }
+                };
+                let Some(index) = next else { break };
+                let pool = self.clone();
+                making.spawn(async move { (index, pool.make(index).await) });
             }
             tokio::select! {
-                () = shutdown.cancelled() => return,
-                () = self.inner.wanted.notified() => {}
+                Some(made) = making.join_next() => match made {
+                    Ok((index, Ok(()))) => self.places().ready.push_back(index),
+                    Ok((index, Err(error))) => {
+                        tracing::error!(%error, slot = index.0, "a network slot cannot be made");
+                        self.places().empty.push_back(index);
+                        tokio::select! {
+                            () = tokio::time::sleep(TRY_AGAIN) => {}
+                            () = shutdown.cancelled() => {}
+                        }
+                    }
+                    Err(error) => tracing::error!(%error, "making a network slot failed"),
+                },
+                () = self.inner.wanted.notified(), if !shutdown.is_cancelled() => {}
+                () = shutdown.cancelled(), if making.is_empty() => return,
             }
         }
     }
 
-    /// A slot nobody uses: one made ahead, or one made now.
-    pub async fn take(&self, internet: bool) -> Result<Slot, SlotError> {
+    /// A slot nobody uses, under these rules: one made ahead, or one made now.
+    pub async fn take(&self, rules: &NetworkRules) -> Result<Slot, SlotError> {
         let (index, is_ready) = {
             let mut places = self.places();
             match places.ready.pop_front() {
                 Some(index) => (index, true),
-                None => (places.empty.pop().ok_or(SlotError::NoSlot)?, false),
+                None => {
+                    let capacity = self.inner.capacity;
+                    let next = places.empty.pop_front();
+                    (next.ok_or(SlotError::NoSlot { capacity })?, false)
+                }
             }
         };
         self.inner.wanted.notify_one();
         let made = async {
             if !is_ready {
-                make(index).await?;
+                self.make(index).await?;
             }
-            if !internet {
-                blocking(move || namespace::enter(index, firewall::close_internet)).await?;
-            }
-            Ok(())
+            self.apply(index, rules).await
         };
         if let Err(error) = made.await {
             self.give_back(index).await;
@@ -231,37 +368,112 @@ impl SlotPool {
         })
     }
 
-    /// Takes a slot down; its number can be used again. What a guest may have left in it goes with the namespace.
-    pub async fn give_back(&self, index: SlotIndex) {
-        if let Err(error) = blocking(move || namespace::remove(index)).await {
-            tracing::error!(%error, slot = index.0, "a network slot cannot be removed; it is not used again");
-            return;
+    /// Puts rules into force in a slot that is in use, for what is open already too. One caller at a time for each slot.
+    pub async fn apply(&self, index: SlotIndex, rules: &NetworkRules) -> Result<(), SlotError> {
+        let is_asked = rules.has_names() || self.inner.is_always_asked;
+        let is_answered = self.forwarders().contains_key(&index);
+        if is_asked && !is_answered {
+            // It listens before the guest is sent there.
+            let policy = NamePolicy::new(rules);
+            let upstream = Arc::clone(&self.inner.upstream);
+            let forwarder = Forwarder::start(index, upstream, policy).await?;
+            self.forwarders().insert(index, forwarder);
         }
-        self.places().empty.insert(0, index);
-        self.inner.wanted.notify_one();
-    }
-
-    /// Removes every slot and the host's firewall. Blocking.
-    pub fn remove_all(&self) -> Result<(), SlotError> {
-        let first = self.inner.block * BLOCK;
-        for index in (first..first + BLOCK).map(SlotIndex) {
-            namespace::remove(index)?;
+        let ruled = rules.clone();
+        blocking(move || {
+            namespace::enter(index, || {
+                firewall::apply(&ruled, is_asked)?;
+                shape::apply(&ruled)
+            })
+        })
+        .await?;
+        if is_asked {
+            if let Some(forwarder) = self.forwarders().get(&index) {
+                forwarder.set(NamePolicy::new(rules));
+            }
+        } else {
+            self.stop_forwarder(index).await;
         }
-        firewall::remove_host(self.inner.block)?;
-        release_block(self.inner.block);
         Ok(())
     }
 
-    fn places(&self) -> std::sync::MutexGuard<'_, Places> {
+    /// Opens a slot's tap, for a VMM that gets it as a file: frames, each after a `struct virtio_net_hdr` of 10 bytes. Only one at a
+    /// time may have it open.
+    pub async fn open_tap(&self, index: SlotIndex) -> Result<OwnedFd, SlotError> {
+        blocking(move || {
+            namespace::enter(index, || {
+                tap::open(TAP).map_err(SlotError::system("open tap"))
+            })
+        })
+        .await
+    }
+
+    /// What went through a slot since it was made.
+    pub async fn traffic(&self, index: SlotIndex) -> Result<Traffic, SlotError> {
+        blocking(move || namespace::traffic(index)).await
+    }
+
+    /// Takes a slot down; its number can be used again. What a guest may have left in it goes with the namespace.
+    pub async fn give_back(&self, index: SlotIndex) {
+        self.stop_forwarder(index).await;
+        if let Err(error) = blocking(move || namespace::remove(&[index])).await {
+            tracing::error!(%error, slot = index.0, "a network slot cannot be removed; it is not used again");
+            return;
+        }
+        self.places().empty.push_back(index);
+        self.inner.wanted.notify_one();
+    }
+
+    /// Removes every slot and the host's firewall, and leaves the blocks to others. Blocking.
+    pub fn remove_all(&self) -> Result<(), SlotError> {
+        self.forwarders().clear();
+        let blocks: Vec<Block> = self.inner.held.iter().map(|one| one.block).collect();
+        let all: Vec<SlotIndex> = namespace::existing()?
+            .into_iter()
+            .filter(|index| blocks.contains(&Block::of(*index)))
+            .collect();
+        namespace::remove(&all)?;
+        firewall::remove_host(&blocks)?;
+        blocks.into_iter().for_each(block::release);
+        Ok(())
+    }
+
+    /// The numbers of the node's blocks.
+    pub fn blocks(&self) -> Vec<u32> {
+        self.inner.held.iter().map(|one| one.block.0).collect()
+    }
+
+    /// How many slots are made and wait to be used.
+    pub fn ready(&self) -> usize {
+        self.places().ready.len()
+    }
+
+    async fn make(&self, index: SlotIndex) -> Result<(), SlotError> {
+        let _turn = self.inner.making.acquire().await;
+        let model = self.inner.model.clone();
+        blocking(move || namespace::make(index, &model)).await
+    }
+
+    async fn stop_forwarder(&self, index: SlotIndex) {
+        let forwarder = self.forwarders().remove(&index);
+        if let Some(forwarder) = forwarder {
+            forwarder.stop().await;
+        }
+    }
+
+    fn places(&self) -> MutexGuard<'_, Places> {
         self.inner
             .places
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-async fn make(index: SlotIndex) -> Result<(), SlotError> {
-    namespace::make(index).await
+    fn forwarders(&self) -> MutexGuard<'_, HashMap<SlotIndex, Forwarder>> {
+        self.inner
+            .forwarders
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 async fn blocking<T: Send + 'static>(
@@ -275,47 +487,27 @@ async fn blocking<T: Send + 'static>(
         })?
 }
 
-/// The block this owner had, or the first that nobody has. A block whose owner's folder still stands is left to it.
-fn take_block(owner: &Path) -> Result<(u32, Flock<File>), SlotError> {
-    fs::create_dir_all(LOCKS).map_err(SlotError::system("lock folder"))?;
-    let owner = owner.to_string_lossy().into_owned();
-    let held = |block: u32| fs::read_to_string(lock_path(block)).unwrap_or_default();
-    let mine = (0..BLOCKS).find(|block| held(*block) == owner);
-    for block in mine.into_iter().chain(0..BLOCKS) {
-        let holder = held(block);
-        if !holder.is_empty() && holder != owner && Path::new(&holder).exists() {
-            continue;
+/// What is on this host of slots of these blocks, for those who check that nothing was left: namespaces, links, firewall tables, and
+/// blocks that bear a node's name. Blocking.
+pub fn leftovers(blocks: &[u32]) -> Result<Vec<String>, SlotError> {
+    let mut found = Vec::new();
+    for index in namespace::existing()? {
+        if blocks.contains(&Block::of(index).0) {
+            found.push(format!("slot {}", index.0));
         }
-        let path = lock_path(block);
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(SlotError::system("lock file"))?;
-        let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
-            continue;
-        };
-        // Read again under the lock: another may have come and gone.
-        let holder = held(block);
-        if !holder.is_empty() && holder != owner && Path::new(&holder).exists() {
-            continue;
+    }
+    let tables = firewall::tables()?;
+    for block in blocks.iter().copied().map(Block) {
+        let table = firewall::table(block);
+        if tables.contains(&table) {
+            found.push(format!("table {table}"));
         }
-        fs::write(&path, &owner).map_err(SlotError::system("lock file"))?;
-        return Ok((block, lock));
+        let holder = block.holder();
+        if !holder.is_empty() {
+            found.push(format!("block {block} of {holder}"));
+        }
     }
-    Err(SlotError::NoBlock)
-}
-
-fn release_block(block: u32) {
-    // Emptied, not removed: another process may be about to lock this very file.
-    if let Err(error) = fs::write(lock_path(block), "") {
-        tracing::warn!(%error, block, "the block of network slots stays marked as taken");
-    }
-}
-
-fn lock_path(block: u32) -> PathBuf {
-    Path::new(LOCKS).join(format!("{block}.lock"))
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -333,5 +525,28 @@ mod tests {
         let last = SlotIndex(BLOCK * BLOCKS - 1);
         assert_eq!(last.slot_address(), Ipv4Addr::new(10, 213, 255, 255));
         assert!(last.host_link().len() <= 15, "IFNAMSIZ");
+    }
+
+    #[test]
+    fn a_block_is_its_slots() {
+        let block = Block::of(SlotIndex(200));
+        let slots: Vec<SlotIndex> = block.slots().collect();
+        assert_eq!(slots.len(), BLOCK as usize);
+        for index in [slots[0], slots[63]] {
+            assert_eq!(Block::of(index), block);
+            assert!(block.net().contains(&index.host_address()));
+            assert!(block.net().contains(&index.slot_address()));
+        }
+    }
+
+    #[test]
+    fn texts_and_values_of_the_guests_side_agree() {
+        assert_eq!(GUEST_ADDRESS, format!("{GUEST}/30"));
+        assert_eq!(GATEWAY, GATEWAY_ADDRESS.to_string());
+        let mac: Vec<String> = GUEST_MAC_BYTES
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        assert_eq!(GUEST_MAC, mac.join(":"));
     }
 }

@@ -1,78 +1,92 @@
-//! Network namespaces of slots: made, wired and removed through netlink, on a thread that enters them.
+//! Network namespaces of slots: made, wired and removed through netlink, on threads that enter them.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io,
     net::Ipv4Addr,
     os::fd::AsRawFd as _,
     path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
     thread,
 };
 
-use futures::TryStreamExt as _;
 use nix::{
+    errno::Errno,
+    libc,
     mount::{MntFlags, MsFlags, mount, umount2},
+    net::if_::if_nametoindex,
     sched::{CloneFlags, setns, unshare},
+    sys::socket::SockProtocol,
 };
-use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{
+    AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    packet_core::Parseable as _,
+    packet_route::{
+        AddressFamily, RouteNetlinkMessage,
+        link::{
+            AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVeth, LinkAttribute,
+            LinkMessage,
+        },
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+    },
+};
 
-use super::{SlotError, SlotIndex, TAP, firewall, tap};
+use super::{
+    SlotError, SlotIndex, TAP, Traffic,
+    firewall::Model,
+    netlink::{CREATE, EXCLUSIVE, Message, Netlink},
+    tap,
+};
 
 const NAMESPACES: &str = "/run/netns";
+const LINKS: &str = "/sys/class/net";
+const LOOPBACK: u32 = 1;
+/// Index of `eth0` in a slot; far from those the kernel gives.
+pub(super) const ETH: u32 = 1_000_000;
+/// Index of the first slot's link on the host; the others follow.
+const HOST_LINKS: u32 = 1_000_000;
+/// The group of links that are about to be deleted, all at once.
+const DYING: u32 = 0x0073_6d68;
+/// Threads that remove namespaces at once: each waits for the kernel most of the time.
+const REMOVERS: usize = 16;
 
-fn netlink(step: &'static str) -> impl Fn(rtnetlink::Error) -> SlotError {
-    move |error| SlotError::System {
-        step,
-        cause: error.to_string(),
-    }
-}
-
-fn system(step: &'static str) -> impl Fn(nix::Error) -> SlotError {
-    move |error| SlotError::System {
-        step,
-        cause: error.to_string(),
-    }
+fn system(step: &'static str) -> impl Fn(Errno) -> SlotError {
+    move |error| SlotError::system(step)(error.into())
 }
 
 /// Runs work on a thread of its own, which may change its namespace and then ends.
-fn on_own_thread<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, SlotError> + Send + 'static,
+pub(super) fn on_own_thread<T: Send>(
+    work: impl FnOnce() -> Result<T, SlotError> + Send,
 ) -> Result<T, SlotError> {
-    let thread = thread::Builder::new()
-        .name("slot".into())
-        .spawn(work)
-        .map_err(SlotError::system("thread"))?;
-    thread.join().map_err(|_| SlotError::System {
-        step: "thread",
-        cause: "it panicked".into(),
-    })?
+    thread::scope(|scope| {
+        let thread = thread::Builder::new()
+            .name("slot".into())
+            .spawn_scoped(scope, work)
+            .map_err(SlotError::system("thread"))?;
+        thread.join().map_err(|_| SlotError::System {
+            step: "thread",
+            cause: "it panicked".into(),
+        })?
+    })
 }
 
-/// Makes a slot.
-pub(super) async fn make(index: SlotIndex) -> Result<(), SlotError> {
-    super::blocking(move || on_own_thread(move || make_here(index))).await?;
-    // The host's end is in this process's namespace again.
-    let (connection, handle, _) =
-        rtnetlink::new_connection().map_err(SlotError::system("netlink"))?;
-    let connection = tokio::spawn(connection);
-    let wired = async {
-        let link = find(&handle, &index.host_link()).await?;
-        handle
-            .address()
-            .add(link, index.host_address().into(), 31)
-            .execute()
-            .await
-            .map_err(netlink("host address"))?;
-        up(&handle, link).await
-    };
-    let wired = wired.await;
-    connection.abort();
-    wired
+/// Makes a slot. Blocking.
+pub(super) fn make(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
+    let made = on_own_thread(|| make_here(index, model));
+    if made.is_err() {
+        // What there is of it would be in the way of the next try.
+        if let Err(error) = remove(&[index]) {
+            tracing::warn!(%error, slot = index.0, "a network slot is left half made");
+        }
+    }
+    made
 }
 
-fn make_here(index: SlotIndex) -> Result<(), SlotError> {
+fn make_here(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
     let host =
         File::open("/proc/thread-self/ns/net").map_err(SlotError::system("host namespace"))?;
+    let mut host_links = route_socket()?;
     fs::create_dir_all(NAMESPACES).map_err(SlotError::system("namespace folder"))?;
     let path = index.namespace_path();
     File::create(&path).map_err(SlotError::system("namespace file"))?;
@@ -88,102 +102,120 @@ fn make_here(index: SlotIndex) -> Result<(), SlotError> {
     tap::make(TAP).map_err(SlotError::system("tap"))?;
     // These files show the namespace of the thread that opens them.
     fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(SlotError::system("ip_forward"))?;
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").or_else(|error| {
+    let has_ipv6 = match fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1") {
+        Ok(()) => true,
         // A host without IPv6 has nothing to switch off.
-        if error.kind() == io::ErrorKind::NotFound {
-            Ok(())
-        } else {
-            Err(SlotError::system("ipv6")(error))
-        }
-    })?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(SlotError::system("runtime"))?;
-    runtime.block_on(wire(index, &host))?;
-    firewall::lay_slot()
-}
-
-async fn wire(index: SlotIndex, host: &File) -> Result<(), SlotError> {
-    let (connection, handle, _) =
-        rtnetlink::new_connection().map_err(SlotError::system("netlink"))?;
-    let connection = tokio::spawn(connection);
-    let wired = async {
-        let host_link = index.host_link();
-        handle
-            .link()
-            .add(LinkVeth::new("eth0", &host_link).build())
-            .execute()
-            .await
-            .map_err(netlink("veth"))?;
-        let theirs = find(&handle, &host_link).await?;
-        handle
-            .link()
-            .set(
-                LinkUnspec::new_with_index(theirs)
-                    .setns_by_fd(host.as_raw_fd())
-                    .build(),
-            )
-            .execute()
-            .await
-            .map_err(netlink("veth to the host"))?;
-        let (lo, eth, tap) = (
-            find(&handle, "lo").await?,
-            find(&handle, "eth0").await?,
-            find(&handle, TAP).await?,
-        );
-        let address = |link, address: Ipv4Addr, prefix| {
-            handle.address().add(link, address.into(), prefix).execute()
-        };
-        address(eth, index.slot_address(), 31)
-            .await
-            .map_err(netlink("slot address"))?;
-        address(tap, Ipv4Addr::new(169, 254, 100, 1), 30)
-            .await
-            .map_err(netlink("gateway address"))?;
-        for link in [lo, eth, tap] {
-            up(&handle, link).await?;
-        }
-        let route = RouteMessageBuilder::<Ipv4Addr>::new()
-            .gateway(index.host_address())
-            .build();
-        handle
-            .route()
-            .add(route)
-            .execute()
-            .await
-            .map_err(netlink("default route"))
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => return Err(SlotError::system("ipv6")(error)),
     };
-    let wired = wired.await;
-    connection.abort();
-    wired
+    model.lay()?;
+    let tap = if_nametoindex(TAP).map_err(system("tap"))?;
+    send(&mut route_socket()?, &inside(index, tap, &host))?;
+    send(&mut host_links, &outside(index, has_ipv6))
 }
 
-async fn find(handle: &Handle, name: &str) -> Result<u32, SlotError> {
-    let mut links = handle.link().get().match_name(name.to_owned()).execute();
-    let link = links.try_next().await.map_err(netlink("find link"))?;
-    link.map(|link| link.header.index)
-        .ok_or_else(|| SlotError::System {
-            step: "find link",
-            cause: format!("no {name}"),
-        })
+fn route_socket() -> Result<Netlink, SlotError> {
+    Netlink::open(SockProtocol::NetlinkRoute).map_err(SlotError::system("netlink"))
 }
 
-async fn up(handle: &Handle, link: u32) -> Result<(), SlotError> {
-    handle
-        .link()
-        .set(LinkUnspec::new_with_index(link).up().build())
-        .execute()
-        .await
-        .map_err(netlink("link up"))
+/// A message, and what it is for.
+type Step = (&'static str, Message);
+
+fn send(socket: &mut Netlink, steps: &[Step]) -> Result<(), SlotError> {
+    let messages: Vec<Message> = steps.iter().map(|(_, message)| message.clone()).collect();
+    socket.send_all(&messages).map_err(|(place, error)| {
+        let step = steps.get(place).map_or("netlink", |(step, _)| step);
+        SlotError::system(step)(error)
+    })
 }
 
-/// Runs work inside a slot's namespace.
-pub(super) fn enter<T: Send + 'static>(
+fn add(message: RouteNetlinkMessage) -> Message {
+    Message::route(&message, CREATE | EXCLUSIVE)
+}
+
+fn up(link: u32) -> Message {
+    let link = LinkUnspec::new_with_index(link).up().build();
+    Message::route(&RouteNetlinkMessage::SetLink(link), 0)
+}
+
+fn address(link: u32, address: Ipv4Addr, prefix: u8) -> Message {
+    add(RouteNetlinkMessage::NewAddress(
+        AddressMessageBuilder::<Ipv4Addr>::new()
+            .index(link)
+            .address(address, prefix)
+            .build(),
+    ))
+}
+
+/// What a slot has inside.
+fn inside(index: SlotIndex, tap: u32, host: &File) -> Vec<Step> {
+    let mut peer = LinkMessage::default();
+    peer.header.index = HOST_LINKS + index.0;
+    peer.attributes = vec![
+        LinkAttribute::IfName(index.host_link()),
+        LinkAttribute::NetNsFd(host.as_raw_fd()),
+    ];
+    let mut pair = LinkVeth::new("eth0", "")
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+        .build();
+    pair.header.index = ETH;
+    let route = RouteMessageBuilder::<Ipv4Addr>::new()
+        .gateway(index.host_address())
+        .build();
+    vec![
+        ("veth", add(RouteNetlinkMessage::NewLink(pair))),
+        ("loopback up", up(LOOPBACK)),
+        ("slot address", address(ETH, index.slot_address(), 31)),
+        ("gateway address", address(tap, super::GATEWAY_ADDRESS, 30)),
+        ("eth0 up", up(ETH)),
+        ("tap up", up(tap)),
+        (
+            "guest's hardware address",
+            add(RouteNetlinkMessage::NewNeighbour(guest(tap))),
+        ),
+        ("default route", add(RouteNetlinkMessage::NewRoute(route))),
+    ]
+}
+
+/// Where the guest is, once and for all: nothing it says about that is believed, and it need not be asked.
+fn guest(tap: u32) -> NeighbourMessage {
+    let mut guest = NeighbourMessage::default();
+    guest.header.family = AddressFamily::Inet;
+    guest.header.ifindex = tap;
+    guest.header.state = NeighbourState::Permanent;
+    guest.attributes = vec![
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(super::GUEST)),
+        NeighbourAttribute::LinkLayerAddress(super::GUEST_MAC_BYTES.to_vec()),
+    ];
+    guest
+}
+
+/// What a slot has on the host.
+fn outside(index: SlotIndex, has_ipv6: bool) -> Vec<Step> {
+    let link = HOST_LINKS + index.0;
+    let mut set = LinkUnspec::new_with_index(link).up();
+    if has_ipv6 {
+        // No link-local address: 4,000 links would each look for routers and neighbours.
+        let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+        set = set.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
+            vec![none],
+        )]));
+    }
+    vec![
+        ("host address", address(link, index.host_address(), 31)),
+        (
+            "host link up",
+            Message::route(&RouteNetlinkMessage::SetLink(set.build()), 0),
+        ),
+    ]
+}
+
+/// Runs work inside a slot's namespace. Blocking.
+pub(super) fn enter<T: Send>(
     index: SlotIndex,
-    work: impl FnOnce() -> Result<T, SlotError> + Send + 'static,
+    work: impl FnOnce() -> Result<T, SlotError> + Send,
 ) -> Result<T, SlotError> {
-    on_own_thread(move || {
+    on_own_thread(|| {
         let namespace =
             File::open(index.namespace_path()).map_err(SlotError::system("open namespace"))?;
         setns(namespace, CloneFlags::CLONE_NEWNET).map_err(system("setns"))?;
@@ -191,30 +223,126 @@ pub(super) fn enter<T: Send + 'static>(
     })
 }
 
-/// Removes a slot; what is not there is removed already. The pair of links goes with its namespace.
-pub(super) fn remove(index: SlotIndex) -> Result<(), SlotError> {
-    let path = index.namespace_path();
-    if !path.exists() {
-        return Ok(());
+/// Removes slots; what is not there is removed already. Afterwards their names are free. Blocking.
+pub(super) fn remove(slots: &[SlotIndex]) -> Result<(), SlotError> {
+    remove_links(slots)?;
+    let next = AtomicUsize::new(0);
+    let remover = || {
+        while let Some(index) = slots.get(next.fetch_add(1, Ordering::Relaxed)) {
+            remove_namespace(*index)?;
+        }
+        Ok(())
+    };
+    if slots.len() == 1 {
+        return remover();
     }
-    match umount2(&path, MntFlags::MNT_DETACH) {
-        // Not a mount: its maker died in between.
-        Ok(()) | Err(nix::errno::Errno::EINVAL) => {}
-        Err(error) => return Err(system("unmount namespace")(error)),
-    }
-    fs::remove_file(&path).map_err(SlotError::system("remove namespace"))?;
-    wait_for_link_to_go(&index.host_link());
-    Ok(())
+    thread::scope(|scope| {
+        let removers: Vec<_> = (0..REMOVERS.min(slots.len()))
+            .map(|_| scope.spawn(remover))
+            .collect();
+        removers.into_iter().try_for_each(|remover| {
+            remover.join().map_err(|_| SlotError::System {
+                step: "thread",
+                cause: "it panicked".into(),
+            })?
+        })
+    })
 }
 
-/// The kernel takes a namespace apart after its last user is gone; the name of its link is free only then.
-fn wait_for_link_to_go(name: &str) {
-    let path = Path::new("/sys/class/net").join(name);
-    for _ in 0..1000 {
-        if !path.exists() {
-            return;
+/// Deletes the host's ends, and with them the slots'. Many are deleted as a group: the kernel then waits once, not for each.
+fn remove_links(slots: &[SlotIndex]) -> Result<(), SlotError> {
+    let is_there = |index: &&SlotIndex| Path::new(LINKS).join(index.host_link()).exists();
+    let links: Vec<&SlotIndex> = slots.iter().filter(is_there).collect();
+    let failed = SlotError::system("delete links");
+    let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ENODEV);
+    let mut socket = route_socket()?;
+    let delete = |link| Message::route(&RouteNetlinkMessage::DelLink(link), 0);
+    let last = match links.as_slice() {
+        [] => return Ok(()),
+        [index] => delete(LinkUnspec::new_with_name(&index.host_link()).build()),
+        many => {
+            let dying: Vec<Message> = many
+                .iter()
+                .map(|index| {
+                    let link = LinkUnspec::new_with_name(&index.host_link())
+                        .link_group(DYING)
+                        .build();
+                    Message::route(&RouteNetlinkMessage::SetLink(link), 0)
+                })
+                .collect();
+            for result in socket.send_each(&dying).map_err(&failed)? {
+                match result {
+                    Err(error) if !gone(&error) => return Err(failed(error)),
+                    _ => {}
+                }
+            }
+            delete(
+                LinkMessageBuilder::<LinkUnspec>::new()
+                    .link_group(DYING)
+                    .build(),
+            )
         }
-        thread::sleep(std::time::Duration::from_millis(2));
+    };
+    match socket.send_all(&[last]) {
+        Err((_, error)) if !gone(&error) => Err(failed(error)),
+        _ => Ok(()),
     }
-    tracing::warn!(link = name, "the link of a removed slot is still there");
+}
+
+fn remove_namespace(index: SlotIndex) -> Result<(), SlotError> {
+    let path = index.namespace_path();
+    match umount2(&path, MntFlags::MNT_DETACH) {
+        // Not a mount: its maker died in between.
+        Ok(()) | Err(Errno::EINVAL) => {}
+        Err(Errno::ENOENT) => return Ok(()),
+        Err(error) => return Err(system("unmount namespace")(error)),
+    }
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(SlotError::system("remove namespace")(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The slots of which there is anything on this host: a namespace or a link, of whomever.
+pub(super) fn existing() -> Result<BTreeSet<SlotIndex>, SlotError> {
+    let mut found = BTreeSet::new();
+    for (folder, prefix) in [(NAMESPACES, "sandmesh-"), (LINKS, "smh")] {
+        let entries = match fs::read_dir(folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            other => other.map_err(SlotError::system("list slots"))?,
+        };
+        for entry in entries {
+            let name = entry.map_err(SlotError::system("list slots"))?.file_name();
+            let number = name.to_str().and_then(|name| name.strip_prefix(prefix));
+            found.extend(number.and_then(|number| number.parse().ok()).map(SlotIndex));
+        }
+    }
+    Ok(found)
+}
+
+/// What went through a slot's link since it was made. Blocking, but not for long.
+pub(super) fn traffic(index: SlotIndex) -> Result<Traffic, SlotError> {
+    let failed = SlotError::system("traffic of the slot");
+    let link = LinkUnspec::new_with_name(&index.host_link()).build();
+    let answer = route_socket()?
+        .get(&Message::route(&RouteNetlinkMessage::GetLink(link), 0))
+        .map_err(&failed)?;
+    let link = LinkMessage::parse(answer.body.as_slice())
+        .map_err(|error| failed(io::Error::other(error)))?;
+    let stats = link
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Stats64(stats) => Some(stats),
+            _ => None,
+        });
+    // What the host's end receives, the guest has sent.
+    stats
+        .map(|stats| Traffic {
+            sent: stats.rx_bytes,
+            received: stats.tx_bytes,
+        })
+        .ok_or_else(|| failed(io::ErrorKind::UnexpectedEof.into()))
 }

@@ -1,7 +1,11 @@
 //! Tap devices, by ioctl(2) on /dev/net/tun (Documentation/networking/tuntap.rst): netlink cannot make them.
 #![allow(unsafe_code)] // ioctl
 
-use std::{fs::File, io, os::fd::AsRawFd as _};
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd as _, OwnedFd},
+};
 
 const IFF_TAP: i16 = 0x0002;
 const IFF_NO_PI: i16 = 0x1000;
@@ -26,8 +30,9 @@ nix::ioctl_write_int_bad!(
     nix::request_code_write!(b'T', 203, size_of::<nix::libc::c_int>())
 );
 
-/// Makes a tap device that stays, in the calling thread's network namespace.
-pub(super) fn make(name: &str) -> io::Result<()> {
+/// Opens a tap device in the calling thread's network namespace, made if it is not there. What is read and written are frames, each
+/// after a `struct virtio_net_hdr` of 10 bytes; only one may have it open.
+pub(super) fn open(name: &str) -> io::Result<OwnedFd> {
     let tun = File::options()
         .read(true)
         .write(true)
@@ -44,10 +49,15 @@ pub(super) fn make(name: &str) -> io::Result<()> {
     ) {
         target.copy_from_slice(source);
     }
-    // SAFETY: the descriptor is open for the length of both calls; the request is a whole `struct ifreq` that outlives its call.
-    unsafe {
-        set_interface(tun.as_raw_fd(), &raw const request)?;
-        set_persistent(tun.as_raw_fd(), 1)?;
-    }
+    // SAFETY: the descriptor is open for the length of the call; the request is a whole `struct ifreq` that outlives it.
+    unsafe { set_interface(tun.as_raw_fd(), &raw const request) }?;
+    Ok(tun.into())
+}
+
+/// Makes a tap device that stays, in the calling thread's network namespace.
+pub(super) fn make(name: &str) -> io::Result<()> {
+    let tap = open(name)?;
+    // SAFETY: the descriptor is open for the length of the call.
+    unsafe { set_persistent(tap.as_raw_fd(), 1) }?;
     Ok(())
 }
