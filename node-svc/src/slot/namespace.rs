@@ -21,7 +21,7 @@ use nix::{
 };
 use rtnetlink::{
     AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
-    packet_core::Parseable as _,
+    packet_core::{DefaultNla, Parseable as _},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         link::{
@@ -35,7 +35,7 @@ use rtnetlink::{
 use super::{
     SlotError, SlotIndex, TAP, Traffic,
     firewall::Model,
-    netlink::{CREATE, EXCLUSIVE, Message, Netlink},
+    netlink::{Attributes, CREATE, EXCLUSIVE, Message, Netlink},
     tap,
 };
 
@@ -73,7 +73,7 @@ pub(super) fn on_own_thread<T: Send>(
 
 /// Makes a slot. Blocking.
 pub(super) fn make(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
-    let made = on_own_thread(|| make_here(index, model));
+    let made = on_own_thread(|| make_inside(index, model)).and_then(|()| make_outside(index));
     if made.is_err() {
         // What there is of it would be in the way of the next try.
         if let Err(error) = remove(&[index]) {
@@ -83,10 +83,9 @@ pub(super) fn make(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
     made
 }
 
-fn make_here(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
+fn make_inside(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
     let host =
         File::open("/proc/thread-self/ns/net").map_err(SlotError::system("host namespace"))?;
-    let mut host_links = route_socket()?;
     fs::create_dir_all(NAMESPACES).map_err(SlotError::system("namespace folder"))?;
     let path = index.namespace_path();
     File::create(&path).map_err(SlotError::system("namespace file"))?;
@@ -100,18 +99,10 @@ fn make_here(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
     )
     .map_err(system("mount namespace"))?;
     tap::make(TAP).map_err(SlotError::system("tap"))?;
-    // These files show the namespace of the thread that opens them.
-    fs::write("/proc/sys/net/ipv4/ip_forward", "1").map_err(SlotError::system("ip_forward"))?;
-    let has_ipv6 = match fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1") {
-        Ok(()) => true,
-        // A host without IPv6 has nothing to switch off.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-        Err(error) => return Err(SlotError::system("ipv6")(error)),
-    };
     model.lay()?;
     let tap = if_nametoindex(TAP).map_err(system("tap"))?;
-    send(&mut route_socket()?, &inside(index, tap, &host))?;
-    send(&mut host_links, &outside(index, has_ipv6))
+    let has_ipv6 = Path::new("/proc/net/if_inet6").exists();
+    send(&mut route_socket()?, &inside(index, tap, &host, has_ipv6))
 }
 
 fn route_socket() -> Result<Netlink, SlotError> {
@@ -133,6 +124,29 @@ fn add(message: RouteNetlinkMessage) -> Message {
     Message::route(&message, CREATE | EXCLUSIVE)
 }
 
+/// Has a link forward, and, where there is IPv6, take no address of it when it comes up. By netlink, not by writing to /proc/sys, since
+/// the kernel looks for a file there among those of all namespaces: with 4,000 that takes longer than all else together.
+fn prepare(link: u32, has_ipv6: bool) -> Message {
+    // linux/if_link.h and linux/ip.h
+    const INET_CONF: u16 = 1;
+    const FORWARDING: u16 = 1;
+    const NESTED: u16 = 0x8000;
+    let forwarding = Attributes::default().put(FORWARDING, &1_u32.to_ne_bytes());
+    let inet = Attributes::default().nest(INET_CONF, &forwarding);
+    let mut families = vec![AfSpecUnspec::Other(DefaultNla::new(
+        libc::AF_INET as u16 | NESTED,
+        inet.bytes().to_vec(),
+    ))];
+    if has_ipv6 {
+        let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+        families.push(AfSpecUnspec::Inet6(vec![none]));
+    }
+    let link = LinkUnspec::new_with_index(link)
+        .append_extra_attribute(LinkAttribute::AfSpecUnspec(families))
+        .build();
+    Message::route(&RouteNetlinkMessage::SetLink(link), 0)
+}
+
 fn up(link: u32) -> Message {
     let link = LinkUnspec::new_with_index(link).up().build();
     Message::route(&RouteNetlinkMessage::SetLink(link), 0)
@@ -148,7 +162,7 @@ fn address(link: u32, address: Ipv4Addr, prefix: u8) -> Message {
 }
 
 /// What a slot has inside.
-fn inside(index: SlotIndex, tap: u32, host: &File) -> Vec<Step> {
+fn inside(index: SlotIndex, tap: u32, host: &File, has_ipv6: bool) -> Vec<Step> {
     let mut peer = LinkMessage::default();
     peer.header.index = HOST_LINKS + index.0;
     peer.attributes = vec![
@@ -164,6 +178,8 @@ fn inside(index: SlotIndex, tap: u32, host: &File) -> Vec<Step> {
         .build();
     vec![
         ("veth", add(RouteNetlinkMessage::NewLink(pair))),
+        ("eth0", prepare(ETH, has_ipv6)),
+        ("tap", prepare(tap, has_ipv6)),
         ("loopback up", up(LOOPBACK)),
         ("slot address", address(ETH, index.slot_address(), 31)),
         ("gateway address", address(tap, super::GATEWAY_ADDRESS, 30)),
@@ -190,24 +206,22 @@ fn guest(tap: u32) -> NeighbourMessage {
     guest
 }
 
-/// What a slot has on the host.
-fn outside(index: SlotIndex, has_ipv6: bool) -> Vec<Step> {
-    let link = HOST_LINKS + index.0;
-    let mut set = LinkUnspec::new_with_index(link).up();
-    if has_ipv6 {
-        // No link-local address: 4,000 links would each look for routers and neighbours.
-        let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
-        set = set.append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
-            vec![none],
-        )]));
+/// What a slot has on the host; for a thread that is in the host's namespace.
+fn make_outside(index: SlotIndex) -> Result<(), SlotError> {
+    // Without IPv6 altogether: its routes are looked through at every change of a link.
+    let ipv6 = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", index.host_link());
+    match fs::write(ipv6, "1") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(SlotError::system("ipv6 of the host link")(error));
+        }
+        _ => {}
     }
-    vec![
+    let link = HOST_LINKS + index.0;
+    let steps = [
         ("host address", address(link, index.host_address(), 31)),
-        (
-            "host link up",
-            Message::route(&RouteNetlinkMessage::SetLink(set.build()), 0),
-        ),
-    ]
+        ("host link up", up(link)),
+    ];
+    send(&mut route_socket()?, &steps)
 }
 
 /// Runs work inside a slot's namespace. Blocking.
