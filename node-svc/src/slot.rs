@@ -248,6 +248,7 @@ impl SlotPool {
             .filter(|index| blocks.contains(&Block::of(*index)) && !keep.contains(index))
             .collect();
         namespace::remove(&stale)?;
+        namespace::share()?;
         // Guests' packets cross the host.
         fs::write("/proc/sys/net/ipv4/ip_forward", "1")
             .map_err(SlotError::system("enable ip_forward"))?;

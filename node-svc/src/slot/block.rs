@@ -71,6 +71,14 @@ impl Held {
     }
 }
 
+/// For what only one process on the host may do at a time.
+pub(super) fn one_at_a_time() -> Result<Flock<File>, SlotError> {
+    let failed = SlotError::system("lock of the host");
+    fs::create_dir_all(LOCKS).map_err(&failed)?;
+    let file = File::create(Path::new(LOCKS).join("host")).map_err(&failed)?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| failed(error.into()))
+}
+
 /// Marks a block as nobody's.
 pub(super) fn release(block: Block) {
     if let Err(error) = fs::write(block.lock_path(), "") {

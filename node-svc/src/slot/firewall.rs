@@ -493,3 +493,42 @@ pub(super) fn tables() -> Result<Vec<String>, SlotError> {
     };
     Ok(tables.iter().filter_map(name).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lays rules in a namespace of its own and lists them as `nft` does.
+    fn listed(lay: impl FnOnce() -> Result<(), SlotError> + Send) -> String {
+        namespace::on_own_thread(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            tap::make(crate::slot::TAP).unwrap();
+            lay()?;
+            let listed = Command::new("nft")
+                .args(["-s", "list", "ruleset"])
+                .output()
+                .unwrap();
+            assert!(listed.status.success());
+            Ok(String::from_utf8(listed.stdout).unwrap())
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn a_copy_of_the_rules_is_as_nft_would_lay_them() {
+        let by_nft = listed(|| nft(&slot_rules()));
+        let model = Model::make().unwrap();
+        let copied = listed(|| model.lay());
+        assert_eq!(copied, by_nft);
+        assert!(by_nft.contains("policy drop"), "{by_nft}");
+    }
+
+    #[test]
+    fn marks_of_names_differ_and_stay() {
+        let mark = |text: &str| mark_of(&text.parse().unwrap());
+        assert_ne!(mark("example.com"), mark("*.example.com"));
+        // It is in the kernel when the next process comes.
+        assert_eq!(mark("Example.com"), mark("example.com"));
+        assert_ne!(mark("example.com"), 0);
+    }
+}

@@ -33,7 +33,7 @@ use rtnetlink::{
 };
 
 use super::{
-    SlotError, SlotIndex, TAP, Traffic,
+    SlotError, SlotIndex, TAP, Traffic, block,
     firewall::Model,
     netlink::{Attributes, CREATE, EXCLUSIVE, Message, Netlink},
     tap,
@@ -86,7 +86,6 @@ pub(super) fn make(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
 fn make_inside(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
     let host =
         File::open("/proc/thread-self/ns/net").map_err(SlotError::system("host namespace"))?;
-    fs::create_dir_all(NAMESPACES).map_err(SlotError::system("namespace folder"))?;
     let path = index.namespace_path();
     File::create(&path).map_err(SlotError::system("namespace file"))?;
     unshare(CloneFlags::CLONE_NEWNET).map_err(system("unshare"))?;
@@ -107,6 +106,23 @@ fn make_inside(index: SlotIndex, model: &Model) -> Result<(), SlotError> {
 
 fn route_socket() -> Result<Netlink, SlotError> {
     Netlink::open(SockProtocol::NetlinkRoute).map_err(SlotError::system("netlink"))
+}
+
+/// Has the folder of namespaces be a shared mount, as ip-netns(8) does: what is unmounted here is then gone from the mount namespaces of
+/// others too, and `ip netns` does not mount a second folder over slots that are there. Blocking.
+pub(super) fn share() -> Result<(), SlotError> {
+    let failed = || system("share the folder of namespaces");
+    fs::create_dir_all(NAMESPACES).map_err(SlotError::system("namespace folder"))?;
+    let _lock = block::one_at_a_time()?;
+    let change = |source, flags| mount(source, NAMESPACES, None::<&str>, flags, None::<&str>);
+    let shared = MsFlags::MS_SHARED | MsFlags::MS_REC;
+    match change(None, shared) {
+        // It is no mount yet.
+        Err(Errno::EINVAL) => {}
+        other => return other.map_err(failed()),
+    }
+    change(Some(NAMESPACES), MsFlags::MS_BIND | MsFlags::MS_REC).map_err(failed())?;
+    change(None, shared).map_err(failed())
 }
 
 /// A message, and what it is for.
