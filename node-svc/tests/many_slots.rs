@@ -6,14 +6,22 @@
 use std::{
     collections::BTreeSet,
     fs,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    thread,
     time::{Duration, Instant},
 };
 
-use node_svc::slot::{NetworkRules, SlotConfig, SlotPool, leftovers};
+use guests::{Card, GUEST, Guest, MAC, Outside, inside, udp};
+use node_svc::slot::{NetworkRules, Slot, SlotConfig, SlotPool, leftovers};
 use tokio_util::sync::CancellationToken;
+
+mod guests;
 
 const SLOTS: usize = 4000;
 const STALE: usize = 1000;
+const USED: usize = 20;
+const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 
 /// Processes this machine has started since it runs.
 fn forks() -> u64 {
@@ -39,6 +47,78 @@ async fn fill(pool: &SlotPool, count: usize) -> Duration {
     took
 }
 
+/// Some guests with an HTTP server each: all are reached from the node, none from another, and none sends what it must not.
+async fn use_some(pool: &SlotPool) {
+    let outside = Outside::new(pool);
+    let mut used: Vec<(Slot, Guest, u16)> = Vec::new();
+    for _ in 0..USED {
+        let slot = pool.take(&NetworkRules::internet(true)).await.unwrap();
+        let guest = Guest::new(pool, slot.index).await;
+        let port = serve(guest.run(|| TcpListener::bind("0.0.0.0:0").unwrap()));
+        used.push((slot, guest, port));
+    }
+    let far = serve(inside(&outside.namespace.0, || {
+        TcpListener::bind("0.0.0.0:0").unwrap()
+    }));
+    let (mut refused, begun) = (0, Instant::now());
+    for (slot, guest, port) in &used {
+        assert!(get((slot.reach, *port).into()), "reached from its node");
+        assert!(guest.run(|| get((outside.addresses[0], far).into())));
+        assert!(!guest.run(|| get((METADATA, 80).into())));
+        for (other, _, port) in &used {
+            assert!(!guest.run(|| get((other.reach, *port).into())));
+            refused += 1;
+        }
+    }
+    println!(
+        "{USED} guests: {refused} ways to each other refused in {:.1} s",
+        begun.elapsed().as_secs_f64()
+    );
+    let sink = inside(&outside.namespace.0, || {
+        UdpSocket::bind("0.0.0.0:0").unwrap()
+    });
+    sink.set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let to = (outside.addresses[0], sink.local_addr().unwrap().port());
+    for _ in 0..USED {
+        let slot = pool.take(&NetworkRules::internet(true)).await.unwrap();
+        let card = Card::of(pool, slot.index).await;
+        let gateway = card.gateway();
+        for (victim, _, _) in &used {
+            let source = (MAC, victim.index.slot_address());
+            card.send(&udp(source, gateway, to, b"spoofed"));
+        }
+        card.send(&udp((MAC, GUEST), gateway, to, b"honest"));
+        let mut buffer = [0; 100];
+        let length = sink.recv(&mut buffer).unwrap();
+        assert_eq!(&buffer[..length], b"honest");
+    }
+    println!(
+        "{USED} guests: {} spoofed packets, none came through",
+        USED * USED
+    );
+}
+
+fn serve(listener: TcpListener) -> u16 {
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            let _ = stream.read(&mut [0; 1000]);
+            let _ = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nhello");
+        }
+    });
+    port
+}
+
+fn get(from: SocketAddr) -> bool {
+    let Ok(mut stream) = TcpStream::connect_timeout(&from, Duration::from_secs(5)) else {
+        return false;
+    };
+    let mut answer = String::new();
+    let asked = stream.write_all(b"GET / HTTP/1.0\r\n\r\n");
+    asked.is_ok() && stream.read_to_string(&mut answer).is_ok() && answer.ends_with("hello")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes a minute, and the machine"]
 async fn four_thousand_slots_are_made_used_left_behind_and_removed() {
@@ -58,17 +138,23 @@ async fn four_thousand_slots_are_made_used_left_behind_and_removed() {
         took.as_secs_f64() * 1000.0 / SLOTS as f64
     );
 
-    let mut taking = Vec::new();
+    let (mut taking, mut giving) = (Vec::new(), Vec::new());
     for _ in 0..100 {
         let begun = Instant::now();
-        pool.take(&NetworkRules::internet(true)).await.unwrap();
+        let slot = pool.take(&NetworkRules::internet(true)).await.unwrap();
         taking.push(begun.elapsed());
+        let begun = Instant::now();
+        pool.give_back(slot.index).await;
+        giving.push(begun.elapsed());
     }
-    taking.sort();
-    println!(
-        "one of them taken: p50 {:?}, p95 {:?}",
-        taking[50], taking[95]
-    );
+    for (what, times) in [("taken", &mut taking), ("given back", &mut giving)] {
+        times.sort();
+        println!(
+            "one of them {what}: p50 {:?}, p95 {:?}",
+            times[50], times[95]
+        );
+    }
+    use_some(&pool).await;
 
     let begun = Instant::now();
     pool.remove_all().unwrap();

@@ -441,7 +441,7 @@ pub(super) fn lay_host(
            }}
            chain forward {{ type filter hook forward priority filter; policy accept;
              ip saddr != @slots ip daddr != @slots return
-             ip saddr @slots ip daddr @denied drop
+             ip saddr @slots ip daddr @denied reject with icmpx type admin-prohibited
              ct state established,related accept
              ip saddr @slots ip daddr 10.213.0.0/16 drop
              ip saddr @slots ip daddr 169.254.0.0/16 drop

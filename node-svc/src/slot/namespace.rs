@@ -183,10 +183,12 @@ fn inside(index: SlotIndex, tap: u32, host: &File, has_ipv6: bool) -> Vec<Step> 
     peer.header.index = HOST_LINKS + index.0;
     peer.attributes = vec![
         LinkAttribute::IfName(index.host_link()),
+        LinkAttribute::Address(hardware_address(HOST_SIDE, index)),
         LinkAttribute::NetNsFd(host.as_raw_fd()),
     ];
     let mut pair = LinkVeth::new("eth0", "")
         .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+        .address(hardware_address(SLOT_SIDE, index))
         .build();
     pair.header.index = ETH;
     let route = RouteMessageBuilder::<Ipv4Addr>::new()
@@ -203,23 +205,41 @@ fn inside(index: SlotIndex, tap: u32, host: &File, has_ipv6: bool) -> Vec<Step> 
         ("tap up", up(tap)),
         (
             "guest's hardware address",
-            add(RouteNetlinkMessage::NewNeighbour(guest(tap))),
+            neighbour(tap, super::GUEST, super::GUEST_MAC_BYTES.to_vec()),
+        ),
+        (
+            "host's hardware address",
+            neighbour(
+                ETH,
+                index.host_address(),
+                hardware_address(HOST_SIDE, index),
+            ),
         ),
         ("default route", add(RouteNetlinkMessage::NewRoute(route))),
     ]
 }
 
-/// Where the guest is, once and for all: nothing it says about that is believed, and it need not be asked.
-fn guest(tap: u32) -> NeighbourMessage {
-    let mut guest = NeighbourMessage::default();
-    guest.header.family = AddressFamily::Inet;
-    guest.header.ifindex = tap;
-    guest.header.state = NeighbourState::Permanent;
-    guest.attributes = vec![
-        NeighbourAttribute::Destination(NeighbourAddress::Inet(super::GUEST)),
-        NeighbourAttribute::LinkLayerAddress(super::GUEST_MAC_BYTES.to_vec()),
+/// Second byte of the hardware addresses of the two ends of a slot's pair.
+const HOST_SIDE: u8 = 0xfd;
+const SLOT_SIDE: u8 = 0xfe;
+
+/// Locally administered, and computed like all else.
+fn hardware_address(side: u8, index: SlotIndex) -> Vec<u8> {
+    [&[2, side], index.0.to_be_bytes().as_slice()].concat()
+}
+
+/// Where somebody is, once and for all. Nothing that is said about it is believed, and nobody is asked: the kernel has one table for
+/// what it learns in all namespaces, and by default that is full at 1,024.
+fn neighbour(link: u32, address: Ipv4Addr, hardware: Vec<u8>) -> Message {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.ifindex = link;
+    message.header.state = NeighbourState::Permanent;
+    message.attributes = vec![
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)),
+        NeighbourAttribute::LinkLayerAddress(hardware),
     ];
-    guest
+    add(RouteNetlinkMessage::NewNeighbour(message))
 }
 
 /// What a slot has on the host; for a thread that is in the host's namespace.
@@ -236,6 +256,14 @@ fn make_outside(index: SlotIndex) -> Result<(), SlotError> {
     let steps = [
         ("host address", address(link, index.host_address(), 31)),
         ("host link up", up(link)),
+        (
+            "slot's hardware address",
+            neighbour(
+                link,
+                index.slot_address(),
+                hardware_address(SLOT_SIDE, index),
+            ),
+        ),
     ];
     send(&mut route_socket()?, &steps)
 }

@@ -89,6 +89,16 @@ pub struct Outside {
     /// The host's address towards it.
     pub host: Ipv4Addr,
     pub addresses: [Ipv4Addr; 3],
+    link: String,
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        // Now, not when the kernel takes the namespace apart: the next test may use the same addresses.
+        let _ = Command::new("ip")
+            .args(["link", "del", &self.link])
+            .status();
+    }
 }
 
 impl Outside {
@@ -97,7 +107,8 @@ impl Outside {
         let block = u8::try_from(pool.blocks()[0] % 256).unwrap();
         let at = |last| Ipv4Addr::new(198, 18, block, last);
         let namespace = Namespace::new("outside");
-        let (name, link) = (&namespace.0, format!("smt{}", std::process::id()));
+        let name = &namespace.0;
+        let link = format!("smt{}", pool.blocks()[0]);
         ip(&format!(
             "link add {link} type veth peer name eth0 netns {name}"
         ));
@@ -113,6 +124,7 @@ impl Outside {
             host: at(1),
             addresses,
             namespace,
+            link,
         }
     }
 }
@@ -131,9 +143,25 @@ impl Card {
         assert_eq!(sent, whole.len());
     }
 
+    /// Asks for the gateway's hardware address until it is answered: the tap drops what it sends for the moment after it is opened.
+    pub fn gateway(&self) -> [u8; 6] {
+        for _ in 0..100 {
+            self.send(&arp(MAC, 1, (MAC, GUEST), GATEWAY_IP));
+            let is_arp = |frame: &[u8]| frame.get(12..14) == Some(&[8, 6]);
+            if let Some(answer) = self.receive_within(Duration::from_millis(200), is_arp) {
+                return answer[6..12].try_into().unwrap();
+            }
+        }
+        panic!("the gateway does not answer");
+    }
+
     /// The next frame that is wanted, within a while.
     pub fn receive(&self, is_wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
-        let limit = Instant::now() + PATIENCE;
+        self.receive_within(PATIENCE, is_wanted)
+    }
+
+    fn receive_within(&self, time: Duration, is_wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+        let limit = Instant::now() + time;
         let mut buffer = vec![0; 70_000];
         while let Some(rest) = limit.checked_duration_since(Instant::now()) {
             let mut waiting = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
