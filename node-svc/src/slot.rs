@@ -343,13 +343,12 @@ impl SlotPool {
     pub async fn take(&self, rules: &NetworkRules) -> Result<Slot, SlotError> {
         let (index, is_ready) = {
             let mut places = self.places();
-            match places.ready.pop_front() {
-                Some(index) => (index, true),
-                None => {
-                    let capacity = self.inner.capacity;
-                    let next = places.empty.pop_front();
-                    (next.ok_or(SlotError::NoSlot { capacity })?, false)
-                }
+            if let Some(index) = places.ready.pop_front() {
+                (index, true)
+            } else {
+                let capacity = self.inner.capacity;
+                let next = places.empty.pop_front();
+                (next.ok_or(SlotError::NoSlot { capacity })?, false)
             }
         };
         self.inner.wanted.notify_one();

@@ -617,6 +617,54 @@ async fn no_name_opens_what_is_closed_to_all() {
     assert_eq!(node.pool.traffic(slot.index).await.unwrap().sent, before);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_questions_stays_in_its_slot() {
+    const AT_ONCE: usize = 32;
+    let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+    silent.set_read_timeout(Some(PATIENCE)).unwrap();
+    let at = silent.local_addr().unwrap();
+    let node = Node::new(|config| config.name_servers = vec![at]);
+    let slot = node.open().await;
+    let guest = Guest::new(&node.pool, slot.index).await;
+    // Once, so that the way is open.
+    assert_eq!(
+        resolve(&guest, "first.test.", false),
+        Err(ResponseCode::ServFail)
+    );
+    silent.recv(&mut [0; 1500]).unwrap();
+    guest.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        for id in 0..300 {
+            let mut question = Message::new(id, MessageType::Query, OpCode::Query);
+            let name = Name::from_ascii(format!("n{id}.test.")).unwrap();
+            question.add_query(Query::query(name, RecordType::A));
+            let question = question.to_vec().unwrap();
+            socket.send_to(&question, ([192, 0, 2, 53], 53)).unwrap();
+        }
+    });
+    for _ in 0..AT_ONCE {
+        silent.recv(&mut [0; 1500]).unwrap();
+    }
+    // Another slot is answered meanwhile.
+    let other = node
+        .pool
+        .take(&rules(false, &["a.test"], &[]))
+        .await
+        .unwrap();
+    let neighbour = Guest::new(&node.pool, other.index).await;
+    assert_eq!(
+        resolve(&neighbour, "b.test.", false),
+        Err(ResponseCode::NXDomain)
+    );
+    UdpSocket::bind("127.0.0.1:0")
+        .unwrap()
+        .send_to(b"end", at)
+        .unwrap();
+    let mut next = [0; 1500];
+    let length = silent.recv(&mut next).unwrap();
+    assert_eq!(&next[..length], b"end", "no more than {AT_ONCE} at once");
+}
+
 /// Sends so many bytes from one place to another and says how long the last of them took.
 fn transfer(bytes: usize, from: TcpStream, mut to: TcpStream) -> Duration {
     let begun = Instant::now();

@@ -118,14 +118,13 @@ pub(super) fn take(
         if held.iter().any(|one| one.block == block) {
             continue;
         }
-        match try_take(block, owner)? {
-            Some(one) => held.push(one),
-            None => {
-                let holder = block.holder();
-                let block = block.0;
-                return give_up(held, SlotError::NotOurs { block, holder });
-            }
+        if let Some(one) = try_take(block, owner)? {
+            held.push(one);
+            continue;
         }
+        let holder = block.holder();
+        let block = block.0;
+        return give_up(held, SlotError::NotOurs { block, holder });
     }
     let mut others = (0..BLOCKS).map(Block);
     while held.len() < count {

@@ -41,7 +41,7 @@ const SERVERS: usize = 2;
 /// How long a connection may be silent.
 const IDLE: Duration = Duration::from_secs(10);
 /// Addresses stay open for as long as the answer says, but so long at least, since programs keep them a while.
-const OPEN_AT_LEAST: Duration = Duration::from_secs(60);
+const OPEN_AT_LEAST: Duration = Duration::from_mins(1);
 /// Beyond the time an answer says: for the way to the guest, and the time until it connects.
 const GRACE: Duration = Duration::from_secs(30);
 

@@ -465,11 +465,11 @@ pub(super) fn remove_host(blocks: &[Block]) -> Result<(), SlotError> {
 
 /// A block that is not the node's first has no table, unless it was another's.
 fn removal(blocks: &[Block]) -> String {
-    blocks
-        .iter()
-        .map(|block| table(*block))
-        .map(|table| format!("table inet {table} {{ }}\ndelete table inet {table}\n"))
-        .collect()
+    let one = |block: &Block| {
+        let table = table(*block);
+        format!("table inet {table} {{ }}\ndelete table inet {table}")
+    };
+    blocks.iter().map(one).collect::<Vec<_>>().join("\n")
 }
 
 /// Names of the host's tables.

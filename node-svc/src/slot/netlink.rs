@@ -228,13 +228,13 @@ impl Netlink {
     /// Asks for one thing.
     pub(super) fn get(&mut self, message: &Message) -> io::Result<Message> {
         self.send(std::slice::from_ref(message), 0)?;
-        for Received { message, .. } in self.answered()? {
-            match error_code(&message) {
-                None => return Ok(message),
-                Some(code) => return Err(io::Error::from_raw_os_error(code)),
-            }
+        let Some(Received { message, .. }) = self.answered()?.pop() else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        match error_code(&message) {
+            None => Ok(message),
+            Some(code) => Err(io::Error::from_raw_os_error(code)),
         }
-        Err(io::ErrorKind::UnexpectedEof.into())
     }
 
     fn next(&mut self) -> u32 {

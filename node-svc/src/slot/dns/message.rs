@@ -335,7 +335,7 @@ mod tests {
             answer.addresses(),
             [
                 (Ipv4Addr::new(192, 0, 2, 1), Duration::from_secs(30)),
-                (Ipv4Addr::new(192, 0, 2, 2), Duration::from_secs(3600)),
+                (Ipv4Addr::new(192, 0, 2, 2), Duration::from_hours(1)),
             ]
         );
     }
