@@ -639,7 +639,7 @@ async fn a_flood_of_questions_stays_in_its_slot() {
             let name = Name::from_ascii(format!("n{id}.test.")).unwrap();
             question.add_query(Query::query(name, RecordType::A));
             let question = question.to_vec().unwrap();
-            socket.send_to(&question, ([192, 0, 2, 53], 53)).unwrap();
+            socket.send_to(&question, "192.0.2.53:53").unwrap();
         }
     });
     for _ in 0..AT_ONCE {
