@@ -88,6 +88,11 @@ pub fn sandmesh() -> PathBuf {
 impl Mesh {
     /// Starts a deployment, with more arguments of `sandmesh up`, and imports the template `base`.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_warm(arguments, 0)
+    }
+
+    /// The same, with so many guests kept ready for each template.
+    pub fn start_warm(arguments: &[&str], warm: usize) -> Self {
         // Unix sockets lie in it: the name must be short.
         let folder = tempfile::Builder::new()
             .prefix("sm")
@@ -102,6 +107,8 @@ impl Mesh {
             .arg(program("SANDMESH_ENVD", "guest-envd"))
             .args(arguments)
             .env("SANDMESH_STATE", folder.path())
+            // Guests that wait would take the processors from those that are tested.
+            .env("SANDMESH_NODE_WARM_MAX_IDLE", warm.to_string())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -222,6 +229,17 @@ impl Mesh {
             .unwrap_or_else(|| panic!("no part {name}"))
     }
 
+    /// What a part says of itself to Prometheus.
+    pub async fn metrics(&self, part: &str) -> String {
+        let address = self.part(part).metrics.expect("it has metrics");
+        let (host, path) = address
+            .trim_start_matches("http://")
+            .split_once('/')
+            .unwrap();
+        let answer = crate::http::get(host, host, &format!("/{path}"), &[]).await;
+        String::from_utf8_lossy(&answer.body).into_owned()
+    }
+
     /// Kills a part as a crash would, and waits until the supervisor has started another.
     pub fn crash(&self, name: &str) {
         let old = self.part(name).pid;
@@ -236,6 +254,33 @@ impl Mesh {
     pub fn kill(&self, name: &str) {
         let pid = nix::unistd::Pid::from_raw(self.part(name).pid);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+
+    /// A session's folder on its node.
+    pub fn session_folder(&self, session: &Session) -> PathBuf {
+        (1..=8)
+            .map(|number| match number {
+                1 => "node".to_owned(),
+                _ => format!("node-{number}"),
+            })
+            .map(|node| self.state().join(node).join("s").join(&session.session_id))
+            .find(|folder| folder.exists())
+            .expect("the session has a folder")
+    }
+
+    /// The PID of a session's VMM: it works in the session's folder.
+    pub fn vmm(&self, session: &Session) -> nix::unistd::Pid {
+        let folder = self.session_folder(session).canonicalize().unwrap();
+        let found = procfs::process::all_processes()
+            .unwrap()
+            .flatten()
+            .find(|process| process.cwd().is_ok_and(|cwd| cwd == folder));
+        nix::unistd::Pid::from_raw(found.expect("the session has a VMM").pid)
+    }
+
+    /// Kills a session's VMM.
+    pub fn kill_vmm(&self, session: &Session) {
+        nix::sys::signal::kill(self.vmm(session), nix::sys::signal::Signal::SIGKILL).unwrap();
     }
 
     /// Sends a signal to a part and all processes it started, itself first.

@@ -381,14 +381,16 @@ async fn the_catalog_emptied(mesh: &Mesh, session: &Session) {
     }
 }
 
-/// Killed and started again without its sessions: unreachable, then lost; never unknown, and nobody else's.
+/// Killed together with its VMMs, and started again: unreachable, then lost; never unknown, and nobody else's.
 async fn a_node_that_restarts(mesh: &Mesh) {
     let session = mesh.session().await;
     let node = nodes(mesh)
         .into_iter()
         .find(|node| node.id == session.node_id)
         .unwrap();
-    kill(&part_of(mesh, &node));
+    let part = part_of(mesh, &node);
+    kill(&part);
+    mesh.kill_vmm(&session);
     let seen = until_lost(mesh, &session).await;
     assert!(
         seen.iter()

@@ -190,13 +190,7 @@ async fn grpcurl_grpc_web_traces_and_metrics() {
         ),
         ("node", "sandmesh.node.v1.NodeService/StartSession"),
     ] {
-        let address = mesh.part(part).metrics.unwrap();
-        let (edge, path) = address
-            .trim_start_matches("http://")
-            .split_once('/')
-            .unwrap();
-        let metrics = http::get(edge, edge, &format!("/{path}"), &[]).await.body;
-        let metrics = String::from_utf8_lossy(&metrics);
+        let metrics = mesh.metrics(part).await;
         let count = format!("method=\"{method}\",code=\"Ok\"");
         assert!(metrics.contains(&count), "{part}: {metrics}");
         let duration = format!(

@@ -21,7 +21,7 @@ use nix::{
     time::{ClockId, clock_settime},
     unistd::sethostname,
 };
-use proto::envd::v1::{ConfigureRequest, GuestInfo};
+use proto::envd::v1::{ConfigureRequest, GuestInfo, GuestNetwork};
 use tonic::{Code, Status};
 
 use crate::{
@@ -49,6 +49,8 @@ pub(crate) struct Guest {
     /// Held while the guest becomes somebody's or gets ready for a snapshot.
     pub(crate) changing: tokio::sync::Mutex<()>,
     identity: Mutex<Option<Identity>>,
+    /// What was set last.
+    network: tokio::sync::Mutex<Option<GuestNetwork>>,
 }
 
 #[derive(Debug, Clone)]
@@ -67,6 +69,7 @@ impl Guest {
             owns_system,
             changing: tokio::sync::Mutex::default(),
             identity: Mutex::default(),
+            network: tokio::sync::Mutex::default(),
         }
     }
 
@@ -126,6 +129,18 @@ impl Guest {
         }
     }
 
+    /// Sets the network, unless that is what was set last: every place a guest is restored into looks the same from inside, down to the
+    /// gateway's hardware address, and what its user has changed since is the user's.
+    pub(crate) async fn set_network(&self, network: GuestNetwork) -> Result<(), String> {
+        let mut last = self.network.lock().await;
+        if last.as_ref() != Some(&network) {
+            *last = None;
+            network::set(&network).await?;
+            *last = Some(network);
+        }
+        Ok(())
+    }
+
     /// Makes the guest a session's and opens the gate. While it is open, again is a success that changes nothing for the same session, and
     /// refused for another; once a snapshot's preparation has closed it, the guest may become anybody's.
     pub(crate) async fn configure(&self, request: ConfigureRequest) -> Result<(), Status> {
@@ -161,7 +176,7 @@ impl Guest {
                 connections::reset().await.map_err(failed("connections"))?;
             }
             let network = request.network.clone().unwrap_or_default();
-            network::set(&network).await.map_err(failed("network"))?;
+            self.set_network(network).await.map_err(failed("network"))?;
         }
         let identity = Identity {
             session_id: request.session_id,

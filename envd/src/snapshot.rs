@@ -10,6 +10,7 @@
 use std::{fs, fs::File, path::Path, sync::Arc, time::Duration};
 
 use nix::unistd::syncfs;
+use proto::envd::v1::GuestNetwork;
 use tonic::{Code, Status};
 
 use crate::{
@@ -30,10 +31,14 @@ fn failed(step: &'static str) -> impl Fn(String) -> Status {
 }
 
 /// Stops the guest as far as users are concerned; says how much memory is free. If that fails, the guest is as it was.
-pub(crate) async fn prepare(guest: Arc<Guest>, processes: Processes) -> Result<u64, Status> {
+pub(crate) async fn prepare(
+    guest: Arc<Guest>,
+    processes: Processes,
+    network: Option<GuestNetwork>,
+) -> Result<u64, Status> {
     let _one_at_a_time = guest.changing.lock().await;
     let was_open = guest.gate.close();
-    let stopped = stop(&guest, processes).await;
+    let stopped = stop(&guest, processes, network).await;
     // One that was closed before stays so: its processes wait for Configure.
     if let Err(why) = &stopped
         && was_open
@@ -49,9 +54,17 @@ pub(crate) async fn prepare(guest: Arc<Guest>, processes: Processes) -> Result<u
     stopped
 }
 
-async fn stop(guest: &Arc<Guest>, processes: Processes) -> Result<u64, Status> {
+async fn stop(
+    guest: &Arc<Guest>,
+    processes: Processes,
+    network: Option<GuestNetwork>,
+) -> Result<u64, Status> {
     if guest.gate.is_new() && guest.owns_system {
-        network::warm().await.map_err(failed("warm"))?;
+        let warmed = match network {
+            Some(network) => guest.set_network(network).await,
+            None => network::warm().await,
+        };
+        warmed.map_err(failed("warm"))?;
     }
     let stopping = Arc::clone(guest);
     blocking("freeze", move || {

@@ -6,27 +6,33 @@ use futures::Stream;
 use proto::{
     node::v1::{
         DeleteSnapshotRequest, DeleteSnapshotResponse, DrainNodeRequest, DrainNodeResponse,
-        ForkSessionRequest, ForkSessionResponse, GetSessionMetricsRequest,
-        GetSessionMetricsResponse, ListSessionsRequest, ListSessionsResponse, PauseSessionRequest,
-        PauseSessionResponse, ResumeSessionRequest, ResumeSessionResponse, RollbackSessionRequest,
-        RollbackSessionResponse, SnapshotSessionRequest, SnapshotSessionResponse,
-        StartSessionRequest, StartSessionResponse, StopSessionRequest, StopSessionResponse,
-        UpdateSessionRequest, UpdateSessionResponse, WatchSessionsRequest, WatchSessionsResponse,
-        node_service_server::NodeService,
+        ForkChild, ForkSessionRequest, ForkSessionResponse, GetSessionMetricsRequest,
+        GetSessionMetricsResponse, HostedSession, ListSessionsRequest, ListSessionsResponse,
+        PauseSessionRequest, PauseSessionResponse, ResumeSessionRequest, ResumeSessionResponse,
+        RollbackSessionRequest, RollbackSessionResponse, SnapshotSessionRequest,
+        SnapshotSessionResponse, StartSessionRequest, StartSessionResponse, StartStep,
+        StopSessionRequest, StopSessionResponse, UpdateSessionRequest, UpdateSessionResponse,
+        WatchSessionsRequest, WatchSessionsResponse, node_service_server::NodeService,
     },
-    session::v1::{Network, PortAccess},
+    session::v1::{EndReason, Resources, SessionState},
 };
 use service_kit::{
-    errors::{Failure, Reason},
+    errors::{Failure, Reason, reason_of},
     ids::SessionId,
 };
+use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
-    driver::{Plan, Workshop},
-    hosted::{Admitted, Hosted, Lookup, Phase, Session},
+    driver::{self, Command, DriveError, ForkImage, Origin, Outcome, Plan, Workshop},
+    hosted::{Admitted, Hosted, Lookup, NodeFull, Phase, Session},
+    stored::StoredError,
+    vmm::{VmmError, memory::MemoryError},
 };
+
+/// Children of one fork.
+const MOST_CHILDREN: usize = 100;
 
 /// Serves this node.
 #[derive(Debug)]
@@ -50,11 +56,48 @@ fn required(field: &'static str) -> impl Fn() -> Status {
     move || Failure::field_invalid(field, "is required").into_status()
 }
 
-fn port_access(network: &Network) -> PortAccess {
-    match network.port_access() {
-        PortAccess::Token => PortAccess::Token,
-        _ => PortAccess::Public,
+/// A checkpoint's ID becomes the name of a folder.
+fn checkpoint_id(text: String) -> Result<String, Status> {
+    let is_good = (1..=64).contains(&text.len())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    if is_good {
+        Ok(text)
+    } else {
+        Err(Failure::field_invalid("checkpoint_id", "must be 1-64 characters [a-z0-9]").into())
     }
+}
+
+fn full(full: &NodeFull) -> Failure {
+    Failure::new(Code::ResourceExhausted, Reason::NODE_FULL, full.to_string())
+        .with("freeSessions", full.free_sessions)
+        .with("freeMemoryBytes", full.free_memory)
+}
+
+fn not_here(id: &SessionId) -> Status {
+    Failure::new(Code::NotFound, Reason::SESSION_UNKNOWN, "not on this node")
+        .with("sessionId", id)
+        .into_status()
+}
+
+/// How a driver's no is told.
+fn refused(id: &SessionId, error: &DriveError) -> Status {
+    let code = match error {
+        DriveError::Full(error) => return full(error).with("sessionId", id).into_status(),
+        DriveError::State(_) => Code::FailedPrecondition,
+        DriveError::CheckpointUnknown(_) => Code::NotFound,
+        // Another try is refused the same way, so not Aborted.
+        DriveError::Stored(StoredError::Damaged(_) | StoredError::Incompatible { .. })
+        | DriveError::Vmm(VmmError::Memory(MemoryError::Damaged(_)) | VmmError::Load(_)) => {
+            Code::FailedPrecondition
+        }
+        _ if error.reason() == Reason::NODE_DISK_FULL => Code::ResourceExhausted,
+        _ => Code::Aborted,
+    };
+    Failure::new(code, error.reason(), error.to_string())
+        .with("sessionId", id)
+        .into_status()
 }
 
 impl NodeApi {
@@ -64,47 +107,60 @@ impl NodeApi {
             session.ended().await;
         }
     }
-}
 
-#[tonic::async_trait]
-impl NodeService for NodeApi {
-    async fn start_session(
+    /// Has a session's driver do something, and waits for it.
+    async fn ask<T>(
         &self,
-        request: Request<StartSessionRequest>,
-    ) -> Result<Response<StartSessionResponse>, Status> {
-        let request = request.into_inner();
-        let id = session_id(&request.session_id)?;
-        let template = request.template.clone().ok_or_else(required("template"))?;
-        let resources = request.resources.ok_or_else(required("resources"))?;
-        let network = request.network.clone().ok_or_else(required("network"))?;
-        if request.access_token_sha256.len() != 32 {
-            return Err(Failure::field_invalid("access_token_sha256", "must be 32 bytes").into());
+        id: &SessionId,
+        command: impl FnOnce(oneshot::Sender<Outcome<T>>) -> Command,
+    ) -> Result<T, Status> {
+        let Lookup::Here(session) = self.hosted.lookup(id) else {
+            return Err(not_here(id));
+        };
+        match session.ask(command).await {
+            Some(Ok(done)) => Ok(done),
+            Some(Err(error)) => Err(refused(id, &error)),
+            None => Err(Failure::new(
+                Code::Aborted,
+                Reason::SESSION_STOPPED,
+                "the session ended meanwhile",
+            )
+            .with("sessionId", id)
+            .into()),
         }
-        let session = Session::new(
+    }
+
+    /// Starts a session, or joins in its start, and waits until it runs.
+    async fn begin(
+        &self,
+        request: StartSessionRequest,
+        resources: Resources,
+        origin: Origin,
+    ) -> Result<Vec<StartStep>, Status> {
+        let id = session_id(&request.session_id)?;
+        let (session, commands) = Session::new(
             id.clone(),
             request.access_token_sha256.clone(),
             resources,
-            port_access(&network),
+            driver::settings_of(&request),
         );
-        let admitted = self.hosted.admit(session).map_err(|full| {
-            Failure::new(Code::ResourceExhausted, Reason::NODE_FULL, full.to_string())
-                .with("freeSessions", full.free_sessions)
-                .with("freeMemoryBytes", full.free_memory)
-                .into_status()
-        })?;
+        let admitted = self
+            .hosted
+            .admit(session)
+            .map_err(|error| full(&error).into_status())?;
         let mut steps = Vec::new();
         let session = match admitted {
             Admitted::Here(session) => session,
             Admitted::New(session) => {
                 let plan = Plan {
                     request,
-                    template,
-                    internet: network.internet_access.unwrap_or(true),
+                    origin,
                     span: tracing::Span::current(),
                 };
-                let (tell, told) = tokio::sync::oneshot::channel();
+                let (tell, told) = oneshot::channel();
                 self.drivers.spawn(Arc::clone(&self.workshop).drive(
                     Arc::clone(&session),
+                    commands,
                     plan,
                     tell,
                 ));
@@ -118,14 +174,14 @@ impl NodeService for NodeApi {
             .wait_for(|phase| !matches!(phase, Phase::Starting | Phase::Stopping))
             .await;
         match settled.as_deref() {
-            Ok(Phase::Running(_)) => Ok(Response::new(StartSessionResponse { steps })),
             Ok(Phase::Ended(ended)) => {
                 let reason = Reason::new(start_reason(&ended.reason));
                 Err(Failure::new(Code::Aborted, reason, ended.message.clone())
                     .with("sessionId", &id)
                     .into())
             }
-            _ => Err(Failure::new(
+            Ok(_) => Ok(steps),
+            Err(_) => Err(Failure::new(
                 Code::Internal,
                 Reason::INTERNAL,
                 "the session's driver ended",
@@ -134,53 +190,150 @@ impl NodeService for NodeApi {
         }
     }
 
+    /// A child of a fork; what did not start is told as the registry wants to hear it.
+    async fn start_child(
+        &self,
+        child: ForkChild,
+        image: &Arc<ForkImage>,
+    ) -> Result<(), HostedSession> {
+        let session_id = child.session_id.clone();
+        let request = StartSessionRequest {
+            session_id: child.session_id,
+            access_token_sha256: child.access_token_sha256,
+            ..image.request().clone()
+        };
+        let resources = request.resources.unwrap_or_default();
+        let started = self.begin(request, resources, Origin::Fork(Arc::clone(image)));
+        started.await.map(drop).map_err(|status| HostedSession {
+            session_id,
+            state: SessionState::Failed.into(),
+            end_reason: Some(EndReason {
+                reason: reason_of(&status).unwrap_or_else(|| "START_FAILED".into()),
+                message: status.message().to_owned(),
+            }),
+            resources: Some(resources),
+            stored_bytes: 0,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl NodeService for NodeApi {
+    async fn start_session(
+        &self,
+        request: Request<StartSessionRequest>,
+    ) -> Result<Response<StartSessionResponse>, Status> {
+        let request = request.into_inner();
+        if request.template.is_none() {
+            return Err(required("template")());
+        }
+        let resources = request.resources.ok_or_else(required("resources"))?;
+        if request.network.is_none() {
+            return Err(required("network")());
+        }
+        if request.access_token_sha256.len() != 32 {
+            return Err(Failure::field_invalid("access_token_sha256", "must be 32 bytes").into());
+        }
+        let steps = self.begin(request, resources, Origin::Template).await?;
+        Ok(Response::new(StartSessionResponse { steps }))
+    }
+
     async fn pause_session(
         &self,
-        _: Request<PauseSessionRequest>,
+        request: Request<PauseSessionRequest>,
     ) -> Result<Response<PauseSessionResponse>, Status> {
-        Err(Failure::not_yet("PauseSession").into())
+        let id = session_id(&request.get_ref().session_id)?;
+        self.ask(&id, Command::Pause).await.map(Response::new)
     }
 
     async fn resume_session(
         &self,
-        _: Request<ResumeSessionRequest>,
+        request: Request<ResumeSessionRequest>,
     ) -> Result<Response<ResumeSessionResponse>, Status> {
-        Err(Failure::not_yet("ResumeSession").into())
+        let id = session_id(&request.get_ref().session_id)?;
+        self.ask(&id, Command::Resume).await.map(Response::new)
     }
 
     async fn fork_session(
         &self,
-        _: Request<ForkSessionRequest>,
+        request: Request<ForkSessionRequest>,
     ) -> Result<Response<ForkSessionResponse>, Status> {
-        Err(Failure::not_yet("ForkSession").into())
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let children = request.children;
+        if !(1..=MOST_CHILDREN).contains(&children.len()) {
+            return Err(Failure::field_invalid("children", "must be 1-100").into());
+        }
+        for child in &children {
+            SessionId::parse(&child.session_id).map_err(|error| {
+                Failure::field_invalid("children.session_id", error.to_string()).into_status()
+            })?;
+            if child.access_token_sha256.len() != 32 {
+                let field = "children.access_token_sha256";
+                return Err(Failure::field_invalid(field, "must be 32 bytes").into());
+            }
+        }
+        let (image, stood) = self.ask(&id, Command::Fork).await?;
+        let started = futures::future::join_all(
+            children
+                .into_iter()
+                .map(|child| self.start_child(child, &image)),
+        );
+        let failed = started.await.into_iter().filter_map(Result::err).collect();
+        Ok(Response::new(ForkSessionResponse {
+            parent_stop_time: prost_types::Duration::try_from(stood).ok(),
+            failed,
+        }))
     }
 
     async fn snapshot_session(
         &self,
-        _: Request<SnapshotSessionRequest>,
+        request: Request<SnapshotSessionRequest>,
     ) -> Result<Response<SnapshotSessionResponse>, Status> {
-        Err(Failure::not_yet("SnapshotSession").into())
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let checkpoint = checkpoint_id(request.checkpoint_id)?;
+        self.ask(&id, |reply| Command::Snapshot(checkpoint, reply))
+            .await
+            .map(Response::new)
     }
 
     async fn rollback_session(
         &self,
-        _: Request<RollbackSessionRequest>,
+        request: Request<RollbackSessionRequest>,
     ) -> Result<Response<RollbackSessionResponse>, Status> {
-        Err(Failure::not_yet("RollbackSession").into())
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let checkpoint = checkpoint_id(request.checkpoint_id)?;
+        self.ask(&id, |reply| Command::Rollback(checkpoint, reply))
+            .await?;
+        Ok(Response::new(RollbackSessionResponse {}))
     }
 
     async fn delete_snapshot(
         &self,
-        _: Request<DeleteSnapshotRequest>,
+        request: Request<DeleteSnapshotRequest>,
     ) -> Result<Response<DeleteSnapshotResponse>, Status> {
-        Err(Failure::not_yet("DeleteSnapshot").into())
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let checkpoint = checkpoint_id(request.checkpoint_id)?;
+        // A session's checkpoints go with it.
+        if let Lookup::Here(_) = self.hosted.lookup(&id) {
+            self.ask(&id, |reply| Command::DeleteSnapshot(checkpoint, reply))
+                .await?;
+        }
+        Ok(Response::new(DeleteSnapshotResponse {}))
     }
 
     async fn get_session_metrics(
         &self,
-        _: Request<GetSessionMetricsRequest>,
+        request: Request<GetSessionMetricsRequest>,
     ) -> Result<Response<GetSessionMetricsResponse>, Status> {
-        Err(Failure::not_yet("GetSessionMetrics").into())
+        let id = session_id(&request.get_ref().session_id)?;
+        let metrics = self.ask(&id, Command::Metrics).await?;
+        Ok(Response::new(GetSessionMetricsResponse {
+            metrics: Some(*metrics),
+        }))
     }
 
     async fn update_session(
@@ -189,15 +342,8 @@ impl NodeService for NodeApi {
     ) -> Result<Response<UpdateSessionResponse>, Status> {
         let request = request.into_inner();
         let id = session_id(&request.session_id)?;
-        let network = request.network.ok_or_else(required("network"))?;
-        let Lookup::Here(session) = self.hosted.lookup(&id) else {
-            return Err(
-                Failure::new(Code::NotFound, Reason::SESSION_UNKNOWN, "not on this node")
-                    .with("sessionId", &id)
-                    .into(),
-            );
-        };
-        session.set_port_access(port_access(&network));
+        self.ask(&id, |reply| Command::Update(Box::new(request), reply))
+            .await?;
         Ok(Response::new(UpdateSessionResponse {}))
     }
 
@@ -241,7 +387,7 @@ impl NodeService for NodeApi {
 
 /// The words a start can end with; they are the only ones a caller will see as a reason.
 fn start_reason(reason: &str) -> &'static str {
-    const KNOWN: [&str; 9] = [
+    const KNOWN: [&str; 12] = [
         "ARTIFACT_UNAVAILABLE",
         "NETWORK_SLOT_FAILED",
         "NODE_DISK_FULL",
@@ -249,6 +395,9 @@ fn start_reason(reason: &str) -> &'static str {
         "VMM_FAILED",
         "NODE_DISK_FAILED",
         "CONFIGURE_FAILED",
+        "GUEST_NOT_READY",
+        "SNAPSHOT_DAMAGED",
+        "SNAPSHOT_INCOMPATIBLE",
         "START_TIMEOUT",
         "STOP_REQUESTED",
     ];

@@ -39,12 +39,14 @@ use crate::{
     catalog::Catalog,
     config::{Config, VmmChoice},
     disk::Disks,
-    driver::{self, Workshop},
+    driver::{self, Adopted, WarmPolicy, WarmPool, Workshop},
     guest_image::GuestImages,
     hosted::Hosted,
-    ingress::{self, HOP_HEADER, Ingress},
+    ingress::{self, HOP_HEADER, Ingress, Waker},
     register::Registrar,
     slot::{SlotConfig, SlotError, SlotPool},
+    snapshot::TemplateSnapshots,
+    stored::Maker,
     vmm::{
         Vmm,
         fake::Fake,
@@ -52,6 +54,8 @@ use crate::{
     },
 };
 
+/// What the smallest guest is counted with when there may be many.
+const LEAST_MEMORY: u64 = 128 << 20;
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// How long a process that was killed may take to be gone.
 const DYING: Duration = Duration::from_secs(5);
@@ -108,6 +112,7 @@ pub struct App {
     token: MeshToken,
     redis: redis::Client,
     workshop: Arc<Workshop>,
+    adopted: Vec<Adopted>,
     hosted: Arc<Hosted>,
     config: Config,
     registered: watch::Sender<Option<String>>,
@@ -125,23 +130,30 @@ impl App {
         };
         fs::create_dir_all(&config.state).map_err(state)?;
         let lock = lock(&config.state)?;
-        let sessions = config.state.join("s");
-        let reaped = driver::reap(&sessions).map_err(state)?;
-        if reaped > 0 {
-            tracing::warn!(
-                sessions = reaped,
-                "sessions of an earlier node-svc were ended"
-            );
-        }
+        // VMMs have their own working folders, so every name they are given is a whole one.
+        let folder = config.state.canonicalize().map_err(state)?;
+        let sessions = folder.join("s");
+        let in_use = driver::slots_in_use(&sessions).map_err(state)?;
         let token = MeshToken::load(&config.mesh_token_file)?;
         let redis = redis::Client::open(config.redis_url.as_str())?;
         let vmm = tokio::task::block_in_place(|| vmm(&config))?;
+        let warm_policy = WarmPolicy {
+            min_idle: config.warm_min_idle,
+            max_idle: config.warm_max_idle,
+            memory: config.warm_memory,
+            idle_ttl: config.warm_idle_ttl,
+        };
         let (slots, images) = if vmm.needs_place() {
             let slots = SlotConfig {
                 name_servers: nameservers(&config.nameservers)
                     .into_iter()
                     .map(|address| (address, 53).into())
                     .collect(),
+                // More for templates that boot and for guests that wait.
+                capacity: config.max_sessions as usize
+                    + parallel_boots(&config)
+                    + WarmPool::most(warm_policy, LEAST_MEMORY),
+                egress_deny: config.egress_deny.clone(),
                 ..SlotConfig::new(config.state.clone(), config.ready_slots)
             };
             let envd = |source| AppError::File {
@@ -149,11 +161,10 @@ impl App {
                 path: config.envd.clone(),
                 source,
             };
-            let images =
-                GuestImages::open(config.state.join("images"), &config.envd).map_err(envd)?;
+            let images = GuestImages::open(folder.join("images"), &config.envd).map_err(envd)?;
             (
                 Some(tokio::task::block_in_place(|| {
-                    SlotPool::open(&slots, &BTreeSet::new())
+                    SlotPool::open(&slots, &in_use)
                 })?),
                 Some(images),
             )
@@ -162,23 +173,38 @@ impl App {
         };
         let total = capacity(&config);
         let hosted = Arc::new(Hosted::new(total));
-        let parallel = config.parallel_boots.unwrap_or_else(cpus);
+        let parallel = parallel_boots(&config);
         let boots = if vmm.needs_place() {
             parallel.max(1)
         } else {
             Semaphore::MAX_PERMITS
         };
+        let (forks, warm) = (folder.join("f"), folder.join("w"));
+        tokio::task::block_in_place(|| driver::end_all(&warm)).map_err(state)?;
+        let snapshots = tokio::task::block_in_place(|| {
+            driver::end_template_boots(&folder.join("t"))?;
+            TemplateSnapshots::open(folder.join("t"))
+        })
+        .map_err(state)?;
         let workshop = Workshop {
+            maker: Maker {
+                vmm: format!("{} {}", vmm.kind().as_str_name(), vmm.version()),
+                cpu: cpu_model(),
+            },
+            snapshots,
+            forks,
             artifacts: Artifacts::open(
-                config.state.join("artifacts"),
+                folder.join("artifacts"),
                 mesh::connect(&config.template_addresses, &token),
             )
             .map_err(state)?,
-            disks: Disks::open(config.state.join("disks")).map_err(state)?,
+            disks: Disks::open(folder.join("disks")).map_err(state)?,
             slots,
             images,
             sessions,
+            warm: WarmPool::new(warm, warm_policy),
             boots: Semaphore::new(boots),
+            parallel_boots: boots,
             boot_timeout: config.boot_timeout,
             nameservers: nameservers(&config.nameservers)
                 .iter()
@@ -196,6 +222,14 @@ impl App {
             return Err(AppError::NotTcp);
         };
         let node_id = node_id(&config.state).map_err(state)?;
+        let adopted =
+            tokio::task::block_in_place(|| driver::adopt_all(&workshop)).map_err(state)?;
+        if !adopted.is_empty() {
+            tracing::info!(
+                sessions = adopted.len(),
+                "sessions of an earlier node-svc are taken over"
+            );
+        }
         let node = Node {
             node_id: node_id.to_string(),
             ingress_address: config.advertise_ingress.clone().unwrap_or(ingress_address),
@@ -220,6 +254,7 @@ impl App {
             token,
             redis,
             workshop: Arc::new(workshop),
+            adopted,
             hosted,
             config,
             registered: watch::Sender::new(None),
@@ -248,6 +283,7 @@ impl App {
             token,
             redis,
             workshop,
+            adopted,
             hosted,
             config,
             registered,
@@ -258,23 +294,35 @@ impl App {
         let drivers = TaskTracker::new();
         let connections = TaskTracker::new();
         let background = TaskTracker::new();
+        for Adopted {
+            session,
+            commands,
+            plan,
+        } in adopted
+        {
+            // Nobody waits to hear how it went.
+            let (steps, _) = tokio::sync::oneshot::channel();
+            drivers.spawn(Arc::clone(&workshop).drive(session, commands, plan, steps));
+        }
         let catalog = Catalog::new(redis, &config.redis_prefix);
+        let registry =
+            NodeRegistryServiceClient::new(mesh::connect(&config.session_addresses, &token));
+        let waker = Waker::new(registry.clone(), node_id.clone());
         let ingress = Arc::new(Ingress::new(
             node_id,
             Arc::clone(&hosted),
             catalog,
+            waker,
             &token,
             &config.domain,
             connections.clone(),
         ));
         if let Some(slots) = &workshop.slots {
             background.spawn(slots.clone().run(shutdown.clone()));
+            background.spawn(Arc::clone(&workshop).keep_warm(shutdown.clone()));
         }
         let registrar = Registrar {
-            registry: NodeRegistryServiceClient::new(mesh::connect(
-                &config.session_addresses,
-                &token,
-            )),
+            registry,
             node,
             hosted: Arc::clone(&hosted),
             tasks: connections.clone(),
@@ -379,7 +427,7 @@ pub fn clean_up(state: &Path) -> Result<(), AppError> {
         path: state.to_owned(),
         source,
     };
-    driver::reap(&state.join("s")).map_err(failed)?;
+    driver::reap(state).map_err(failed)?;
     SlotPool::open(&SlotConfig::new(state.to_owned(), 0), &BTreeSet::new())?.remove_all()?;
     Ok(())
 }
@@ -445,6 +493,10 @@ fn vmm(config: &Config) -> Result<Arc<dyn Vmm>, AppError> {
 
 fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn parallel_boots(config: &Config) -> usize {
+    config.parallel_boots.unwrap_or_else(cpus).max(1)
 }
 
 fn capacity(config: &Config) -> Capacity {

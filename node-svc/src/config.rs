@@ -87,6 +87,21 @@ pub struct Config {
     /// Sessions at most.
     #[arg(long, env = "SANDMESH_NODE_MAX_SESSIONS", default_value_t = 64)]
     pub max_sessions: u32,
+    /// Guests kept ready for each template in use, at least.
+    #[arg(long, env = "SANDMESH_NODE_WARM_MIN_IDLE", default_value_t = 0)]
+    pub warm_min_idle: usize,
+    /// Guests kept ready for each template in use, at most; 0 keeps none.
+    #[arg(long, env = "SANDMESH_NODE_WARM_MAX_IDLE", default_value_t = 2)]
+    pub warm_max_idle: usize,
+    /// Memory of all guests kept ready, counted as if each used all it has.
+    #[arg(long, env = "SANDMESH_NODE_WARM_MEMORY", default_value = "1GiB", value_parser = parse_bytes)]
+    pub warm_memory: u64,
+    /// A template is in use for so long after its last session started.
+    #[arg(long, env = "SANDMESH_NODE_WARM_IDLE_TTL", default_value = "10m", value_parser = parse_duration)]
+    pub warm_idle_ttl: Duration,
+    /// Networks that no sandbox reaches, whatever its own rules say: 10.0.0.0/8,192.168.0.0/16.
+    #[arg(long, env = "SANDMESH_NODE_EGRESS_DENY", value_delimiter = ',')]
+    pub egress_deny: Vec<ipnet::Ipv4Net>,
     /// Memory for guests; default: three quarters of the host's.
     #[arg(long, env = "SANDMESH_NODE_MEMORY", value_parser = parse_bytes)]
     pub memory: Option<u64>,

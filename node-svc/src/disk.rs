@@ -38,11 +38,7 @@ impl Disks {
 
     /// Makes a new, empty disk. Blocking.
     pub fn make(&self, size: u64, path: &Path) -> Result<(), DiskError> {
-        let template = self.template(size)?;
-        let (source, copy) = (File::open(template)?, File::create_new(path)?);
-        copy.set_len(size)?;
-        copy_data(&source, &copy, size)?;
-        Ok(())
+        Ok(copy(&self.template(size)?, path)?)
     }
 
     fn template(&self, size: u64) -> Result<PathBuf, DiskError> {
@@ -78,6 +74,17 @@ impl Disks {
         file.persist(&path).map_err(|error| error.error)?;
         Ok(path)
     }
+}
+
+/// Makes a copy of a sparse file: by reference where the file system can (ioctl_ficlone(2)), else of its data. Blocking.
+pub fn copy(source: &Path, path: &Path) -> io::Result<()> {
+    let (source, copy) = (File::open(source)?, File::create_new(path)?);
+    if rustix::fs::ioctl_ficlone(&copy, &source).is_ok() {
+        return Ok(());
+    }
+    let size = source.metadata()?.len();
+    copy.set_len(size)?;
+    copy_data(&source, &copy, size)
 }
 
 /// Copies only what is data: holes stay holes (lseek(2), `SEEK_DATA`).

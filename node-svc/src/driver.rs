@@ -1,10 +1,15 @@
-//! One task per session: it starts the guest, watches it, and takes it down. Nobody else touches what belongs to the session.
+//! One task per session: it starts the guest, watches it, pauses and resumes it, and takes it down. Nobody else touches what belongs
+//! to the session; whoever wants something of it sends a [`Command`].
 //!
 //! ```text
-//!  Starting: artifacts -> slot -> disk -> VMM -> boot -> configure --> Running --stop asked, VMM ended--> Stopping -> Ended
-//!      \______________ any step fails, takes too long, or a stop is asked ______________________________/
+//!  Starting: template's snapshot -> slot -> disk -> restore -> configure --> Running --stop asked, VMM ended--> Stopping -> Ended
+//!                                                                           |  ^   \
+//!                                       freeze -> stop -> store -> publish  |  |    fork, checkpoint: the same, and it goes on
+//!                                                                           v  |
+//!                                                                          Paused
 //! ```
-//! Whatever was taken is given back in every case, in the reverse order.
+//! Whatever was taken is given back in every case, in the reverse order. The journal says how far a session is before it goes on, so
+//! that the next node-svc can take over from any point ([`adopt`]).
 
 use std::{
     fs, io,
@@ -13,13 +18,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use data_encoding::HEXLOWER;
 use proto::{
-    node::v1::{StartSessionRequest, StartStep},
-    session::v1::SessionState,
-    template::v1::Template,
+    node::v1::{
+        PauseSessionResponse, ResumeSessionResponse, SnapshotSessionResponse, StartSessionRequest,
+        StartStep, UpdateSessionRequest,
+    },
+    session::v1::{GetSessionMetricsResponse, SessionState},
 };
-use service_kit::ids::SessionId;
-use tokio::sync::Semaphore;
+use service_kit::errors::Reason;
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, Span};
 
@@ -28,30 +36,62 @@ use crate::{
     disk::{DiskError, Disks},
     guest::{GuestClient, Identity},
     guest_image::GuestImages,
-    hosted::{Ended, Hosted, Phase, Reach, Session},
-    journal,
-    slot::{self, NetworkRules, Slot, SlotError, SlotPool},
+    hosted::{Ended, Hosted, NodeFull, Over, Phase, Reach, Session},
+    journal::{self, Step},
+    slot::{RuleError, Slot, SlotError, SlotPool},
+    snapshot::TemplateSnapshots,
     spans,
-    vmm::{BootSpec, GuestPlace, Vm, Vmm, VmmError},
+    stored::{self, Maker, StoredError},
+    vmm::{Vm, VmExit, Vmm, VmmError, memory::MemoryError},
 };
+
+mod adopt;
+mod fork;
+mod keep;
+mod start;
+mod warm;
+
+pub use adopt::{Adopted, adopt_all, end_all, end_template_boots, reap, slots_in_use};
+pub use fork::ForkImage;
+pub(crate) use keep::settings_of;
+pub use warm::{WarmPolicy, WarmPool};
+
+/// Memory of the template's snapshot, by its name in a session's folder.
+const TEMPLATE_MEMORY: &str = "template-memory";
+/// What a paused session is.
+const PAUSED: &str = "paused";
+/// Checkpoints, each a folder by its ID.
+const CHECKPOINTS: &str = "checkpoints";
+/// Begins names of what is being made; left behind only by a node-svc that died.
+const UNFINISHED: &str = ".unfinished-";
 
 /// What drivers work with.
 #[derive(Debug)]
 pub struct Workshop {
     /// Runs guests.
     pub vmm: Arc<dyn Vmm>,
+    /// What stored state says of this node.
+    pub maker: Maker,
     /// Network places; none where the VMM needs none.
     pub slots: Option<SlotPool>,
     /// Template files.
     pub artifacts: Artifacts,
+    /// Snapshots of templates.
+    pub snapshots: TemplateSnapshots,
     /// Initial RAM disks; none where the VMM needs none.
     pub images: Option<GuestImages>,
     /// Writable disks.
     pub disks: Disks,
     /// A folder per session.
     pub sessions: PathBuf,
-    /// Guests that may boot at once.
+    /// A folder per fork that is under way.
+    pub forks: PathBuf,
+    /// Guests that wait.
+    pub warm: WarmPool,
+    /// Guests that may boot or be restored at once.
     pub boots: Semaphore,
+    /// How many that are when none is.
+    pub parallel_boots: usize,
     /// From the VMM's start until the guest is configured.
     pub boot_timeout: Duration,
     /// Name servers of guests.
@@ -60,77 +100,148 @@ pub struct Workshop {
     pub hosted: Arc<Hosted>,
 }
 
+/// Where a session comes from.
+#[derive(Debug)]
+pub enum Origin {
+    /// Its template.
+    Template,
+    /// Another session.
+    Fork(Arc<ForkImage>),
+    /// An earlier node-svc.
+    Earlier(journal::Entry),
+}
+
 /// What a session starts from.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Plan {
     /// The request, its fields checked.
     pub request: StartSessionRequest,
-    /// Its template.
-    pub template: Template,
-    /// Whether it reaches the outside.
-    pub internet: bool,
+    /// Where it comes from.
+    pub origin: Origin,
     /// The call that asked for it.
     pub span: Span,
 }
 
+/// What came of a command.
+pub type Outcome<T> = Result<T, DriveError>;
+
+/// What a driver is asked for.
+#[derive(Debug)]
+pub enum Command {
+    /// Store it and end its VMM.
+    Pause(oneshot::Sender<Outcome<PauseSessionResponse>>),
+    /// Continue it.
+    Resume(oneshot::Sender<Outcome<ResumeSessionResponse>>),
+    /// Make an image of it for children; also how long it stood still.
+    Fork(oneshot::Sender<Outcome<(Arc<ForkImage>, Duration)>>),
+    /// Keep it as it is now under this ID.
+    Snapshot(String, oneshot::Sender<Outcome<SnapshotSessionResponse>>),
+    /// Go back to what was kept under this ID.
+    Rollback(String, oneshot::Sender<Outcome<()>>),
+    /// Forget what was kept under this ID.
+    DeleteSnapshot(String, oneshot::Sender<Outcome<()>>),
+    /// Change its settings.
+    Update(Box<UpdateSessionRequest>, oneshot::Sender<Outcome<()>>),
+    /// Say what it uses.
+    Metrics(oneshot::Sender<Outcome<Box<GetSessionMetricsResponse>>>),
+}
+
+/// Something a session needs could not be had.
 #[derive(Debug, thiserror::Error)]
-enum StartError {
+pub enum DriveError {
+    /// A file of its template.
     #[error("{0}")]
     Artifact(#[from] ArtifactError),
+    /// A network place.
     #[error("{0}")]
     Slot(#[from] SlotError),
+    /// Its network rules make no sense.
+    #[error("network: {0}")]
+    Rules(#[from] RuleError),
+    /// A writable disk.
     #[error("{0}")]
     Disk(#[from] DiskError),
+    /// The VMM.
     #[error("{0}")]
     Vmm(#[from] VmmError),
+    /// The node's disk.
     #[error("the node's disk: {0}")]
     Io(#[from] io::Error),
+    /// Stored state.
+    #[error("{0}")]
+    Stored(#[from] StoredError),
+    /// The guest could not be made the session's.
     #[error("the guest could not be configured: {0}")]
     Configure(String),
+    /// The guest could not be made ready to be stored.
+    #[error("the guest did not get ready to be stored: {0}")]
+    Prepare(String),
+    /// The guest took too long.
     #[error("the guest was not ready within {0:?}")]
     Timeout(Duration),
+    /// There is no room for it to run.
+    #[error("{0}")]
+    Full(#[from] NodeFull),
+    /// It is not in the state for it.
+    #[error("the session is {0}")]
+    State(&'static str),
+    /// There is no such checkpoint.
+    #[error("there is no checkpoint {0} of this session here")]
+    CheckpointUnknown(String),
+    /// It was stopped meanwhile.
     #[error("it was stopped while it started")]
     Stopped,
 }
 
-impl StartError {
-    fn reason(&self) -> &'static str {
-        match self {
+impl DriveError {
+    /// Its stable word.
+    pub fn reason(&self) -> Reason {
+        if self.is_disk_full() {
+            return Reason::NODE_DISK_FULL;
+        }
+        Reason::new(match self {
             Self::Artifact(_) => "ARTIFACT_UNAVAILABLE",
             Self::Slot(_) => "NETWORK_SLOT_FAILED",
-            Self::Disk(DiskError::Io(error)) | Self::Io(error)
-                if error.kind() == io::ErrorKind::StorageFull =>
-            {
-                "NODE_DISK_FULL"
-            }
+            Self::Rules(_) => return Reason::INVALID_ARGUMENT,
             Self::Disk(_) => "DISK_FAILED",
+            Self::Stored(StoredError::Damaged(_))
+            | Self::Vmm(VmmError::Memory(MemoryError::Damaged(_)) | VmmError::Load(_)) => {
+                "SNAPSHOT_DAMAGED"
+            }
             Self::Vmm(_) => "VMM_FAILED",
-            Self::Io(_) => "NODE_DISK_FAILED",
+            Self::Io(_) | Self::Stored(StoredError::Io(_)) => "NODE_DISK_FAILED",
+            Self::Stored(StoredError::Incompatible { .. }) => "SNAPSHOT_INCOMPATIBLE",
             Self::Configure(_) => "CONFIGURE_FAILED",
+            Self::Prepare(_) => "GUEST_NOT_READY",
             Self::Timeout(_) => "START_TIMEOUT",
+            Self::Full(_) => return Reason::NODE_FULL,
+            Self::State("paused") => return Reason::SESSION_PAUSED,
+            Self::State(_) => return Reason::WRONG_STATE,
+            Self::CheckpointUnknown(_) => "CHECKPOINT_UNKNOWN",
             Self::Stopped => "STOP_REQUESTED",
+        })
+    }
+
+    fn is_disk_full(&self) -> bool {
+        let full = |error: &io::Error| error.kind() == io::ErrorKind::StorageFull;
+        match self {
+            Self::Disk(DiskError::Io(error))
+            | Self::Io(error)
+            | Self::Stored(StoredError::Io(error)) => full(error),
+            Self::Vmm(error) => error.is_disk_full(),
+            _ => false,
         }
     }
 }
 
-/// What a session has taken and must give back.
-#[derive(Debug, Default)]
-struct Taken {
-    slot: Option<Slot>,
-    vm: Option<Box<dyn Vm>>,
-    folder: Option<PathBuf>,
-}
-
-/// A running guest, and how long each part of its start took.
-struct Started {
-    guest: GuestClient,
-    over: CancellationToken,
-    steps: Vec<StartStep>,
-}
-
+/// How long each part of something took.
 struct Stopwatch(Instant, Vec<StartStep>);
 
 impl Stopwatch {
+    fn new() -> Self {
+        Self(Instant::now(), Vec::new())
+    }
+
     fn lap(&mut self, name: &str) {
         let elapsed = prost_types::Duration::try_from(self.0.elapsed()).ok();
         metrics::histogram!("sandmesh_node_start_step_seconds", "step" => name.to_owned())
@@ -143,60 +254,82 @@ impl Stopwatch {
     }
 }
 
+/// Drives one session; all it has taken is in here.
+struct Driver {
+    shop: Arc<Workshop>,
+    session: Arc<Session>,
+    request: StartSessionRequest,
+    entry: journal::Entry,
+    folder: PathBuf,
+    slot: Option<Slot>,
+    vm: Option<Box<dyn Vm>>,
+    /// The way to the guest while it runs.
+    reach: Option<Arc<Reach>>,
+}
+
+/// Something a driver has to do.
+enum Event {
+    Command(Command),
+    Exit(VmExit),
+    LinkLost,
+}
+
 impl Workshop {
     /// Drives a session from its start to its end. `steps` hears how the start went.
     pub async fn drive(
         self: Arc<Self>,
         session: Arc<Session>,
+        mut commands: mpsc::Receiver<Command>,
         plan: Plan,
-        steps: tokio::sync::oneshot::Sender<Vec<StartStep>>,
+        steps: oneshot::Sender<Vec<StartStep>>,
     ) {
-        let mut taken = Taken::default();
+        let mut driver = Driver {
+            folder: self.sessions.join(session.id.as_str()),
+            entry: journal::Entry {
+                session_id: session.id.to_string(),
+                machine_id: HEXLOWER.encode(&rand::random::<[u8; 16]>()),
+                ..journal::Entry::default()
+            },
+            shop: Arc::clone(&self),
+            session: Arc::clone(&session),
+            request: plan.request,
+            slot: None,
+            vm: None,
+            reach: None,
+        };
+        let was_here = matches!(plan.origin, Origin::Earlier(_));
         let started = tokio::select! {
-            started = self.start(&session.id, &plan, &mut taken).instrument(plan.span.clone()) => started,
-            () = session.stop.cancelled() => Err(StartError::Stopped),
+            started = driver.begin(plan.origin).instrument(plan.span.clone()) => started,
+            () = session.stop.cancelled() => Err(DriveError::Stopped),
         };
         // Traced is how it started, not how long it lives.
-        drop(plan);
+        drop(plan.span);
         let (ended, report) = match started {
-            Ok(started) => {
-                let guest = started.guest.clone();
-                let reach = Reach {
-                    guest: started.guest,
-                    address: taken.slot.as_ref().map(|slot| slot.reach),
-                    over: started.over.clone(),
-                };
-                session.enter(Phase::Running(Arc::new(reach)));
+            Ok(taken) => {
                 // The asker may be gone.
-                let _ = steps.send(started.steps);
-                tracing::info!(session_id = session.id.short(), "session runs");
-                let outcome = tokio::select! {
-                    outcome = self.watch(&session, &mut taken) => outcome,
-                    never = spans::pass_on(&guest, &session.id) => match never {},
-                };
-                session.enter(Phase::Stopping);
-                started.over.cancel();
-                outcome
+                let _ = steps.send(taken);
+                driver.live(&mut commands).await
             }
-            Err(StartError::Stopped) => (stopped(), false),
+            Err(DriveError::Stopped) => (stopped(), false),
             Err(error) => {
-                let console = match taken.vm.as_mut() {
-                    Some(vm) => vm.console_tail().await,
-                    None => String::new(),
-                };
+                let console = driver.console().await;
                 tracing::error!(session_id = session.id.short(), %error, console, "session did not start");
-                (
-                    Ended {
-                        state: SessionState::Failed,
-                        reason: error.reason().into(),
-                        message: error.to_string(),
+                let ended = Ended {
+                    state: if was_here {
+                        SessionState::Lost
+                    } else {
+                        SessionState::Failed
                     },
-                    false,
-                )
+                    reason: error.reason().as_str().to_owned(),
+                    message: error.to_string(),
+                };
+                (ended, was_here)
             }
         };
         session.enter(Phase::Stopping);
-        self.give_back(taken).await;
+        // Whoever still asks hears that it ends.
+        drop(commands);
+        driver.give_back().await;
         tracing::info!(
             session_id = session.id.short(),
             reason = ended.reason,
@@ -205,162 +338,263 @@ impl Workshop {
         self.hosted.bury(&session, ended, report);
     }
 
-    async fn watch(&self, session: &Session, taken: &mut Taken) -> (Ended, bool) {
-        let Some(vm) = taken.vm.as_mut() else {
-            return (stopped(), false);
-        };
-        let exit = tokio::select! {
-            () = session.stop.cancelled() => return (stopped(), false),
-            exit = vm.wait() => exit,
-        };
-        let console = vm.console_tail().await;
-        tracing::error!(session_id = session.id.short(), %exit, console, "a VMM ended by itself");
-        let ended = Ended {
-            state: SessionState::Failed,
-            reason: "VMM_EXITED".into(),
-            message: format!("its VMM ended by itself ({exit})"),
-        };
-        (ended, true)
+    async fn write_journal(&self, folder: &Path, entry: &journal::Entry) -> io::Result<()> {
+        let (folder, entry) = (folder.to_owned(), entry.clone());
+        blocking(move || journal::write(&folder, &entry)).await
+    }
+}
+
+impl Driver {
+    /// Serves the session until it ends; also whether the control plane has to be told.
+    async fn live(&mut self, commands: &mut mpsc::Receiver<Command>) -> (Ended, bool) {
+        let session = Arc::clone(&self.session);
+        loop {
+            let event = tokio::select! {
+                () = session.stop.cancelled() => return (stopped(), false),
+                event = self.next(commands) => event,
+            };
+            match event {
+                Event::Command(command) => {
+                    let done = tokio::select! {
+                        () = session.stop.cancelled() => return (stopped(), false),
+                        done = Box::pin(self.obey(command)) => done,
+                    };
+                    if let Err(ended) = done {
+                        return (ended, true);
+                    }
+                }
+                Event::Exit(exit) => return (self.failed(&exit).await, true),
+                Event::LinkLost => {
+                    let again = tokio::select! {
+                        () = session.stop.cancelled() => return (stopped(), false),
+                        again = self.reach_again() => again,
+                    };
+                    if let Err(ended) = again {
+                        return (ended, true);
+                    }
+                }
+            }
+        }
     }
 
-    async fn start(
-        &self,
-        id: &SessionId,
-        plan: &Plan,
-        taken: &mut Taken,
-    ) -> Result<Started, StartError> {
-        let mut watch = Stopwatch(Instant::now(), Vec::new());
-        let needs_place = self.vmm.needs_place();
-        let folder = self.sessions.join(id.as_str());
-        fs::create_dir(&folder)?;
-        taken.folder = Some(folder.clone());
-        let mut spec = BootSpec {
-            folder: folder.clone(),
-            kernel: PathBuf::new(),
-            initrd: PathBuf::new(),
-            rootfs: PathBuf::new(),
-            scratch: folder.join("scratch.ext4"),
-            vcpus: plan.request.resources.unwrap_or_default().vcpus,
-            memory_bytes: plan.request.resources.unwrap_or_default().memory_bytes,
-            place: None,
+    /// What comes next. Cancel-safe.
+    async fn next(&mut self, commands: &mut mpsc::Receiver<Command>) -> Event {
+        let command = async {
+            match commands.recv().await {
+                Some(command) => Event::Command(command),
+                // The session holds the sender.
+                None => std::future::pending().await,
+            }
         };
-        let mut entry = journal::Entry {
-            session_id: id.to_string(),
-            ..journal::Entry::default()
+        let (Some(vm), Some(reach)) = (self.vm.as_mut(), self.reach.as_ref()) else {
+            return command.await;
         };
-        if needs_place {
-            self.prepare(plan, &mut spec, &mut watch).await?;
+        tokio::select! {
+            event = command => event,
+            exit = vm.wait() => Event::Exit(exit),
+            () = reach.guest.closed() => Event::LinkLost,
+            never = spans::pass_on(&reach.guest, &self.session.id) => match never {},
         }
-        if let Some(slots) = &self.slots {
-            let slot = slots.take(&NetworkRules::internet(plan.internet)).await?;
-            taken.slot = Some(slot.clone());
-            entry.slot = Some(slot.index);
-            spec.place = Some(GuestPlace {
-                netns: slot.index.namespace_path(),
-                tap: slot::TAP.into(),
-                mac: slot::GUEST_MAC.into(),
-                reach: slot.reach,
-            });
-            watch.lap("slot");
-        }
-        if needs_place {
-            journal::write(&folder, &entry)?;
-        }
-        // Too many guests booting at once would make all of them late.
-        let turn = self
-            .boots
-            .acquire()
-            .await
-            .map_err(|_| StartError::Stopped)?;
-        let boot = self.boot(id, plan, spec, taken, &mut entry, &mut watch);
-        let booted = tokio::time::timeout(self.boot_timeout, boot).await;
-        drop(turn);
-        let (guest, over) = booted.map_err(|_| StartError::Timeout(self.boot_timeout))??;
-        Ok(Started {
-            guest,
-            over,
-            steps: watch.1,
-        })
     }
 
-    async fn prepare(
-        &self,
-        plan: &Plan,
-        spec: &mut BootSpec,
-        watch: &mut Stopwatch,
-    ) -> Result<(), StartError> {
-        let template = &plan.template;
-        spec.kernel = self
-            .artifacts
-            .get("kernel", template.kernel.as_ref())
-            .await?;
-        spec.rootfs = self
-            .artifacts
-            .get("root filesystem", template.rootfs.as_ref())
-            .await?;
-        let modules = self
-            .artifacts
-            .get("modules", template.modules.as_ref())
-            .await?;
-        if let Some(images) = &self.images {
-            // A copy of some MiB the first time, a look at a file name after.
-            spec.initrd = tokio::task::block_in_place(|| images.initrd(&modules))?;
+    /// Carries out a command; an error is the session's end.
+    async fn obey(&mut self, command: Command) -> Result<(), Ended> {
+        // Who asked may be gone; what was done stays done.
+        match command {
+            Command::Pause(reply) => {
+                let done = self.pause().await?;
+                let _ = reply.send(done);
+            }
+            Command::Resume(reply) => {
+                let done = self.resume().await;
+                let _ = reply.send(done);
+            }
+            Command::Fork(reply) => {
+                let done = self.fork().await?;
+                let _ = reply.send(done);
+            }
+            Command::Snapshot(id, reply) => {
+                let done = self.snapshot(&id).await?;
+                let _ = reply.send(done);
+            }
+            Command::Rollback(id, reply) => {
+                let done = self.roll_back(&id).await;
+                let _ = reply.send(done);
+            }
+            Command::DeleteSnapshot(id, reply) => {
+                let folder = self.checkpoint(&id);
+                let done = blocking(move || stored::remove(&folder)).await;
+                let _ = reply.send(done.map_err(DriveError::Io));
+            }
+            Command::Update(update, reply) => {
+                let done = self.update(*update).await;
+                let _ = reply.send(done);
+            }
+            Command::Metrics(reply) => {
+                let done = self.metrics().await.map(Box::new);
+                let _ = reply.send(done);
+            }
         }
-        watch.lap("artifacts");
-        let size = plan.request.resources.unwrap_or_default().disk_bytes;
-        tokio::task::block_in_place(|| self.disks.make(size, &spec.scratch))?;
-        watch.lap("disk");
         Ok(())
     }
 
-    async fn boot(
-        &self,
-        id: &SessionId,
-        plan: &Plan,
-        spec: BootSpec,
-        taken: &mut Taken,
-        entry: &mut journal::Entry,
-        watch: &mut Stopwatch,
-    ) -> Result<(GuestClient, CancellationToken), StartError> {
-        let deadline = Instant::now() + self.boot_timeout;
-        let folder = spec.folder.clone();
-        let vm = taken.vm.insert(self.vmm.boot(spec).await?);
-        entry.process = vm.process();
-        if entry.process.is_some() {
-            journal::write(&folder, entry)?;
+    async fn console(&mut self) -> String {
+        match self.vm.as_mut() {
+            Some(vm) => vm.console_tail().await,
+            None => String::new(),
         }
-        watch.lap("vmm");
-        let link = vm.connect(deadline).await?;
-        let over = CancellationToken::new();
-        let guest = GuestClient::open(link, over.clone())
-            .await
-            .map_err(|error| StartError::Configure(error.to_string()))?;
-        watch.lap("boot");
-        let identity = Identity {
-            session_id: id.clone(),
-            env: plan.request.env.clone().into_iter().collect(),
-            nameservers: self.nameservers.clone(),
-        };
-        guest
-            .configure(&identity)
-            .await
-            .map_err(|status| StartError::Configure(status.message().to_owned()))?;
-        watch.lap("configure");
-        Ok((guest, over))
     }
 
-    async fn give_back(&self, taken: Taken) {
-        let Taken { slot, vm, folder } = taken;
-        if let Some(mut vm) = vm {
-            vm.kill().await;
-        }
-        if let (Some(slot), Some(slots)) = (slot, &self.slots) {
-            slots.give_back(slot.index).await;
-        }
-        if let Some(folder) = folder {
-            remove_folder(&folder);
+    async fn failed(&mut self, exit: &VmExit) -> Ended {
+        let console = self.console().await;
+        tracing::error!(session_id = self.session.id.short(), %exit, console, "a VMM ended by itself");
+        let (reason, message) = match exit {
+            VmExit::Guest(_) if console.contains("Kernel panic") => {
+                ("GUEST_PANIC", "the guest's kernel panicked".to_owned())
+            }
+            VmExit::Guest(_) => (
+                "GUEST_POWERED_OFF",
+                "the guest powered off or rebooted".to_owned(),
+            ),
+            VmExit::Hung => (
+                "VMM_HUNG",
+                "its VMM did not answer any more and was ended".to_owned(),
+            ),
+            _ => ("VMM_EXITED", format!("its VMM ended by itself ({exit})")),
+        };
+        Ended {
+            state: SessionState::Failed,
+            reason: reason.into(),
+            message,
         }
     }
+
+    /// The link broke while the VMM lives: it is made anew, or the guest is beyond help.
+    async fn reach_again(&mut self) -> Result<(), Ended> {
+        let connected = match self.vm.as_mut() {
+            Some(vm) => open(vm.as_mut(), self.shop.boot_timeout).await,
+            None => return Ok(()),
+        };
+        match connected {
+            Ok((guest, over)) => {
+                if let Some(before) = self.reach.take() {
+                    before.end(Over::Ended);
+                }
+                self.enter_running(guest, over);
+                Ok(())
+            }
+            Err(DriveError::Vmm(VmmError::Ended(exit))) => Err(self.failed(&exit).await),
+            Err(error) => {
+                let console = self.console().await;
+                tracing::error!(session_id = self.session.id.short(), %error, console, "a guest is silent");
+                Err(Ended {
+                    state: SessionState::Failed,
+                    reason: "GUEST_SILENT".into(),
+                    message: format!("its guest does not answer any more: {error}"),
+                })
+            }
+        }
+    }
+
+    fn enter_running(&mut self, guest: GuestClient, over: CancellationToken) {
+        let address = self.slot.as_ref().map(|slot| slot.reach);
+        let reach = Arc::new(Reach::new(guest, address, over));
+        self.reach = Some(Arc::clone(&reach));
+        self.session.enter(Phase::Running(reach));
+    }
+
+    /// Writes how far it is.
+    async fn journal(&mut self, step: Step) -> io::Result<()> {
+        self.entry.step = step;
+        self.entry.process = self.vm.as_ref().and_then(|vm| vm.process());
+        self.entry.slot = self.slot.as_ref().map(|slot| slot.index);
+        self.shop.write_journal(&self.folder, &self.entry).await
+    }
+
+    /// Ends the VMM and gives the network place back; what is on the disk stays.
+    async fn end_vm(&mut self) {
+        if let Some(reach) = self.reach.take() {
+            reach.end(Over::Ended);
+        }
+        if let Some(mut vm) = self.vm.take() {
+            vm.kill().await;
+        }
+        if let (Some(slot), Some(slots)) = (self.slot.take(), &self.shop.slots) {
+            slots.give_back(slot.index).await;
+        }
+    }
+
+    async fn give_back(mut self) {
+        self.end_vm().await;
+        let folder = self.folder;
+        if let Err(error) = blocking({
+            let folder = folder.clone();
+            move || stored::remove(&folder)
+        })
+        .await
+        {
+            tracing::error!(%error, folder = %folder.display(), "a session's folder is left behind");
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    fn checkpoint(&self, id: &str) -> PathBuf {
+        self.path(CHECKPOINTS).join(id)
+    }
+
+    fn identity(&self) -> Identity {
+        Identity {
+            session_id: self.session.id.clone(),
+            env: self.request.env.clone().into_iter().collect(),
+            nameservers: self.shop.nameservers.clone(),
+            // The journal's checksum was right, so it is what was written.
+            machine_id: HEXLOWER
+                .decode(self.entry.machine_id.as_bytes())
+                .unwrap_or_default(),
+        }
+    }
+}
+
+/// Opens the link to a guest and HTTP/2 over it.
+async fn open(
+    vm: &mut dyn Vm,
+    limit: Duration,
+) -> Result<(GuestClient, CancellationToken), DriveError> {
+    let link = vm.connect(Instant::now() + limit).await?;
+    let over = CancellationToken::new();
+    let guest = GuestClient::open(link, over.clone())
+        .await
+        .map_err(|error| DriveError::Configure(error.to_string()))?;
+    Ok((guest, over))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(io::Error::other)?
+}
+
+/// Makes an empty folder under a name that shows it is not finished.
+fn unfinished(parent: &Path) -> io::Result<PathBuf> {
+    fs::create_dir_all(parent)?;
+    Ok(tempfile::Builder::new()
+        .prefix(UNFINISHED)
+        .tempdir_in(parent)?
+        .keep())
+}
+
+/// Gives a file a second name, in place of whatever has that.
+fn link_anew(file: &Path, name: &Path) -> io::Result<()> {
+    match fs::remove_file(name) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::hard_link(file, name)
 }
 
 fn stopped() -> Ended {
@@ -369,27 +603,4 @@ fn stopped() -> Ended {
         reason: "STOP_REQUESTED".into(),
         message: "it was asked to stop".into(),
     }
-}
-
-fn remove_folder(folder: &Path) {
-    if let Err(error) = fs::remove_dir_all(folder)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::error!(%error, folder = %folder.display(), "a session's folder is left behind");
-    }
-}
-
-/// Ends what an earlier node-svc on this folder left: VMMs first, then folders. Slots go with their block. Blocking.
-pub fn reap(sessions: &Path) -> io::Result<usize> {
-    fs::create_dir_all(sessions)?;
-    let mut reaped = 0;
-    for entry in fs::read_dir(sessions)? {
-        let folder = entry?.path();
-        if let Some(process) = journal::read(&folder).and_then(|entry| entry.process) {
-            process.kill_and_wait()?;
-        }
-        remove_folder(&folder);
-        reaped += 1;
-    }
-    Ok(reaped)
 }

@@ -12,7 +12,7 @@ use http::{Request, Response, Uri};
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use proto::envd::v1::{
-    ConfigureRequest, GuestNetwork, port_service_client::PortServiceClient,
+    ConfigureRequest, GuestNetwork, PrepareSnapshotRequest, port_service_client::PortServiceClient,
     system_service_client::SystemServiceClient,
 };
 use service_kit::{ids::SessionId, telemetry};
@@ -28,12 +28,23 @@ const FRAME: u32 = 64 << 10;
 /// A guest's headers are small; what it may make us hold is this.
 const HEADER_LIST: u32 = 32 << 10;
 const CONFIGURE_TIMEOUT: Duration = Duration::from_secs(20);
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(20);
 const ENTROPY: usize = 64;
 
 /// Calls one guest. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct GuestClient {
     sender: SendRequest<Body>,
+    closed: CancellationToken,
+}
+
+/// What becomes of the connections a guest had to the outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Connections {
+    /// They go on.
+    Keep,
+    /// They end: the network place they went through is gone, or another guest's.
+    Reset,
 }
 
 /// What a guest is told to become.
@@ -45,6 +56,8 @@ pub struct Identity {
     pub env: BTreeMap<String, String>,
     /// Its name servers.
     pub nameservers: Vec<String>,
+    /// 16 bytes for /etc/machine-id.
+    pub machine_id: Vec<u8>,
 }
 
 impl GuestClient {
@@ -62,7 +75,10 @@ impl GuestClient {
             .max_header_list_size(HEADER_LIST)
             .max_concurrent_reset_streams(1024);
         let (sender, connection) = builder.handshake(TokioIo::new(link)).await?;
+        let closed = CancellationToken::new();
+        let close = closed.clone().drop_guard();
         tokio::spawn(async move {
+            let _close = close;
             tokio::select! {
                 () = stop.cancelled() => {}
                 ended = connection => if let Err(error) = ended {
@@ -70,14 +86,37 @@ impl GuestClient {
                 },
             }
         });
-        Ok(Self { sender })
+        Ok(Self { sender, closed })
+    }
+
+    /// Waits until the connection is of no use any more.
+    pub async fn closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    /// Makes the guest ready to be stored: its processes frozen, its disk written, its gate closed until it is configured again.
+    /// One that is nobody's yet is given the network that whoever is restored from it will have.
+    pub async fn prepare_snapshot(&self, nameservers: &[String]) -> Result<(), Status> {
+        let mut request = tonic::Request::new(PrepareSnapshotRequest {
+            network: Some(network(nameservers)),
+        });
+        request.set_timeout(PREPARE_TIMEOUT);
+        match tokio::time::timeout(PREPARE_TIMEOUT, self.system().prepare_snapshot(request)).await {
+            Ok(answer) => answer.map(drop),
+            Err(_) => Err(Status::deadline_exceeded(
+                "the guest did not get ready to be stored in time",
+            )),
+        }
     }
 
     /// Makes the guest the session's: entropy, clock, names, network, environment. Fails closed.
-    pub async fn configure(&self, identity: &Identity) -> Result<(), Status> {
+    pub async fn configure(
+        &self,
+        identity: &Identity,
+        connections: Connections,
+    ) -> Result<(), Status> {
         let now = jiff::Timestamp::now();
         let entropy: [u8; ENTROPY] = rand::random();
-        let machine_id: [u8; 16] = rand::random();
         let mut request = tonic::Request::new(ConfigureRequest {
             session_id: identity.session_id.to_string(),
             hostname: format!("sandbox-{}", identity.session_id.short()),
@@ -86,15 +125,11 @@ impl GuestClient {
                 seconds: now.as_second(),
                 nanos: now.subsec_nanosecond(),
             }),
-            network: Some(GuestNetwork {
-                address: slot::GUEST_ADDRESS.into(),
-                gateway: slot::GATEWAY.into(),
-                nameservers: identity.nameservers.clone(),
-            }),
+            network: Some(network(&identity.nameservers)),
             env: identity.env.clone().into_iter().collect(),
-            machine_id: machine_id.to_vec(),
+            machine_id: identity.machine_id.clone(),
             default_user: String::new(),
-            reset_connections: false,
+            reset_connections: connections == Connections::Reset,
         });
         request.set_timeout(CONFIGURE_TIMEOUT);
         match tokio::time::timeout(CONFIGURE_TIMEOUT, self.system().configure(request)).await {
@@ -121,6 +156,15 @@ impl GuestClient {
         request: Request<Body>,
     ) -> Result<Response<hyper::body::Incoming>, hyper::Error> {
         self.sender.clone().send_request(request).await
+    }
+}
+
+/// The same in every slot.
+fn network(nameservers: &[String]) -> GuestNetwork {
+    GuestNetwork {
+        address: slot::GUEST_ADDRESS.into(),
+        gateway: slot::GATEWAY.into(),
+        nameservers: nameservers.to_vec(),
     }
 }
 

@@ -1,9 +1,12 @@
 //! The sessions of this node: who is here, in which phase, and how to reach them. Admission is decided here.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -12,14 +15,16 @@ use proto::{
     session::v1::{self as wire, PortAccess, SessionState},
 };
 use service_kit::ids::SessionId;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::guest::GuestClient;
+use crate::{driver::Command, guest::GuestClient};
 
 /// How long a session that ended can be told from an unknown one.
 const TOMBSTONE: Duration = Duration::from_hours(1);
 const TOMBSTONES: usize = 100_000;
+/// Commands that wait for a session's driver.
+const COMMANDS: usize = 32;
 
 /// Why a session ended here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,12 +42,55 @@ pub struct Ended {
 pub enum Phase {
     /// Its guest is being started.
     Starting,
+    /// An earlier node-svc left it running; it is being taken over.
+    Adopting,
     /// Its guest answers.
     Running(Arc<Reach>),
+    /// It stands still for a moment, while it is copied or put back; callers wait.
+    Held,
+    /// It is being stored.
+    Pausing,
+    /// It is stored, and nothing of it runs.
+    Paused,
+    /// It is being continued from what was stored.
+    Resuming,
     /// It is being taken down.
     Stopping,
     /// Nothing of it is left.
     Ended(Ended),
+}
+
+impl Phase {
+    /// Whether it passes by itself and soon.
+    fn is_passing(&self) -> bool {
+        matches!(
+            self,
+            Self::Starting | Self::Adopting | Self::Held | Self::Pausing | Self::Resuming
+        )
+    }
+
+    fn state(&self) -> SessionState {
+        match self {
+            Self::Starting => SessionState::Starting,
+            Self::Adopting | Self::Running(_) | Self::Held => SessionState::Running,
+            Self::Pausing => SessionState::Pausing,
+            Self::Paused => SessionState::Paused,
+            Self::Resuming => SessionState::Resuming,
+            Self::Stopping => SessionState::Stopping,
+            Self::Ended(ended) => ended.state,
+        }
+    }
+}
+
+/// Why a guest is not reached any more by the way it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Over {
+    /// The session ends.
+    Ended,
+    /// It is paused.
+    Paused,
+    /// It went back to a checkpoint.
+    RolledBack,
 }
 
 /// How a running session is reached.
@@ -54,6 +102,40 @@ pub struct Reach {
     pub address: Option<IpAddr>,
     /// Cancelled when the session leaves Running.
     pub over: CancellationToken,
+    why: OnceLock<Over>,
+}
+
+impl Reach {
+    /// A way to a guest; `over` also ends the connection to it.
+    pub fn new(guest: GuestClient, address: Option<IpAddr>, over: CancellationToken) -> Self {
+        Self {
+            guest,
+            address,
+            over,
+            why: OnceLock::new(),
+        }
+    }
+
+    /// Ends it, and whatever is under way by it. The first reason counts.
+    pub fn end(&self, why: Over) {
+        // One that is set already stays.
+        let _ = self.why.set(why);
+        self.over.cancel();
+    }
+
+    /// Why it ended.
+    pub fn why(&self) -> Over {
+        self.why.get().copied().unwrap_or(Over::Ended)
+    }
+}
+
+/// What may change while a session lives, as far as its node needs it at every request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// Who may reach its ports.
+    pub port_access: PortAccess,
+    /// Whether a request to it, while paused, wakes it.
+    pub wake_on_request: bool,
 }
 
 /// One session on this node.
@@ -65,28 +147,37 @@ pub struct Session {
     pub access_token_sha256: Vec<u8>,
     /// What it takes.
     pub resources: wire::Resources,
-    port_access: watch::Sender<PortAccess>,
+    settings: watch::Sender<Settings>,
     phase: watch::Sender<Phase>,
+    stored_bytes: AtomicU64,
+    commands: mpsc::Sender<Command>,
     /// Asks the driver to stop.
     pub stop: CancellationToken,
+    /// Held by whoever asks for it to be woken, so that many ask once.
+    pub waking: tokio::sync::Mutex<()>,
 }
 
 impl Session {
-    /// A session about to start.
+    /// A session about to start, and what its driver is to hear.
     pub fn new(
         id: SessionId,
         access_token_sha256: Vec<u8>,
         resources: wire::Resources,
-        access: PortAccess,
-    ) -> Self {
-        Self {
+        settings: Settings,
+    ) -> (Self, mpsc::Receiver<Command>) {
+        let (commands, heard) = mpsc::channel(COMMANDS);
+        let session = Self {
             id,
             access_token_sha256,
             resources,
-            port_access: watch::Sender::new(access),
+            settings: watch::Sender::new(settings),
             phase: watch::Sender::new(Phase::Starting),
+            stored_bytes: AtomicU64::new(0),
+            commands,
             stop: CancellationToken::new(),
-        }
+            waking: tokio::sync::Mutex::new(()),
+        };
+        (session, heard)
     }
 
     /// Its phase now, and as it changes.
@@ -99,25 +190,43 @@ impl Session {
         self.phase.send_replace(phase);
     }
 
+    /// What may change of it.
+    pub fn settings(&self) -> Settings {
+        *self.settings.borrow()
+    }
+
+    /// Changes what may change of it; for its driver only.
+    pub fn set(&self, settings: Settings) {
+        self.settings.send_replace(settings);
+    }
+
     /// Who may reach its ports.
     pub fn port_access(&self) -> PortAccess {
-        *self.port_access.borrow()
+        self.settings().port_access
     }
 
-    /// Changes who may reach its ports.
-    pub fn set_port_access(&self, access: PortAccess) {
-        self.port_access.send_replace(access);
+    /// Notes what its stored state takes, in bytes.
+    pub fn set_stored_bytes(&self, bytes: u64) {
+        self.stored_bytes.store(bytes, Ordering::Relaxed);
     }
 
-    /// Waits until it is no longer starting, for so long at most.
+    /// What its stored state takes while it is paused, in bytes.
+    pub fn stored_bytes(&self) -> u64 {
+        self.stored_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Asks its driver for something and waits for the answer; `None` if the session ends instead.
+    pub async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Waits until it is in a phase that lasts, for so long at most.
     pub async fn settled(&self, limit: Duration) -> Phase {
         let mut phase = self.phase();
         // When time is up the phase is what it is.
-        let _ = tokio::time::timeout(
-            limit,
-            phase.wait_for(|phase| !matches!(phase, Phase::Starting)),
-        )
-        .await;
+        let _ = tokio::time::timeout(limit, phase.wait_for(|phase| !phase.is_passing())).await;
         phase.borrow().clone()
     }
 
@@ -163,6 +272,8 @@ struct Table {
     here: HashMap<SessionId, Arc<Session>>,
     /// What all that are here take.
     used: Capacity,
+    /// Those that are paused.
+    parked: HashSet<SessionId>,
     was: HashMap<SessionId, Ended>,
     /// When those that were here ended, oldest first.
     graves: VecDeque<(Instant, SessionId)>,
@@ -218,29 +329,75 @@ impl Hosted {
         if let Some(here) = table.here.get(&session.id) {
             return Ok(Admitted::Here(Arc::clone(here)));
         }
+        if table.draining {
+            return Err(self.free(&table));
+        }
+        self.take(&mut table, &whole(&session))?;
+        let session = Arc::new(session);
+        table.here.insert(session.id.clone(), Arc::clone(&session));
+        Ok(Admitted::New(session))
+    }
+
+    /// Takes in a session that was here before this node-svc, whether there is room or not.
+    pub fn adopt(&self, session: Session, is_paused: bool) -> Arc<Session> {
+        let mut table = self.table();
+        let takes = if is_paused {
+            parked(&session)
+        } else {
+            whole(&session)
+        };
+        add(&mut table.used, &takes);
+        if is_paused {
+            table.parked.insert(session.id.clone());
+        }
+        let session = Arc::new(session);
+        table.here.insert(session.id.clone(), Arc::clone(&session));
+        session
+    }
+
+    /// A session is paused: it takes its disk and nothing more.
+    pub fn park(&self, session: &Session) {
+        let mut table = self.table();
+        if table.parked.insert(session.id.clone()) {
+            subtract(&mut table.used, &whole(session));
+            add(&mut table.used, &parked(session));
+        }
+    }
+
+    /// A paused session is to run again, if there is room.
+    pub fn unpark(&self, session: &Session) -> Result<(), NodeFull> {
+        let mut table = self.table();
+        if !table.parked.contains(&session.id) {
+            return Ok(());
+        }
+        let mut more = whole(session);
+        subtract(&mut more, &parked(session));
+        self.take(&mut table, &more)?;
+        table.parked.remove(&session.id);
+        Ok(())
+    }
+
+    fn free(&self, table: &Table) -> NodeFull {
         let used = table.used;
-        let full = NodeFull {
+        NodeFull {
             free_sessions: self.total.sessions.saturating_sub(used.sessions),
             free_memory: self.total.memory_bytes.saturating_sub(used.memory_bytes),
             free_vcpus: self.total.vcpus.saturating_sub(used.vcpus),
             free_disk: self.total.disk_bytes.saturating_sub(used.disk_bytes),
-        };
-        let need = session.resources;
-        let fits = !table.draining
-            && full.free_sessions >= 1
+        }
+    }
+
+    fn take(&self, table: &mut Table, need: &Capacity) -> Result<(), NodeFull> {
+        let full = self.free(table);
+        let fits = full.free_sessions >= need.sessions
             && full.free_memory >= need.memory_bytes
             && full.free_vcpus >= need.vcpus
             && full.free_disk >= need.disk_bytes;
         if !fits {
             return Err(full);
         }
-        let session = Arc::new(session);
-        table.used.sessions += 1;
-        table.used.memory_bytes += need.memory_bytes;
-        table.used.vcpus += need.vcpus;
-        table.used.disk_bytes += need.disk_bytes;
-        table.here.insert(session.id.clone(), Arc::clone(&session));
-        Ok(Admitted::New(session))
+        add(&mut table.used, need);
+        Ok(())
     }
 
     /// Notes that nothing of a session is left. `report` tells the control plane of an end it did not ask for.
@@ -248,11 +405,12 @@ impl Hosted {
         {
             let mut table = self.table();
             if let Some(gone) = table.here.remove(&session.id) {
-                let gone = gone.resources;
-                table.used.sessions -= 1;
-                table.used.memory_bytes -= gone.memory_bytes;
-                table.used.vcpus -= gone.vcpus;
-                table.used.disk_bytes -= gone.disk_bytes;
+                let took = if table.parked.remove(&session.id) {
+                    parked(&gone)
+                } else {
+                    whole(&gone)
+                };
+                subtract(&mut table.used, &took);
             }
             while let Some((ended, _)) = table.graves.front()
                 && (table.graves.len() >= TOMBSTONES || ended.elapsed() >= TOMBSTONE)
@@ -328,19 +486,46 @@ impl Hosted {
     }
 }
 
+/// What a session takes that runs, or may at any moment.
+fn whole(session: &Session) -> Capacity {
+    Capacity {
+        sessions: 1,
+        memory_bytes: session.resources.memory_bytes,
+        vcpus: session.resources.vcpus,
+        disk_bytes: session.resources.disk_bytes,
+    }
+}
+
+/// What a paused one takes.
+fn parked(session: &Session) -> Capacity {
+    Capacity {
+        disk_bytes: session.resources.disk_bytes,
+        ..Capacity::default()
+    }
+}
+
+fn add(to: &mut Capacity, more: &Capacity) {
+    to.sessions += more.sessions;
+    to.memory_bytes += more.memory_bytes;
+    to.vcpus += more.vcpus;
+    to.disk_bytes += more.disk_bytes;
+}
+
+fn subtract(from: &mut Capacity, less: &Capacity) {
+    from.sessions = from.sessions.saturating_sub(less.sessions);
+    from.memory_bytes = from.memory_bytes.saturating_sub(less.memory_bytes);
+    from.vcpus = from.vcpus.saturating_sub(less.vcpus);
+    from.disk_bytes = from.disk_bytes.saturating_sub(less.disk_bytes);
+}
+
 fn hosted(session: &Session) -> HostedSession {
-    let state = match &*session.phase.borrow() {
-        Phase::Starting => SessionState::Starting,
-        Phase::Running(_) => SessionState::Running,
-        Phase::Stopping => SessionState::Stopping,
-        Phase::Ended(ended) => ended.state,
-    };
+    let state = session.phase.borrow().state();
     HostedSession {
         session_id: session.id.to_string(),
         state: state.into(),
         end_reason: None,
         resources: Some(session.resources),
-        stored_bytes: 0,
+        stored_bytes: session.stored_bytes(),
     }
 }
 
@@ -349,6 +534,11 @@ mod tests {
     use service_kit::ids::HomeTag;
 
     use super::*;
+
+    const SETTINGS: Settings = Settings {
+        port_access: PortAccess::Public,
+        wake_on_request: false,
+    };
 
     fn session(memory_bytes: u64) -> Session {
         let resources = wire::Resources {
@@ -360,8 +550,9 @@ mod tests {
             SessionId::random(&HomeTag::random()),
             vec![0; 32],
             resources,
-            PortAccess::Public,
+            SETTINGS,
         )
+        .0
     }
 
     fn hosted() -> Hosted {
@@ -398,7 +589,7 @@ mod tests {
         let Ok(Admitted::New(first)) = hosted.admit(first) else {
             panic!()
         };
-        let again = Session::new(id.clone(), vec![], first.resources, PortAccess::Public);
+        let again = Session::new(id.clone(), vec![], first.resources, SETTINGS).0;
         assert!(matches!(hosted.admit(again), Ok(Admitted::Here(_))));
         let ended = Ended {
             state: SessionState::Failed,
@@ -418,5 +609,38 @@ mod tests {
         let hosted = hosted();
         hosted.set_draining(true);
         assert!(hosted.admit(session(1)).is_err());
+    }
+
+    #[test]
+    fn a_paused_session_takes_its_disk_only_and_comes_back_if_there_is_room() {
+        let hosted = hosted();
+        let Ok(Admitted::New(first)) = hosted.admit(session(60)) else {
+            panic!()
+        };
+        hosted.park(&first);
+        hosted.park(&first);
+        assert_eq!(
+            hosted.used(),
+            Capacity {
+                disk_bytes: 1,
+                ..Capacity::default()
+            }
+        );
+        let Ok(Admitted::New(second)) = hosted.admit(session(60)) else {
+            panic!()
+        };
+        assert_eq!(hosted.unpark(&first).unwrap_err().free_memory, 40);
+        hosted.park(&second);
+        hosted.unpark(&first).unwrap();
+        hosted.unpark(&first).unwrap();
+        assert_eq!(hosted.used().memory_bytes, 60);
+        let ended = Ended {
+            state: SessionState::Stopped,
+            reason: "X".into(),
+            message: String::new(),
+        };
+        hosted.bury(&second, ended.clone(), false);
+        hosted.bury(&first, ended, false);
+        assert_eq!(hosted.used(), Capacity::default());
     }
 }

@@ -13,7 +13,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
 };
-use proto::session::v1::SessionState;
+use proto::session::v1::{PortAccess, SessionState};
 use service_kit::{
     errors::{Failure, Reason},
     ids::NodeId,
@@ -40,11 +40,13 @@ mod port;
 mod stream;
 pub mod target;
 mod token;
+mod wake;
 
 use answer::Asker;
 use forward::Peers;
 use port::Ports;
 use target::{Target, What};
+pub use wake::Waker;
 
 /// Set on what one node sends to another; such a request is never sent on again.
 pub const HOP_HEADER: HeaderName = HeaderName::from_static("x-sandmesh-hop");
@@ -77,6 +79,7 @@ pub struct Ingress {
     node: NodeId,
     hosted: Arc<Hosted>,
     catalog: Catalog,
+    waker: Waker,
     ports: Ports,
     peers: Peers,
     domain: String,
@@ -88,6 +91,7 @@ impl Ingress {
         node: NodeId,
         hosted: Arc<Hosted>,
         catalog: Catalog,
+        waker: Waker,
         token: &MeshToken,
         domain: &str,
         tasks: TaskTracker,
@@ -98,6 +102,7 @@ impl Ingress {
             node,
             hosted,
             catalog,
+            waker,
             ports,
             peers,
             domain: domain.to_ascii_lowercase(),
@@ -184,7 +189,17 @@ impl Ingress {
         request: Request<Body>,
         target: &Target,
     ) -> Result<Response<Body>, answer::Refusal> {
-        match session.settled(START_WAIT).await {
+        let mut phase = session.settled(START_WAIT).await;
+        if matches!(phase, Phase::Paused) && session.settings().wake_on_request {
+            // Whoever may not call it may not wake it either.
+            may_call(session, &request, target)?;
+            phase = self
+                .waker
+                .wake(session)
+                .await
+                .map_err(|failure| refuse(target, failure, 503))?;
+        }
+        match phase {
             Phase::Running(reach) => match target.what {
                 What::Stream => stream::carry(session, &reach, request).await,
                 What::Port(port) => self.ports.carry(session, &reach, port, request).await,
@@ -192,6 +207,15 @@ impl Ingress {
             Phase::Starting => Err(refuse(
                 target,
                 Failure::unavailable(Reason::SESSION_STARTING, "the session is still starting"),
+                503,
+            )),
+            Phase::Paused => Err(refuse(target, paused_failure(), 409)),
+            Phase::Adopting | Phase::Held | Phase::Pausing | Phase::Resuming => Err(refuse(
+                target,
+                Failure::unavailable(
+                    Reason::SESSION_STARTING,
+                    "the session is being stored or continued, and took too long",
+                ),
                 503,
             )),
             Phase::Stopping => Err(refuse(target, stopped_failure(), 404)),
@@ -235,15 +259,9 @@ impl Ingress {
                 404,
             )),
             SessionState::Lost => Err(lost(target)),
-            SessionState::Paused | SessionState::Pausing => Err(refuse(
-                target,
-                Failure::new(
-                    Code::FailedPrecondition,
-                    Reason::SESSION_PAUSED,
-                    "the session is paused",
-                ),
-                409,
-            )),
+            SessionState::Paused | SessionState::Pausing => {
+                Err(refuse(target, paused_failure(), 409))
+            }
             // It was here before this node restarted; the registry is about to note that.
             _ if node == self.node => Err(lost(target)),
             _ => match internal_address {
@@ -350,6 +368,28 @@ fn lost(target: &Target) -> answer::Refusal {
         "the session was lost with its node",
     );
     refuse(target, failure, 410)
+}
+
+fn may_call(
+    session: &Session,
+    request: &Request<Body>,
+    target: &Target,
+) -> Result<(), answer::Refusal> {
+    match target.what {
+        What::Stream => token::check_stream(session, request.headers()),
+        What::Port(_) if session.port_access() == PortAccess::Token => {
+            token::check_port(session, request).map(drop)
+        }
+        What::Port(_) => Ok(()),
+    }
+}
+
+fn paused_failure() -> Failure {
+    Failure::new(
+        Code::FailedPrecondition,
+        Reason::SESSION_PAUSED,
+        "the session is paused; resume it, or let calls wake it with wake_on_request",
+    )
 }
 
 fn stopped_failure() -> Failure {

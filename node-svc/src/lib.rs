@@ -19,7 +19,9 @@ pub mod ingress;
 pub mod journal;
 pub mod register;
 pub mod slot;
+pub mod snapshot;
 mod spans;
+pub mod stored;
 pub mod vmm;
 
 pub use app::{App, AppError, clean_up};

@@ -68,6 +68,7 @@ pub const TAP: &str = "tap0";
 const GUEST: Ipv4Addr = Ipv4Addr::new(169, 254, 100, 2);
 const GATEWAY_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 100, 1);
 const GUEST_MAC_BYTES: [u8; 6] = [2, 0xfc, 0, 0, 0, 1];
+const GATEWAY_MAC_BYTES: [u8; 6] = [2, 0xfc, 0, 0, 0, 2];
 
 /// Slots cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +165,16 @@ pub struct Slot {
     pub index: SlotIndex,
     /// Where the node reaches the guest.
     pub reach: IpAddr,
+}
+
+impl Slot {
+    /// The slot with this number.
+    pub fn of(index: SlotIndex) -> Self {
+        Self {
+            index,
+            reach: IpAddr::V4(index.slot_address()),
+        }
+    }
 }
 
 /// Bytes that went through a slot's link, headers included.
@@ -362,10 +373,7 @@ impl SlotPool {
             self.give_back(index).await;
             return Err(error);
         }
-        Ok(Slot {
-            index,
-            reach: IpAddr::V4(index.slot_address()),
-        })
+        Ok(Slot::of(index))
     }
 
     /// Puts rules into force in a slot that is in use, for what is open already too. One caller at a time for each slot.

@@ -1,17 +1,36 @@
 //! What runs guests. [`Vmm`] starts one, [`Vm`] is a running one; the driver of a session knows no more.
 //!
-//! A second VMM is a new file in `vmm/` that implements both traits, and a line in `app.rs`. Restoring from a snapshot will be a
-//! second way to make a [`Vm`] beside [`Vmm::boot`]; everything after that stays as it is.
+//! ```text
+//!  boot ----------------------------------> running <-> paused --store--> files
+//!  restore: from a template's snapshot, or from that and what was stored --> paused --run--> running
+//!  adopt: what an earlier node-svc left running
+//! ```
+//! A second VMM is a new file in `vmm/` that implements both traits, and a line in `app.rs`.
 
-use std::{net::IpAddr, path::PathBuf, time::Instant};
+use std::{
+    io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use proto::node::v1::VmmKind;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub mod fake;
+pub mod memory;
 pub mod process;
 pub mod qemu;
 mod qmp;
+
+use memory::MemoryError;
+
+/// Of a template's snapshot, and what a guest maps as its memory.
+pub const MEMORY: &str = "memory";
+/// What differs from the template's snapshot.
+pub const MEMORY_DIFFERENCE: &str = "memory.diff";
+/// State of CPUs and devices.
+pub const DEVICES: &str = "devices";
 
 /// The network place a guest is put into.
 #[derive(Debug, Clone)]
@@ -26,15 +45,11 @@ pub struct GuestPlace {
     pub reach: IpAddr,
 }
 
-/// What a guest boots from.
+/// A guest's machine: the same for a boot and for every restore of what booted.
 #[derive(Debug, Clone)]
-pub struct BootSpec {
-    /// Folder for sockets and logs of this guest.
+pub struct Machine {
+    /// Folder of this guest: its sockets, its log, and [`MEMORY`]. It may be renamed while the guest runs.
     pub folder: PathBuf,
-    /// Uncompressed kernel.
-    pub kernel: PathBuf,
-    /// Modules and envd.
-    pub initrd: PathBuf,
     /// Read-only root image.
     pub rootfs: PathBuf,
     /// Writable disk.
@@ -47,27 +62,78 @@ pub struct BootSpec {
     pub place: Option<GuestPlace>,
 }
 
-/// A guest did not start.
+/// What a guest boots from.
+#[derive(Debug, Clone)]
+pub struct BootSpec {
+    /// Its machine. [`MEMORY`] in its folder is made, and holds the guest's memory from then on.
+    pub machine: Machine,
+    /// Uncompressed kernel.
+    pub kernel: PathBuf,
+    /// Modules and envd.
+    pub initrd: PathBuf,
+}
+
+/// What a guest is restored from.
+#[derive(Debug, Clone)]
+pub struct RestoreSpec {
+    /// Its machine. [`MEMORY`] in its folder is mapped privately: it is never written.
+    pub machine: Machine,
+    /// State of CPUs and devices.
+    pub devices: PathBuf,
+    /// What of the memory differs from [`MEMORY`].
+    pub difference: Option<PathBuf>,
+}
+
+/// A guest did not start, or did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
     /// The VMM's process could not be started.
     #[error("the VMM cannot be started: {0}")]
-    Spawn(std::io::Error),
+    Spawn(io::Error),
     /// It ended before it was of use.
     #[error("the VMM ended at once ({0})")]
     Ended(VmExit),
     /// The channel to the guest could not be made.
     #[error("the guest does not answer: {0}")]
     Link(String),
+    /// The VMM refused a command, or did not answer it.
+    #[error("the VMM did not do as told: {0}")]
+    Control(io::Error),
+    /// The guest's memory could not be stored or put back.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The VMM did not take what was stored.
+    #[error("the stored state cannot be loaded: {0}")]
+    Load(String),
+}
+
+impl VmmError {
+    /// Whether the node's disk is full.
+    pub fn is_disk_full(&self) -> bool {
+        let (Self::Spawn(error) | Self::Control(error) | Self::Memory(MemoryError::Io(error))) =
+            self
+        else {
+            return false;
+        };
+        // QEMU hands on what the system said in words only.
+        error.kind() == io::ErrorKind::StorageFull
+            || error.to_string().contains("No space left on device")
+    }
 }
 
 /// How a VMM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VmExit {
-    /// With a code; 0 also when the guest powered off.
+    /// With a code.
     Code(i32),
     /// By a signal.
     Signal(i32),
+    /// It was not our child, so nobody told us.
+    Unknown,
+    /// The guest powered off, rebooted or panicked; in the VMM's word.
+    Guest(String),
+    /// It does not move or answer any more.
+    Hung,
 }
 
 impl std::fmt::Display for VmExit {
@@ -75,6 +141,9 @@ impl std::fmt::Display for VmExit {
         match self {
             Self::Code(code) => write!(f, "exit code {code}"),
             Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::Unknown => write!(f, "how is not known"),
+            Self::Guest(word) => write!(f, "the guest ended: {word}"),
+            Self::Hung => write!(f, "it hung"),
         }
     }
 }
@@ -90,20 +159,40 @@ pub trait Vmm: Send + Sync + std::fmt::Debug {
     fn kind(&self) -> VmmKind;
     /// Its version, as it says.
     fn version(&self) -> &str;
-    /// Whether guests need a network place.
+    /// Whether guests need a network place, a root and disks: all but simulated ones do.
     fn needs_place(&self) -> bool;
     /// Starts a guest; returns as soon as its VMM runs.
     async fn boot(&self, spec: BootSpec) -> Result<Box<dyn Vm>, VmmError>;
+    /// Loads a guest, which stands still until [`Vm::run`]. On an error nothing is left of it.
+    async fn restore(&self, spec: RestoreSpec) -> Result<Box<dyn Vm>, VmmError>;
+    /// Takes over a guest that an earlier node-svc left in this folder; `None` if it is gone.
+    async fn adopt(
+        &self,
+        folder: &Path,
+        process: process::ProcessId,
+    ) -> Result<Option<Box<dyn Vm>>, VmmError>;
 }
 
 /// A running guest. Dropping it does not end it.
 #[tonic::async_trait]
-pub trait Vm: Send + std::fmt::Debug {
+pub trait Vm: Send + Sync + std::fmt::Debug {
     /// The VMM's process, if it has one: PID and start time.
     fn process(&self) -> Option<process::ProcessId>;
-    /// Opens the channel to envd.
+    /// Its folder was renamed.
+    fn moved(&mut self, folder: &Path);
+    /// Opens the channel to envd; one opened before is of no use any more.
     async fn connect(&mut self, deadline: Instant) -> Result<Box<dyn LinkStream>, VmmError>;
-    /// Waits until it ends by itself. Cancel-safe.
+    /// Lets its CPUs run.
+    async fn run(&mut self) -> Result<(), VmmError>;
+    /// Stops its CPUs; what it wrote is in the disk's file then.
+    async fn pause(&mut self) -> Result<(), VmmError>;
+    /// Stores CPUs and devices of a guest that stands still in a new file.
+    async fn store_devices(&mut self, to: &Path) -> Result<(), VmmError>;
+    /// Stores what of the memory of a guest that stands still differs from `base`, its template's, in a new file.
+    async fn store_memory(&mut self, base: &Path, to: &Path) -> Result<(), VmmError>;
+    /// Puts the memory of a guest that stands still into `copy`, a copy of the [`MEMORY`] in its folder.
+    async fn copy_memory(&mut self, copy: &Path) -> Result<(), VmmError>;
+    /// Waits until it ends by itself, or hangs. Cancel-safe.
     async fn wait(&mut self) -> VmExit;
     /// The last the guest said on its console.
     async fn console_tail(&mut self) -> String;

@@ -75,6 +75,8 @@ reasons! {
     NODE_UNREACHABLE;
     /// The node has no room.
     NODE_FULL;
+    /// The node's disk is full.
+    NODE_DISK_FULL;
     /// No node has room.
     NO_CAPACITY;
     /// The catalog cannot be asked right now.

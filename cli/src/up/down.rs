@@ -38,7 +38,7 @@ pub(crate) async fn run(context: &Context, options: &Options) -> anyhow::Result<
             end(part.process, Signal::SIGKILL, KILL_LIMIT).await?;
         }
     }
-    clean_nodes(state)?;
+    clean_nodes(state, 0)?;
     Record::remove(state)?;
     if options.purge && state.exists() {
         fs::remove_dir_all(state).with_context(|| state.display().to_string())?;
@@ -47,9 +47,9 @@ pub(crate) async fn run(context: &Context, options: &Options) -> anyhow::Result<
     Ok(())
 }
 
-/// What nodes that were killed left: VMMs, namespaces, rules.
-pub(super) fn clean_nodes(state: &Path) -> anyhow::Result<()> {
-    for node in Plan::node_states(state) {
+/// What nodes after the first `kept` left when they were killed: VMMs, namespaces, rules.
+pub(super) fn clean_nodes(state: &Path, kept: usize) -> anyhow::Result<()> {
+    for node in Plan::node_states(state).into_iter().skip(kept) {
         if node.exists() {
             tokio::task::block_in_place(|| node_svc::clean_up(&node))?;
         }

@@ -4,12 +4,20 @@ use std::{
     fs,
     os::unix::fs::{PermissionsExt as _, chown},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
 use nix::unistd::User as SystemUser;
 
-use super::child::{self, User};
+use super::{
+    child::{self, User},
+    status::ProcessRecord,
+};
+
+/// How long a server that was killed may take to be gone.
+const DYING: Duration = Duration::from_secs(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What is run.
 #[derive(Debug)]
@@ -84,6 +92,9 @@ impl Postgres {
             }
         }
         let socket = run.join(".s.PGSQL.5432");
+        for lock in [data.join("postmaster.pid"), run.join(".s.PGSQL.5432.lock")] {
+            forget_dead_server(&lock).await?;
+        }
         let arguments = [
             "-D",
             &data.to_string_lossy(),
@@ -105,4 +116,30 @@ impl Postgres {
             socket,
         })
     }
+}
+
+/// A server that was killed leaves its PID behind, and Postgres takes it for running for as long as the process is in the table, be it
+/// as a zombie that nobody waits for.
+async fn forget_dead_server(lock: &Path) -> anyhow::Result<()> {
+    let Some(pid) = fs::read_to_string(lock)
+        .ok()
+        .and_then(|text| text.lines().next()?.trim().parse().ok())
+    else {
+        return Ok(());
+    };
+    let deadline = Instant::now() + DYING;
+    while ProcessRecord::of(pid).is_some_and(|_| is_server(pid)) {
+        if Instant::now() > deadline {
+            bail!(
+                "a PostgreSQL server with PID {pid} still holds {}",
+                lock.display()
+            );
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    Ok(fs::remove_file(lock)?)
+}
+
+fn is_server(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "postgres")
 }

@@ -51,8 +51,8 @@ pub(super) async fn run(state: &Path, options: &Options) -> anyhow::Result<()> {
     let guard = telemetry::init("sandmesh", &telemetry_config)?;
     let shutdown = CancellationToken::new();
     tokio::spawn(serve::on_signal(shutdown.clone()));
-    // A supervisor before this one may have been killed.
-    down::clean_nodes(state)?;
+    // A supervisor before this one may have been killed: nodes that run again take over what they left.
+    down::clean_nodes(state, usize::try_from(options.nodes)?)?;
     let plan = Plan::make(state, options)?;
     let token = MeshToken::load_or_create(&state.join("mesh.token"))?;
     let supervisor = Supervisor::new(&plan, shutdown.clone())?;

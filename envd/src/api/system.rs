@@ -46,10 +46,14 @@ impl SystemService for Api {
 
     async fn prepare_snapshot(
         &self,
-        _: Request<PrepareSnapshotRequest>,
+        request: Request<PrepareSnapshotRequest>,
     ) -> Result<Response<PrepareSnapshotResponse>, Status> {
         // Goes through to its end, also if the node is gone: half way, processes would be frozen after a later call has let them go.
-        let preparing = snapshot::prepare(Arc::clone(&self.guest), self.processes.clone());
+        let preparing = snapshot::prepare(
+            Arc::clone(&self.guest),
+            self.processes.clone(),
+            request.into_inner().network,
+        );
         let free_memory_bytes = tokio::spawn(preparing)
             .await
             .map_err(|error| refuse(Code::Internal, "PREPARE_FAILED", error.to_string()))??;

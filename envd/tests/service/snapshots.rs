@@ -14,7 +14,12 @@ use crate::world::{SESSION, World, argv, configuration, field, sh, soon, until, 
 const OTHER: &str = "bbbbbccccccccccccccccccccc";
 
 async fn prepare(world: &World) -> Result<u64, Status> {
-    let answer = soon(world.system().prepare_snapshot(PrepareSnapshotRequest {})).await?;
+    let answer = soon(
+        world
+            .system()
+            .prepare_snapshot(PrepareSnapshotRequest::default()),
+    )
+    .await?;
     Ok(answer.into_inner().free_memory_bytes)
 }
 

@@ -31,7 +31,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::WaitForCancellationFutureOwned, task::TaskTracker};
 use tonic::Code;
 
 use super::{
@@ -311,7 +311,7 @@ impl Dialer {
                 Ok(Ok(stream)) => {
                     // A stream without it is only slower.
                     let _ = stream.set_nodelay(true);
-                    return Ok(GuestStream(Box::new(stream)));
+                    return Ok(GuestStream::new(stream, &reach));
                 }
                 // Refused, unreachable or silent there: the loopback may still have it.
                 Ok(Err(error)) => tracing::debug!(%error, port, "not on the guest's address"),
@@ -325,7 +325,7 @@ impl Dialer {
                     ways.clear();
                 }
                 ways.insert(key, Instant::now());
-                Ok(GuestStream(Box::new(stream)))
+                Ok(GuestStream::new(stream, &reach))
             }
             Err(status) => {
                 self.ways().remove(&key);
@@ -364,8 +364,27 @@ impl tower::Service<Uri> for Dialer {
 trait Bytes: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Bytes for S {}
 
-/// A connection to a guest's port, by either way.
-struct GuestStream(Box<dyn Bytes>);
+/// A connection to a guest's port, by either way. It ends with the way to the guest: after a pause another guest may have the address.
+struct GuestStream {
+    bytes: Box<dyn Bytes>,
+    over: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl GuestStream {
+    fn new(bytes: impl Bytes + 'static, reach: &Reach) -> Self {
+        Self {
+            bytes: Box::new(bytes),
+            over: Box::pin(reach.over.clone().cancelled_owned()),
+        }
+    }
+
+    fn ended(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.over.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(io::ErrorKind::ConnectionAborted.into()),
+            Poll::Pending => Ok(()),
+        }
+    }
+}
 
 impl Connection for GuestStream {
     fn connected(&self) -> Connected {
@@ -379,7 +398,8 @@ impl AsyncRead for GuestStream {
         cx: &mut Context<'_>,
         buffer: &mut tokio::io::ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
+        self.ended(cx)?;
+        Pin::new(&mut self.bytes).poll_read(cx, buffer)
     }
 }
 
@@ -389,12 +409,13 @@ impl AsyncWrite for GuestStream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
+        self.ended(cx)?;
+        Pin::new(&mut self.bytes).poll_write(cx, bytes)
     }
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.bytes).poll_flush(cx)
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.bytes).poll_shutdown(cx)
     }
 }

@@ -1,11 +1,21 @@
 //! gRPC from a client to envd, bodies and trailers untouched.
 
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
 use axum::body::Body;
-use http::{Request, Response, Uri, header};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, Request, Response, Uri, header};
+use http_body::Frame;
+use hyper::body::Incoming;
 use service_kit::{
     errors::{Failure, Reason},
     telemetry,
 };
+use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::Code;
 
 use super::{
@@ -13,7 +23,7 @@ use super::{
     target::{PORT_HEADER, SESSION_HEADER},
     token,
 };
-use crate::hosted::{Reach, Session};
+use crate::hosted::{Over, Reach, Session};
 
 /// What a client may call in a guest.
 const ALLOWED: [&str; 3] = [
@@ -31,7 +41,7 @@ const NODE_ONLY: [&str; 4] = [
 
 pub(super) async fn carry(
     session: &Session,
-    reach: &Reach,
+    reach: &Arc<Reach>,
     mut request: Request<Body>,
 ) -> Result<Response<Body>, Refusal> {
     token::check_stream(session, request.headers())?;
@@ -83,12 +93,120 @@ pub(super) async fn carry(
     *request.version_mut() = http::Version::HTTP_2;
     let send = reach.guest.send(request.map(tonic::body::Body::new));
     tokio::select! {
-        answer = send => answer.map(|response| response.map(Body::new)).map_err(|error| {
-            tracing::warn!(%error, "a guest did not answer");
-            Refusal::new(Failure::unavailable(Reason::SERVICE_UNAVAILABLE, "envd of this session does not answer"), 503)
-        }),
-        () = reach.over.cancelled() => {
-            Err(Refusal::new(Failure::new(Code::NotFound, Reason::SESSION_STOPPED, "the session was stopped"), 404))
+        answer = send => match answer {
+            Ok(response) => Ok(response.map(|body| Body::new(Carried::new(body, Arc::clone(reach))))),
+            Err(_) if reach.over.is_cancelled() => Err(over(reach)),
+            Err(error) => {
+                tracing::warn!(%error, "a guest did not answer");
+                Err(Refusal::new(Failure::unavailable(Reason::SERVICE_UNAVAILABLE, "envd of this session does not answer"), 503))
+            }
+        },
+        () = reach.over.cancelled() => Err(over(reach)),
+    }
+}
+
+fn over(reach: &Reach) -> Refusal {
+    let (failure, http) = over_failure(reach.why());
+    Refusal::new(failure, http)
+}
+
+/// Why a call cannot go on whose session left it.
+fn over_failure(why: Over) -> (Failure, u16) {
+    match why {
+        Over::Ended => (
+            Failure::new(
+                Code::NotFound,
+                Reason::SESSION_STOPPED,
+                "the session was stopped",
+            ),
+            404,
+        ),
+        Over::Paused => (
+            Failure::new(
+                Code::Aborted,
+                Reason::SESSION_PAUSED,
+                "the session was paused during the call; its processes go on when it is resumed",
+            ),
+            409,
+        ),
+        Over::RolledBack => (
+            Failure::new(
+                Code::Aborted,
+                Reason::new("SESSION_ROLLED_BACK"),
+                "the session went back to a checkpoint during the call",
+            ),
+            409,
+        ),
+    }
+}
+
+/// An answer on its way: when its session leaves it, it ends with the reason instead of with nothing.
+struct Carried {
+    body: Incoming,
+    reach: Arc<Reach>,
+    over: Pin<Box<WaitForCancellationFutureOwned>>,
+    is_done: bool,
+}
+
+impl Carried {
+    fn new(body: Incoming, reach: Arc<Reach>) -> Self {
+        Self {
+            body,
+            over: Box::pin(reach.over.clone().cancelled_owned()),
+            reach,
+            is_done: false,
         }
+    }
+
+    fn last(&mut self) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.is_done = true;
+        let (failure, _) = over_failure(self.reach.why());
+        let headers = failure
+            .into_status()
+            .into_http::<Body>()
+            .into_parts()
+            .0
+            .headers;
+        let mut trailers = HeaderMap::new();
+        for name in ["grpc-status", "grpc-message", "grpc-status-details-bin"] {
+            if let Some(value) = headers.get(name) {
+                trailers.insert(HeaderName::from_static(name), value.clone());
+            }
+        }
+        Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+    }
+}
+
+impl http_body::Body for Carried {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        if self.is_done {
+            return Poll::Ready(None);
+        }
+        match Pin::new(&mut self.body).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                self.is_done = frame.is_trailers();
+                return Poll::Ready(Some(Ok(frame)));
+            }
+            // The connection was cut under it.
+            Poll::Ready(None | Some(Err(_))) if self.reach.over.is_cancelled() => {
+                return self.last();
+            }
+            ready @ Poll::Ready(_) => return ready,
+            Poll::Pending => {}
+        }
+        match self.over.as_mut().poll(cx) {
+            Poll::Ready(()) => self.last(),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.is_done || self.body.is_end_stream()
     }
 }

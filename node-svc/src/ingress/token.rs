@@ -160,6 +160,7 @@ mod tests {
     use service_kit::ids::{HomeTag, SessionId};
 
     use super::*;
+    use crate::hosted::Settings;
 
     fn session() -> Session {
         let id = SessionId::random(&HomeTag::random());
@@ -167,8 +168,12 @@ mod tests {
             id,
             Sha256::digest("sst_right").to_vec(),
             Resources::default(),
-            PortAccess::Token,
+            Settings {
+                port_access: PortAccess::Token,
+                wake_on_request: false,
+            },
         )
+        .0
     }
 
     fn request(uri: &str, name: &str, value: &str) -> Request<Body> {

@@ -202,6 +202,7 @@ fn inside(index: SlotIndex, tap: u32, host: &File, has_ipv6: bool) -> Vec<Step> 
         ("slot address", address(ETH, index.slot_address(), 31)),
         ("gateway address", address(tap, super::GATEWAY_ADDRESS, 30)),
         ("eth0 up", up(ETH)),
+        ("gateway's hardware address", hardware(tap)),
         ("tap up", up(tap)),
         (
             "guest's hardware address",
@@ -217,6 +218,14 @@ fn inside(index: SlotIndex, tap: u32, host: &File, has_ipv6: bool) -> Vec<Step> 
         ),
         ("default route", add(RouteNetlinkMessage::NewRoute(route))),
     ]
+}
+
+/// The gateway looks the same in every slot: what a guest knows of it stays right when it is restored in another.
+fn hardware(tap: u32) -> Message {
+    let link = LinkUnspec::new_with_index(tap)
+        .address(super::GATEWAY_MAC_BYTES.to_vec())
+        .build();
+    Message::route(&RouteNetlinkMessage::SetLink(link), 0)
 }
 
 /// Second byte of the hardware addresses of the two ends of a slot's pair.

@@ -1,6 +1,9 @@
 //! Guests in memory, for simulations and for measuring everything but a VMM. They answer Configure and GetInfo, and run nothing.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use proto::{
     envd::v1::{
@@ -18,19 +21,35 @@ use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Request, Response, Status, transport::server::Connected};
 
-use super::{BootSpec, LinkStream, Vm, VmExit, Vmm, VmmError, process::ProcessId};
+use super::{BootSpec, LinkStream, RestoreSpec, Vm, VmExit, Vmm, VmmError, process::ProcessId};
 
 const PIPE: usize = 64 << 10;
 
 /// Behaviour on command.
 #[derive(Debug, Clone, Default)]
 pub struct Fake {
-    /// How long a boot takes.
+    /// How long a boot, or a restore, takes.
     pub boot_time: Duration,
-    /// Whether boots fail.
+    /// Whether boots and restores fail.
     pub fails: bool,
+    /// Whether storing a guest fails, as on a full disk.
+    pub disk_full: Option<watch::Receiver<bool>>,
     /// Sending ends every guest, as if its VMM had died.
     pub dies: Option<watch::Receiver<bool>>,
+}
+
+impl Fake {
+    async fn start(&self) -> Result<Box<dyn Vm>, VmmError> {
+        tokio::time::sleep(self.boot_time).await;
+        if self.fails {
+            return Err(VmmError::Ended(VmExit::Code(1)));
+        }
+        Ok(Box::new(FakeVm {
+            dies: self.dies.clone(),
+            disk_full: self.disk_full.clone(),
+            guests: Vec::new(),
+        }))
+    }
 }
 
 #[tonic::async_trait]
@@ -48,27 +67,67 @@ impl Vmm for Fake {
     }
 
     async fn boot(&self, _: BootSpec) -> Result<Box<dyn Vm>, VmmError> {
-        tokio::time::sleep(self.boot_time).await;
-        if self.fails {
-            return Err(VmmError::Ended(VmExit::Code(1)));
+        self.start().await
+    }
+
+    async fn restore(&self, spec: RestoreSpec) -> Result<Box<dyn Vm>, VmmError> {
+        if std::fs::read(&spec.devices).map_err(VmmError::Spawn)? != STORED {
+            return Err(VmmError::Load("it is no fake guest's".into()));
         }
-        Ok(Box::new(FakeVm {
-            dies: self.dies.clone(),
-            guests: Vec::new(),
-        }))
+        self.start().await
+    }
+
+    async fn adopt(&self, _: &Path, _: ProcessId) -> Result<Option<Box<dyn Vm>>, VmmError> {
+        // It lived in the process that is gone.
+        Ok(None)
     }
 }
+
+/// What a stored fake guest is.
+const STORED: &[u8] = b"fake";
 
 #[derive(Debug)]
 struct FakeVm {
     dies: Option<watch::Receiver<bool>>,
+    disk_full: Option<watch::Receiver<bool>>,
     guests: Vec<DropGuard>,
+}
+
+impl FakeVm {
+    fn put(&self, to: &Path) -> Result<(), VmmError> {
+        if self.disk_full.as_ref().is_some_and(|full| *full.borrow()) {
+            return Err(VmmError::Control(std::io::ErrorKind::StorageFull.into()));
+        }
+        std::fs::write(to, STORED).map_err(VmmError::Control)
+    }
 }
 
 #[tonic::async_trait]
 impl Vm for FakeVm {
     fn process(&self) -> Option<ProcessId> {
         None
+    }
+
+    fn moved(&mut self, _: &Path) {}
+
+    async fn run(&mut self) -> Result<(), VmmError> {
+        Ok(())
+    }
+
+    async fn pause(&mut self) -> Result<(), VmmError> {
+        Ok(())
+    }
+
+    async fn store_devices(&mut self, to: &Path) -> Result<(), VmmError> {
+        self.put(to)
+    }
+
+    async fn store_memory(&mut self, _: &Path, to: &Path) -> Result<(), VmmError> {
+        self.put(to)
+    }
+
+    async fn copy_memory(&mut self, _: &Path) -> Result<(), VmmError> {
+        Ok(())
     }
 
     async fn connect(&mut self, _: Instant) -> Result<Box<dyn LinkStream>, VmmError> {

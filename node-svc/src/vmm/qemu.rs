@@ -7,7 +7,7 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::{self, Read as _, Seek as _, Write as _},
-    os::unix::process::ExitStatusExt as _,
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
@@ -16,16 +16,38 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 use proto::node::v1::VmmKind;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
-use tokio::{net::UnixStream, process::Child};
+use serde_json::{Value, json};
+use tokio::net::UnixStream;
 
-use super::{BootSpec, LinkStream, Vm, VmExit, Vmm, VmmError, process, process::ProcessId, qmp};
+use super::{
+    BootSpec, LinkStream, MEMORY, Machine, RestoreSpec, Vm, VmExit, Vmm, VmmError,
+    memory::{GuestMemory, MemoryError},
+    process::{self, Launch, Process, ProcessId},
+    qmp::Qmp,
+};
 
 const CONSOLE_BYTES: u32 = 64 << 10;
 const CONSOLE_TAIL: usize = 4 << 10;
-const CONNECT_RETRY: Duration = Duration::from_millis(5);
+const CONNECT_RETRY: Duration = Duration::from_millis(2);
+/// From QEMU's start until it listens.
+const QMP_LIMIT: Duration = Duration::from_secs(10);
+/// A command that only has to be heard.
+const COMMAND_LIMIT: Duration = Duration::from_secs(2);
+/// A command that writes a file, or waits for disks.
+const WORK_LIMIT: Duration = Duration::from_mins(1);
+/// Between two looks whether QEMU still answers.
+const PROBE: Duration = Duration::from_millis(500);
+/// How long it may leave a look unanswered: at once when it stands still, else for as long as a busy host may need.
+const PROBE_LIMIT: Duration = Duration::from_secs(1);
+const HUNG_AFTER: u32 = 10;
+/// Between two looks whether state is loaded.
+const LOADED_POLL: Duration = Duration::from_millis(1);
 const TRIAL_LIMIT: Duration = Duration::from_secs(10);
 const MIB: u64 = 1 << 20;
+/// Names in a guest's folder, which is QEMU's working folder: it may be renamed.
+const QMP_SOCKET: &str = "qmp.sock";
+const LINK_SOCKET: &str = "link.sock";
+const LOG: &str = "qemu.log";
 /// Emptied when the host boots, as a verdict must be.
 const VERDICTS: &str = "/run/sandmesh";
 
@@ -197,8 +219,9 @@ impl Qemu {
         line
     }
 
-    fn arguments(&self, spec: &BootSpec) -> Vec<OsString> {
-        let memory = spec.memory_bytes.div_ceil(MIB);
+    /// `memory` is how the memory's file is mapped; `more` follows the machine that a boot and a restore have in common.
+    fn arguments(&self, machine: &Machine, memory: &str, more: &[OsString]) -> Vec<OsString> {
+        let size = machine.memory_bytes.div_ceil(MIB);
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |flag: &str, value: String| {
             arguments.push(flag.into());
@@ -206,7 +229,7 @@ impl Qemu {
         };
         add(
             "-M",
-            "microvm,acpi=on,rtc=on,pit=off,pic=off,isa-serial=on,usb=off,memory-backend=mem"
+            "microvm,acpi=on,rtc=on,pit=off,pic=off,isa-serial=on,usb=off,memory-backend=mem,suppress-vmdesc=on"
                 .into(),
         );
         match self.accelerator {
@@ -219,20 +242,17 @@ impl Qemu {
                 add("-cpu", "max".into());
             }
         }
-        add("-smp", spec.vcpus.to_string());
-        add("-m", format!("{memory}M"));
+        add("-smp", machine.vcpus.to_string());
+        add("-m", format!("{size}M"));
         add(
             "-object",
-            format!("memory-backend-memfd,id=mem,size={memory}M,share=on"),
+            format!("memory-backend-file,id=mem,size={size}M,mem-path={MEMORY},{memory}"),
         );
         add(
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into(),
         );
         add("-display", "none".into());
-        add("-kernel", path(&spec.kernel));
-        add("-initrd", path(&spec.initrd));
-        add("-append", self.command_line());
         add(
             "-chardev",
             format!("ringbuf,id=console,size={CONSOLE_BYTES}"),
@@ -240,19 +260,13 @@ impl Qemu {
         add("-serial", "chardev:console".into());
         add(
             "-chardev",
-            format!(
-                "socket,id=qmp,path={},server=on,wait=off",
-                path(&qmp_socket(&spec.folder))
-            ),
+            format!("socket,id=qmp,path={QMP_SOCKET},server=on,wait=off"),
         );
         add("-mon", "chardev=qmp,mode=control".into());
         add("-device", "virtio-serial-device,max_ports=2".into());
         add(
             "-chardev",
-            format!(
-                "socket,id=link,path={},server=on,wait=off",
-                path(&link_socket(&spec.folder))
-            ),
+            format!("socket,id=link,path={LINK_SOCKET},server=on,wait=off"),
         );
         add(
             "-device",
@@ -262,7 +276,7 @@ impl Qemu {
             "-drive",
             format!(
                 "if=none,id=rootfs,file={},format=raw,readonly=on",
-                path(&spec.rootfs)
+                path(&machine.rootfs)
             ),
         );
         add(
@@ -272,15 +286,16 @@ impl Qemu {
         add(
             "-drive",
             format!(
-                "if=none,id=scratch,file={},format=raw,discard=unmap",
-                path(&spec.scratch)
+                "if=none,id=scratch,file={},format=raw,discard=ignore",
+                path(&machine.scratch)
             ),
         );
+        // Both would be fallocate(2), which does nothing here: see `process::launch`.
         add(
             "-device",
-            "virtio-blk-device,drive=scratch,serial=scratch".into(),
+            "virtio-blk-device,drive=scratch,serial=scratch,discard=off,write-zeroes=off".into(),
         );
-        if let Some(place) = &spec.place {
+        if let Some(place) = &machine.place {
             add(
                 "-netdev",
                 format!("tap,id=net,ifname={},script=no,downscript=no", place.tap),
@@ -295,22 +310,43 @@ impl Qemu {
             "-device",
             "virtio-balloon-device,deflate-on-oom=on,free-page-reporting=on".into(),
         );
-        arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(OsString::from));
+        // A guest that powers off or panics leaves QEMU standing, so that its console can still be read.
+        arguments.extend(
+            [
+                "-nodefaults",
+                "-no-user-config",
+                "-no-reboot",
+                "-no-shutdown",
+            ]
+            .map(OsString::from),
+        );
+        arguments.extend_from_slice(more);
         arguments
+    }
+
+    fn start(
+        &self,
+        machine: &Machine,
+        arguments: Vec<OsString>,
+        inherited: Option<File>,
+    ) -> Result<QemuVm, VmmError> {
+        let output = File::create(machine.folder.join(LOG)).map_err(VmmError::Spawn)?;
+        let process = process::launch(Launch {
+            program: &self.program,
+            arguments,
+            folder: &machine.folder,
+            netns: machine.place.as_ref().map(|place| place.netns.as_path()),
+            output,
+            inherited,
+        })
+        .map_err(VmmError::Spawn)?;
+        Ok(QemuVm::new(process, &machine.folder))
     }
 }
 
 /// A comma in a value starts another option in QEMU's syntax; it is doubled to mean itself.
 fn path(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
-}
-
-fn qmp_socket(folder: &Path) -> PathBuf {
-    folder.join("qmp.sock")
-}
-
-fn link_socket(folder: &Path) -> PathBuf {
-    folder.join("link.sock")
 }
 
 fn tsc_khz() -> Option<u64> {
@@ -338,53 +374,201 @@ impl Vmm for Qemu {
     }
 
     async fn boot(&self, spec: BootSpec) -> Result<Box<dyn Vm>, VmmError> {
-        let output = File::create(spec.folder.join("qemu.log")).map_err(VmmError::Spawn)?;
-        let netns = spec.place.as_ref().map(|place| place.netns.as_path());
-        let mut command =
-            process::detached(&self.program, netns, output).map_err(VmmError::Spawn)?;
-        command.args(self.arguments(&spec));
-        let child = tokio::process::Command::from(command)
-            .spawn()
-            .map_err(VmmError::Spawn)?;
-        let process = child
-            .id()
-            .and_then(|pid| i32::try_from(pid).ok())
-            .and_then(ProcessId::of);
-        Ok(Box::new(QemuVm {
-            child,
-            process,
-            folder: spec.folder,
-        }))
+        let more = [
+            "-kernel".into(),
+            spec.kernel.into_os_string(),
+            "-initrd".into(),
+            spec.initrd.into_os_string(),
+            "-append".into(),
+            self.command_line().into(),
+        ];
+        let arguments = self.arguments(&spec.machine, "share=on", &more);
+        Ok(Box::new(self.start(&spec.machine, arguments, None)?))
+    }
+
+    async fn restore(&self, spec: RestoreSpec) -> Result<Box<dyn Vm>, VmmError> {
+        let devices = File::open(&spec.devices).map_err(VmmError::Spawn)?;
+        let number = devices.as_raw_fd();
+        let more = [
+            "-S",
+            "-incoming",
+            "defer",
+            "-global",
+            "migration.send-configuration=off",
+        ]
+        .map(OsString::from);
+        let arguments = self.arguments(&spec.machine, "share=off", &more);
+        let mut vm = self.start(&spec.machine, arguments, Some(devices))?;
+        match vm.load(number, spec.difference).await {
+            Ok(()) => Ok(Box::new(vm)),
+            Err(error) => {
+                vm.kill().await;
+                let said = vm.said();
+                Err(match error {
+                    // QEMU ends when it cannot load, and says why in its log only.
+                    VmmError::Control(_) if !said.trim().is_empty() => {
+                        VmmError::Load(said.trim().to_owned())
+                    }
+                    other => other,
+                })
+            }
+        }
+    }
+
+    async fn adopt(
+        &self,
+        folder: &Path,
+        process: ProcessId,
+    ) -> Result<Option<Box<dyn Vm>>, VmmError> {
+        let process = Process::adopt(process).map_err(VmmError::Spawn)?;
+        Ok(process.map(|process| Box::new(QemuVm::new(process, folder)) as Box<dyn Vm>))
     }
 }
 
 /// A running QEMU.
 #[derive(Debug)]
 struct QemuVm {
-    child: Child,
-    process: Option<ProcessId>,
+    process: Process,
     folder: PathBuf,
+    /// Taken while a command is under way, so that a cancelled one is never answered to another.
+    qmp: Option<Qmp>,
+    unanswered: u32,
 }
 
 impl QemuVm {
+    fn new(process: Process, folder: &Path) -> Self {
+        Self {
+            process,
+            folder: folder.to_owned(),
+            qmp: None,
+            unanswered: 0,
+        }
+    }
+
     fn said(&self) -> String {
-        let said = fs::read(self.folder.join("qemu.log")).unwrap_or_default();
+        let said = fs::read(self.folder.join(LOG)).unwrap_or_default();
         String::from_utf8_lossy(
             said.get(said.len().saturating_sub(CONSOLE_TAIL)..)
                 .unwrap_or_default(),
         )
         .into_owned()
     }
+
+    async fn execute(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        limit: Duration,
+    ) -> io::Result<Value> {
+        let mut qmp = if let Some(qmp) = self.qmp.take() {
+            qmp
+        } else {
+            let socket = self.folder.join(QMP_SOCKET);
+            let deadline = tokio::time::Instant::now() + limit;
+            Qmp::connect(&socket, deadline).await?
+        };
+        let answer = qmp.execute(command, arguments, limit).await?;
+        self.qmp = Some(qmp);
+        Ok(answer)
+    }
+
+    async fn control(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        limit: Duration,
+    ) -> Result<Value, VmmError> {
+        self.execute(command, arguments, limit)
+            .await
+            .map_err(VmmError::Control)
+    }
+
+    async fn status(&mut self, limit: Duration) -> io::Result<String> {
+        let answer = self.execute("query-status", json!({}), limit).await?;
+        let status = answer.get("status").and_then(Value::as_str);
+        Ok(status.unwrap_or_default().to_owned())
+    }
+
+    /// Memory first: devices read their queues from it while they are loaded.
+    async fn load(&mut self, devices: i32, difference: Option<PathBuf>) -> Result<(), VmmError> {
+        let socket = self.folder.join(QMP_SOCKET);
+        let connected = tokio::select! {
+            exit = self.process.wait() => return Err(VmmError::Control(io::Error::other(exit.to_string()))),
+            connected = Qmp::connect(&socket, tokio::time::Instant::now() + QMP_LIMIT) => connected,
+        };
+        self.qmp = Some(connected.map_err(VmmError::Control)?);
+        if let Some(difference) = difference {
+            let (pid, file) = (self.process.id().pid, self.folder.join(MEMORY));
+            blocking(move || GuestMemory::of(pid, &file)?.apply(&difference)).await?;
+        }
+        self.control(
+            "migrate-incoming",
+            json!({"uri": format!("fd:{devices}")}),
+            COMMAND_LIMIT,
+        )
+        .await?;
+        let limit = Instant::now() + WORK_LIMIT;
+        while self
+            .status(COMMAND_LIMIT)
+            .await
+            .map_err(VmmError::Control)?
+            == "inmigrate"
+        {
+            if Instant::now() > limit {
+                return Err(VmmError::Load("it takes too long".into()));
+            }
+            tokio::time::sleep(LOADED_POLL).await;
+        }
+        Ok(())
+    }
+
+    /// One look whether it still does what it should.
+    async fn probe(&mut self) -> Option<VmExit> {
+        match self.status(PROBE_LIMIT).await.as_deref() {
+            Ok(status @ ("shutdown" | "guest-panicked" | "internal-error")) => {
+                return Some(VmExit::Guest(status.into()));
+            }
+            // The host's disk is full: the guest waits, and goes on as soon as there is room.
+            Ok("io-error") => {
+                tracing::warn!(folder = %self.folder.display(), "a guest waits for its disk");
+                if let Err(error) = self.execute("cont", json!({}), COMMAND_LIMIT).await {
+                    tracing::debug!(%error, "it still waits");
+                }
+            }
+            Ok(_) => {}
+            Err(_) if self.process.is_stopped() => return Some(VmExit::Hung),
+            Err(error) => {
+                tracing::warn!(%error, folder = %self.folder.display(), "a VMM did not answer");
+                self.unanswered += 1;
+                return (self.unanswered >= HUNG_AFTER).then_some(VmExit::Hung);
+            }
+        }
+        self.unanswered = 0;
+        None
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, MemoryError> + Send + 'static,
+) -> Result<T, VmmError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => Ok(done?),
+        Err(error) => Err(VmmError::Control(io::Error::other(error))),
+    }
 }
 
 #[tonic::async_trait]
 impl Vm for QemuVm {
     fn process(&self) -> Option<ProcessId> {
-        self.process
+        Some(self.process.id())
+    }
+
+    fn moved(&mut self, folder: &Path) {
+        folder.clone_into(&mut self.folder);
     }
 
     async fn connect(&mut self, deadline: Instant) -> Result<Box<dyn LinkStream>, VmmError> {
-        let socket = link_socket(&self.folder);
+        let socket = self.folder.join(LINK_SOCKET);
         let stream = loop {
             // QEMU makes the socket some milliseconds after its start; there is nothing to wait on but the file system.
             match UnixStream::connect(&socket).await {
@@ -395,7 +579,7 @@ impl Vm for QemuVm {
                 Err(_) => {}
             }
             tokio::select! {
-                exit = self.wait() => return Err(VmmError::Ended(exit)),
+                exit = self.process.wait() => return Err(VmmError::Ended(exit)),
                 () = tokio::time::sleep(CONNECT_RETRY) => {}
             }
         };
@@ -408,23 +592,51 @@ impl Vm for QemuVm {
         }
     }
 
+    async fn run(&mut self) -> Result<(), VmmError> {
+        self.control("cont", json!({}), COMMAND_LIMIT)
+            .await
+            .map(drop)
+    }
+
+    async fn pause(&mut self) -> Result<(), VmmError> {
+        self.control("stop", json!({}), WORK_LIMIT).await.map(drop)
+    }
+
+    async fn store_devices(&mut self, to: &Path) -> Result<(), VmmError> {
+        // The devices alone, without memory, whatever the name says; `live` is about giving the disks away.
+        let arguments = json!({"filename": to.to_string_lossy(), "live": false});
+        self.control("xen-save-devices-state", arguments, WORK_LIMIT)
+            .await
+            .map(drop)
+    }
+
+    async fn store_memory(&mut self, base: &Path, to: &Path) -> Result<(), VmmError> {
+        let (pid, file) = (self.process.id().pid, self.folder.join(MEMORY));
+        let (base, to) = (base.to_owned(), to.to_owned());
+        blocking(move || GuestMemory::of(pid, &file)?.store(&base, &to).map(drop)).await
+    }
+
+    async fn copy_memory(&mut self, copy: &Path) -> Result<(), VmmError> {
+        let (pid, file) = (self.process.id().pid, self.folder.join(MEMORY));
+        let copy = File::options().write(true).open(copy);
+        blocking(move || GuestMemory::of(pid, &file)?.copy_own(&copy?).map(drop)).await
+    }
+
     async fn wait(&mut self) -> VmExit {
-        match self.child.wait().await {
-            Ok(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => VmExit::Code(code),
-                (None, signal) => VmExit::Signal(signal.unwrap_or_default()),
-            },
-            Err(error) => {
-                tracing::error!(%error, "a VMM cannot be waited for");
-                VmExit::Code(-1)
+        loop {
+            tokio::select! {
+                exit = self.process.wait() => return exit,
+                () = tokio::time::sleep(PROBE) => {}
+            }
+            if let Some(exit) = self.probe().await {
+                return exit;
             }
         }
     }
 
     async fn console_tail(&mut self) -> String {
         let arguments = json!({"device": "console", "size": CONSOLE_BYTES, "format": "utf8"});
-        let console = match qmp::execute(&qmp_socket(&self.folder), "ringbuf-read", arguments).await
-        {
+        let console = match self.execute("ringbuf-read", arguments, COMMAND_LIMIT).await {
             Ok(value) => value.as_str().unwrap_or_default().to_owned(),
             // QEMU is gone, and its buffer with it; its own last words are on disk.
             Err(_) => String::new(),
@@ -438,10 +650,7 @@ impl Vm for QemuVm {
     }
 
     async fn kill(&mut self) {
-        if let Err(error) = self.child.start_kill() {
-            tracing::debug!(%error, "the VMM had ended");
-        }
-        self.wait().await;
+        self.process.kill().await;
     }
 }
 

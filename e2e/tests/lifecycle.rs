@@ -1,0 +1,406 @@
+//! A session that is stored and continued, copied, put back, and taken over: what it was stays, whoever dies.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::FileExt as _,
+    time::{Duration, Instant, SystemTime},
+};
+
+use e2e::{Mesh, guest, http, small};
+use nix::sys::signal::{Signal, kill};
+use proto::session::v1::{Session, SessionState};
+use sdk::{Command, NewFork, NewSession, Sandbox};
+use tonic::Code;
+
+/// How soon a VMM that died or hangs must be noticed, and the session told to have failed.
+const NOTICED: Duration = Duration::from_secs(10);
+
+async fn output(sandbox: &Sandbox, script: &str) -> String {
+    let output = sandbox.run(["sh", "-c", script]).await.unwrap();
+    assert_eq!(
+        output.exit.code(),
+        0,
+        "{script}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// What a sandbox is, apart from what it draws anew each time.
+async fn identity(sandbox: &Sandbox) -> (String, String) {
+    let machine = output(sandbox, "cat /etc/machine-id").await;
+    (machine, output(sandbox, "hostname").await)
+}
+
+async fn random(sandbox: &Sandbox) -> String {
+    output(
+        sandbox,
+        "head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \\n'",
+    )
+    .await
+}
+
+/// Starts a program that counts in its memory and says so when asked by a file.
+async fn counter(sandbox: &Sandbox) {
+    let script = "import time\nn = 0\nwhile True:\n    n += 1\n    open('/tmp/n', 'w').write(str(n))\n    time.sleep(0.05)\n";
+    output(
+        sandbox,
+        &format!("cat > /tmp/count.py <<'X'\n{script}X\nsetsid python3 /tmp/count.py >/dev/null 2>&1 </dev/null & echo"),
+    )
+    .await;
+}
+
+async fn count(sandbox: &Sandbox) -> u64 {
+    loop {
+        // The file is empty for a moment at each write.
+        if let Ok(count) = output(sandbox, "cat /tmp/n 2>/dev/null || true")
+            .await
+            .parse()
+        {
+            return count;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_is_paused_and_resumed_as_it_was() {
+    let mesh = Mesh::start(&["--separate"]);
+    let session = mesh.session().await;
+    let id = &session.session_id;
+    let client = mesh.client();
+    let sandbox = client.sandbox(&session).unwrap();
+    output(&sandbox, "echo kept > ~/file").await;
+    counter(&sandbox).await;
+    let before = identity(&sandbox).await;
+    let mut last = 0;
+    let mut drawn = BTreeSet::new();
+    for round in 0..5 {
+        let paused = client.pause(id).await.unwrap();
+        assert_eq!(paused.state(), SessionState::Paused);
+        assert!(
+            (1..64 << 20).contains(&paused.stored_bytes),
+            "{} bytes are stored",
+            paused.stored_bytes
+        );
+        assert!(
+            !mesh.session_folder(&session).join("qmp.sock").exists(),
+            "nothing of it runs"
+        );
+        if round == 0 {
+            refused_while_paused(&mesh, &session, &sandbox).await;
+            damaged_state_is_not_loaded(&mesh, &session).await;
+        }
+        let resumed = client.resume(id, None).await.unwrap();
+        assert_eq!(resumed.state(), SessionState::Running);
+        assert_eq!(output(&sandbox, "cat ~/file").await, "kept");
+        assert_eq!(identity(&sandbox).await, before, "round {round}");
+        let now = count(&sandbox).await;
+        assert!(now > last, "the counter is the same process, and goes on");
+        last = now;
+        let clock: u64 = output(&sandbox, "date +%s").await.parse().unwrap();
+        let host = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+        assert!(clock.abs_diff(host) <= 2, "{clock} is not {host}");
+        assert!(drawn.insert(random(&sandbox).await));
+    }
+    assert_eq!(output(&sandbox, "pgrep -c -f '[c]ount.py'").await, "1");
+    let metrics = client.metrics(id).await.unwrap();
+    assert!(metrics.memory_private_bytes > 0 && metrics.cpu_time.is_some());
+    client.stop(id).await.unwrap();
+}
+
+async fn refused_while_paused(mesh: &Mesh, session: &Session, sandbox: &Sandbox) {
+    let again = mesh.client().pause(&session.session_id).await.unwrap_err();
+    assert_eq!(again.code(), Some(Code::FailedPrecondition), "{again}");
+    let call = sandbox.run(["true"]).await.unwrap_err();
+    assert_eq!(call.code(), Some(Code::FailedPrecondition), "{call}");
+    let host = session.host.replace("{port}", "8000");
+    let page = http::get(mesh.edge(), &host, "/", &[]).await;
+    assert_eq!(page.refusal(), (409, "SESSION_PAUSED".into()));
+}
+
+/// Whatever of it is changed or cut is told, and the session stays paused with all that is left.
+async fn damaged_state_is_not_loaded(mesh: &Mesh, session: &Session) {
+    let paused = mesh.session_folder(session).join("paused");
+    for name in ["memory.diff", "devices"] {
+        let path = paused.join(name);
+        let file = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let mut byte = [0];
+        let at = file.metadata().unwrap().len() / 2;
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[!byte[0]], at).unwrap();
+        let refused = mesh
+            .client()
+            .resume(&session.session_id, None)
+            .await
+            .unwrap_err();
+        assert!(refused.to_string().contains("damaged"), "{name}: {refused}");
+        file.write_all_at(&byte, at).unwrap();
+        let known = mesh.client().get(&session.session_id).await.unwrap();
+        assert_eq!(known.state(), SessionState::Paused);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_wake_a_paused_session_once() {
+    let mesh = Mesh::start(&[]);
+    let session = mesh
+        .client()
+        .create(NewSession {
+            wake_on_request: true,
+            ..small()
+        })
+        .await
+        .unwrap();
+    let client = mesh.client();
+    let sandbox = client.sandbox(&session).unwrap();
+    guest::upload(&sandbox, env!("CARGO_BIN_EXE_guest-server")).await;
+    guest::serve(&sandbox, "0.0.0.0:8000").await;
+    let host = session.host.replace("{port}", "8000");
+    http::get_when_open(mesh.edge(), &host, "/").await;
+    client.pause(&session.session_id).await.unwrap();
+    let began = Instant::now();
+    let pages = (0..10).map(|_| http::get(mesh.edge(), &host, "/", &[]));
+    let pages = futures::future::join_all(pages).await;
+    assert!(pages.iter().all(|page| page.status == 200), "{pages:?}");
+    println!("ten requests woke it in {:?}", began.elapsed());
+    client.pause(&session.session_id).await.unwrap();
+    assert_eq!(output(&sandbox, "echo awake").await, "awake");
+    let events = mesh.run(&["session", "events", &session.session_id, "-o", "json"]);
+    let events = String::from_utf8_lossy(&events.stdout).into_owned();
+    assert_eq!(events.matches("\"RESUMED\"").count(), 2, "{events}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn children_have_all_of_it_but_who_it_is() {
+    let mesh = Mesh::start(&[]);
+    let session = mesh.session().await;
+    let client = mesh.client();
+    let parent = client.sandbox(&session).unwrap();
+    output(&parent, "echo kept > ~/file").await;
+    counter(&parent).await;
+    let at_fork = count(&parent).await;
+    let forked = client
+        .fork(&session.session_id, NewFork::of(3))
+        .await
+        .unwrap();
+    let stood = Duration::try_from(forked.parent_stop_time.unwrap()).unwrap();
+    println!("the parent stood still for {stood:?}");
+    assert_eq!(forked.sessions.len(), 3);
+    let (mut identities, mut drawn) = (BTreeSet::new(), BTreeSet::new());
+    identities.insert(identity(&parent).await);
+    drawn.insert(random(&parent).await);
+    for child in &forked.sessions {
+        assert_eq!(child.parent_session_id, session.session_id);
+        let sandbox = client.sandbox(child).unwrap();
+        // The very first thing it draws.
+        assert!(drawn.insert(random(&sandbox).await));
+        assert!(identities.insert(identity(&sandbox).await));
+        assert_eq!(output(&sandbox, "cat ~/file").await, "kept");
+        assert!(count(&sandbox).await >= at_fork, "its processes go on");
+        output(&sandbox, &format!("echo {} > ~/file", child.session_id)).await;
+    }
+    assert_eq!(output(&parent, "cat ~/file").await, "kept");
+
+    // A child is a session like any other: it pauses, and has what it had from its parent and what it did itself.
+    let child = &forked.sessions[0];
+    let sandbox = client.sandbox(child).unwrap();
+    let before = count(&sandbox).await;
+    client.pause(&child.session_id).await.unwrap();
+    // So does a paused one fork.
+    let grandchildren = client
+        .fork(&child.session_id, NewFork::of(1))
+        .await
+        .unwrap()
+        .sessions;
+    client.resume(&child.session_id, None).await.unwrap();
+    for of_it in [&sandbox, &client.sandbox(&grandchildren[0]).unwrap()] {
+        assert_eq!(output(of_it, "cat ~/file").await, child.session_id);
+        assert!(count(of_it).await >= before);
+    }
+    let refused = client.fork(&session.session_id, NewFork::of(101)).await;
+    assert_eq!(refused.unwrap_err().code(), Some(Code::InvalidArgument));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_goes_back_to_a_checkpoint() {
+    let mesh = Mesh::start(&[]);
+    let session = mesh.session().await;
+    let id = &session.session_id;
+    let client = mesh.client();
+    let sandbox = client.sandbox(&session).unwrap();
+    output(&sandbox, "echo first > ~/file").await;
+    counter(&sandbox).await;
+    let at_checkpoint = count(&sandbox).await;
+    let kept = client.create_checkpoint(id, "first").await.unwrap();
+    output(&sandbox, "echo second > ~/file; touch ~/new").await;
+    while count(&sandbox).await < at_checkpoint + 100 {}
+    let mut under_way = sandbox
+        .start(Command::new(["sh", "-c", "echo on; exec sleep 60"]))
+        .await
+        .unwrap();
+    under_way.next().await.unwrap();
+    let (rolled, cut) = tokio::join!(client.rollback(id, &kept.checkpoint_id), async {
+        loop {
+            match under_way.next().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("it ended well"),
+                Err(error) => return error,
+            }
+        }
+    });
+    assert_eq!(rolled.unwrap().state(), SessionState::Running);
+    assert_eq!(cut.code(), Some(Code::Aborted), "{cut}");
+    assert_eq!(
+        cut.reason().as_deref(),
+        Some("SESSION_ROLLED_BACK"),
+        "{cut}"
+    );
+    assert_eq!(
+        output(&sandbox, "cat ~/file; ls ~/new 2>&1 | wc -l").await,
+        "first\n1"
+    );
+    let now = count(&sandbox).await;
+    assert!(
+        (at_checkpoint..at_checkpoint + 80).contains(&now),
+        "{now} follows {at_checkpoint}"
+    );
+    client
+        .delete_checkpoint(id, &kept.checkpoint_id)
+        .await
+        .unwrap();
+    let gone = client.rollback(id, &kept.checkpoint_id).await.unwrap_err();
+    assert_eq!(gone.code(), Some(Code::NotFound), "{gone}");
+}
+
+/// Commands print while node-svc is killed again and again: not a byte is missing, and every session runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_killed_takes_its_sessions_over() {
+    let mesh = Mesh::start(&["--separate"]);
+    let client = mesh.client();
+    let sessions = futures::future::join_all((0..2).map(|_| mesh.session())).await;
+    let mut commands = Vec::new();
+    for session in &sessions {
+        let sandbox = client.sandbox(session).unwrap();
+        for _ in 0..2 {
+            let script =
+                "import time\nfor n in range(1, 401): print(n, flush=True); time.sleep(0.03)";
+            let process = sandbox
+                .start(Command::new(["python3", "-c", script]))
+                .await
+                .unwrap();
+            commands.push(tokio::spawn(process.output()));
+        }
+    }
+    for _ in 0..3 {
+        mesh.crash("node");
+        for session in &sessions {
+            let sandbox = client.sandbox(session).unwrap();
+            assert_eq!(output(&sandbox, "echo here").await, "here");
+        }
+    }
+    let wanted: Vec<String> = (1..=400).map(|n: u32| n.to_string()).collect();
+    for command in commands {
+        let output = command.await.unwrap().unwrap();
+        assert_eq!(output.exit.code(), 0);
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(said.lines().eq(&wanted), "{said}");
+    }
+    for session in &sessions {
+        let known = client.get(&session.session_id).await.unwrap();
+        assert_eq!(known.state(), SessionState::Running);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vmm_that_dies_or_hangs_is_noticed() {
+    let mesh = Mesh::start(&[]);
+    let client = mesh.client();
+    let [killed, stopped, panicked] = [
+        mesh.session().await,
+        mesh.session().await,
+        mesh.session().await,
+    ];
+    mesh.kill_vmm(&killed);
+    kill(mesh.vmm(&stopped), Signal::SIGSTOP).unwrap();
+    let sandbox = client.sandbox(&panicked).unwrap();
+    // The call does not come back.
+    let mut crash = Command::new(["sh", "-c", "echo c > /proc/sysrq-trigger"]);
+    crash.user = "root".into();
+    let _ = tokio::time::timeout(Duration::from_secs(1), sandbox.start(crash)).await;
+    for (session, reason) in [
+        (&killed, "VMM_EXITED"),
+        (&stopped, "VMM_HUNG"),
+        (&panicked, "GUEST_PANIC"),
+    ] {
+        let began = Instant::now();
+        loop {
+            let known = client.get(&session.session_id).await.unwrap();
+            if known.state() == SessionState::Failed {
+                assert_eq!(known.end_reason.unwrap().reason, reason);
+                break;
+            }
+            assert!(began.elapsed() < NOTICED, "{reason}: {:?}", known.state());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(
+            !mesh
+                .state()
+                .join("node/s")
+                .join(&session.session_id)
+                .exists()
+        );
+    }
+}
+
+/// A guest that waited is a session like any other, and nobody's twin.
+#[tokio::test(flavor = "multi_thread")]
+async fn guests_wait_for_their_sessions() {
+    let mesh = Mesh::start_warm(&["--separate"], 1);
+    let client = mesh.client();
+    let waiting = mesh.state().join("node/w");
+    let (mut machines, mut drawn) = (BTreeSet::new(), BTreeSet::new());
+    for _ in 0..3 {
+        let before: BTreeSet<_> = fs::read_dir(&waiting)
+            .into_iter()
+            .flatten()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        let session = mesh.session().await;
+        let sandbox = client.sandbox(&session).unwrap();
+        assert!(drawn.insert(random(&sandbox).await));
+        let (machine, hostname) = identity(&sandbox).await;
+        assert!(machines.insert(machine));
+        assert!(hostname.ends_with(&session.session_id[..8]), "{hostname}");
+        // It is a session's now: it pauses, and is taken over from where it lies.
+        client.pause(&session.session_id).await.unwrap();
+        client.resume(&session.session_id, None).await.unwrap();
+        assert_eq!(output(&sandbox, "echo here").await, "here");
+        let end = Instant::now() + Duration::from_mins(1);
+        let is_new = || {
+            let entries = fs::read_dir(&waiting).into_iter().flatten();
+            entries
+                .flatten()
+                .any(|entry| !before.contains(&entry.file_name()))
+        };
+        while !(is_new()
+            && mesh
+                .metrics("node")
+                .await
+                .contains("sandmesh_node_warm_idle 1"))
+        {
+            assert!(Instant::now() < end, "no guest waits");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    let metrics = mesh.metrics("node").await;
+    assert!(
+        metrics.contains("sandmesh_node_warm_total{outcome=\"hit\"} 2"),
+        "{metrics}"
+    );
+}

@@ -1,0 +1,346 @@
+//! From nothing, or from files, to a guest that is the session's.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use proto::node::v1::{StartSessionRequest, StartStep};
+use tokio_util::sync::CancellationToken;
+
+use super::{DriveError, Driver, Origin, Stopwatch, TEMPLATE_MEMORY, Workshop, blocking, open};
+use crate::{
+    disk,
+    guest::{Connections, GuestClient},
+    journal::{self, Durability, Step},
+    slot::{self, NetworkRules, RuleError, Slot},
+    snapshot::{TemplateSnapshot, TemplateSnapshots},
+    stored::SCRATCH,
+    vmm::{BootSpec, DEVICES, GuestPlace, MEMORY, Machine, RestoreSpec, Vm},
+};
+
+/// What a guest is restored from.
+pub(super) struct Source {
+    pub(super) devices: PathBuf,
+    pub(super) difference: Option<PathBuf>,
+    pub(super) scratch: PathBuf,
+}
+
+impl Driver {
+    /// Starts the session, or takes it over.
+    pub(super) async fn begin(&mut self, origin: Origin) -> Result<Vec<StartStep>, DriveError> {
+        if let Origin::Earlier(entry) = origin {
+            self.adopt(entry).await?;
+            return Ok(Vec::new());
+        }
+        let mut watch = Stopwatch::new();
+        let (folder, request) = (self.folder.clone(), self.request.clone());
+        blocking(move || {
+            fs::create_dir(&folder)?;
+            journal::write_request(&folder, &request, Durability::Process)
+        })
+        .await?;
+        let (guest, over) = match origin {
+            Origin::Fork(image) => {
+                let source = self.take_image(&image).await?;
+                self.restore(source, Connections::Reset, &mut watch).await?
+            }
+            _ if self.shop.vmm.needs_place() => {
+                let shop = Arc::clone(&self.shop);
+                let snapshot = shop.template_snapshot(&self.request, &mut watch).await?;
+                if let Some(reached) = self.take_warm(&snapshot, &mut watch).await? {
+                    reached
+                } else {
+                    let source = self.take_template(&snapshot, &mut watch).await?;
+                    self.restore(source, Connections::Keep, &mut watch).await?
+                }
+            }
+            _ => self.simulate(&mut watch).await?,
+        };
+        self.journal(Step::Running).await?;
+        self.enter_running(guest, over);
+        tracing::info!(session_id = self.session.id.short(), "session runs");
+        Ok(watch.1)
+    }
+
+    /// Gives the session's folder the memory of its template's snapshot.
+    async fn take_template(
+        &mut self,
+        snapshot: &TemplateSnapshot,
+        watch: &mut Stopwatch,
+    ) -> Result<Source, DriveError> {
+        let (folder, from) = (self.folder.clone(), snapshot.folder.clone());
+        blocking(move || link_memory(&from, &folder)).await?;
+        watch.lap("snapshot");
+        Ok(Source {
+            devices: snapshot.folder.join(DEVICES),
+            difference: None,
+            scratch: snapshot.folder.join(SCRATCH),
+        })
+    }
+
+    /// A guest without disks and memory, which has nothing to be restored from.
+    async fn simulate(
+        &mut self,
+        watch: &mut Stopwatch,
+    ) -> Result<(GuestClient, CancellationToken), DriveError> {
+        let spec = BootSpec {
+            machine: self.machine(PathBuf::new()),
+            kernel: PathBuf::new(),
+            initrd: PathBuf::new(),
+        };
+        let vm = self.vm.insert(self.shop.vmm.boot(spec).await?);
+        let (guest, over) = open(vm.as_mut(), self.shop.boot_timeout).await?;
+        watch.lap("boot");
+        self.configure(&guest, Connections::Keep).await?;
+        watch.lap("configure");
+        Ok((guest, over))
+    }
+
+    /// From stored state to a guest that is the session's. What was taken is in `self`, whatever comes of it.
+    pub(super) async fn restore(
+        &mut self,
+        source: Source,
+        connections: Connections,
+        watch: &mut Stopwatch,
+    ) -> Result<(GuestClient, CancellationToken), DriveError> {
+        // Too many at once would make all of them late.
+        let shop = Arc::clone(&self.shop);
+        let turn = shop
+            .boots
+            .acquire()
+            .await
+            .map_err(|_| DriveError::Stopped)?;
+        let limit = self.shop.boot_timeout;
+        let restored = tokio::time::timeout(
+            limit,
+            Box::pin(self.restore_now(source, connections, watch)),
+        )
+        .await;
+        drop(turn);
+        restored.map_err(|_| DriveError::Timeout(limit))?
+    }
+
+    async fn restore_now(
+        &mut self,
+        source: Source,
+        connections: Connections,
+        watch: &mut Stopwatch,
+    ) -> Result<(GuestClient, CancellationToken), DriveError> {
+        let rootfs = self.rootfs().await?;
+        if let Some(slots) = &self.shop.slots {
+            let slot = slots.take(&rules_of(&self.request)?).await?;
+            self.slot = Some(slot);
+            watch.lap("slot");
+        }
+        // Before the effect: from here on there is something to clean up.
+        let step = self.entry.step;
+        self.journal(step).await?;
+        if self.shop.vmm.needs_place() {
+            let scratch = self.path(SCRATCH);
+            blocking(move || {
+                remove_file(&scratch)?;
+                disk::copy(&source.scratch, &scratch)
+            })
+            .await?;
+            watch.lap("disk");
+        }
+        let spec = RestoreSpec {
+            machine: self.machine(rootfs),
+            devices: source.devices,
+            difference: source.difference,
+        };
+        self.vm = Some(self.shop.vmm.restore(spec).await?);
+        self.journal(step).await?;
+        let vm = self.vm.as_mut().ok_or(DriveError::Stopped)?;
+        vm.run().await?;
+        watch.lap("restore");
+        let (guest, over) = open(vm.as_mut(), self.shop.boot_timeout).await?;
+        watch.lap("link");
+        self.configure(&guest, connections).await?;
+        watch.lap("configure");
+        Ok((guest, over))
+    }
+
+    pub(super) async fn configure(
+        &self,
+        guest: &GuestClient,
+        connections: Connections,
+    ) -> Result<(), DriveError> {
+        guest
+            .configure(&self.identity(), connections)
+            .await
+            .map_err(|status| DriveError::Configure(status.message().to_owned()))
+    }
+
+    async fn rootfs(&self) -> Result<PathBuf, DriveError> {
+        if !self.shop.vmm.needs_place() {
+            return Ok(PathBuf::new());
+        }
+        let template = self.request.template.as_ref();
+        let rootfs = template.and_then(|template| template.rootfs.as_ref());
+        Ok(self.shop.artifacts.get("root filesystem", rootfs).await?)
+    }
+
+    fn machine(&self, rootfs: PathBuf) -> Machine {
+        let resources = self.request.resources.unwrap_or_default();
+        Machine {
+            folder: self.folder.clone(),
+            rootfs,
+            scratch: self.path(SCRATCH),
+            vcpus: resources.vcpus,
+            memory_bytes: resources.memory_bytes,
+            place: self.slot.as_ref().map(place),
+        }
+    }
+}
+
+/// Where a session may open connections, and how fast.
+pub(super) fn rules_of(request: &StartSessionRequest) -> Result<NetworkRules, RuleError> {
+    let network = request.network.clone().unwrap_or_default();
+    let egress = network.egress.unwrap_or_default();
+    NetworkRules::parse(
+        network.internet_access.unwrap_or(true),
+        &egress.allow,
+        &egress.deny,
+        network.egress_bytes_per_second,
+        network.ingress_bytes_per_second,
+    )
+}
+
+/// Gives a guest's folder the memory of its template's snapshot.
+pub(super) fn link_memory(snapshot: &Path, folder: &Path) -> io::Result<()> {
+    let memory = snapshot.join(MEMORY);
+    fs::hard_link(&memory, folder.join(TEMPLATE_MEMORY))?;
+    fs::hard_link(&memory, folder.join(MEMORY))
+}
+
+/// Where a guest of this slot is.
+pub(super) fn place(slot: &Slot) -> GuestPlace {
+    GuestPlace {
+        netns: slot.index.namespace_path(),
+        tap: slot::TAP.into(),
+        mac: slot::GUEST_MAC.into(),
+        reach: slot.reach,
+    }
+}
+
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+impl Workshop {
+    /// The snapshot that sessions of this shape are restored from; booted and taken the first time.
+    pub(super) async fn template_snapshot(
+        &self,
+        request: &StartSessionRequest,
+        watch: &mut Stopwatch,
+    ) -> Result<TemplateSnapshot, DriveError> {
+        let template = request.template.clone().unwrap_or_default();
+        let resources = request.resources.unwrap_or_default();
+        let kernel = self
+            .artifacts
+            .get("kernel", template.kernel.as_ref())
+            .await?;
+        let rootfs = self
+            .artifacts
+            .get("root filesystem", template.rootfs.as_ref())
+            .await?;
+        let modules = self
+            .artifacts
+            .get("modules", template.modules.as_ref())
+            .await?;
+        let mut initrd = PathBuf::new();
+        if let Some(images) = &self.images {
+            // A copy of some MiB the first time, a look at a file name after.
+            initrd = tokio::task::block_in_place(|| images.initrd(&modules))?;
+        }
+        watch.lap("artifacts");
+        let key = TemplateSnapshots::key(&[&kernel, &rootfs, &initrd], resources, &self.maker);
+        let turn = self.snapshots.turn(&key);
+        let _turn = turn.lock().await;
+        if let Some(folder) = self.snapshots.find(&key, &self.maker).await? {
+            return Ok(TemplateSnapshot { key, folder });
+        }
+        let machine = Machine {
+            folder: self.snapshots.begin(&key)?,
+            rootfs,
+            scratch: PathBuf::new(),
+            vcpus: resources.vcpus,
+            memory_bytes: resources.memory_bytes,
+            place: None,
+        };
+        let spec = BootSpec {
+            machine,
+            kernel,
+            initrd,
+        };
+        let mut boot = TemplateBoot::default();
+        let turn = self
+            .boots
+            .acquire()
+            .await
+            .map_err(|_| DriveError::Stopped)?;
+        let made = tokio::time::timeout(
+            self.boot_timeout,
+            Box::pin(self.boot_template(spec, resources.disk_bytes, &mut boot, watch)),
+        )
+        .await;
+        let failed = !matches!(made, Ok(Ok(())));
+        if let Some(vm) = boot.vm.as_mut().filter(|_| failed) {
+            let console = vm.console_tail().await;
+            tracing::error!(console, "a template did not boot");
+        }
+        if let Some(mut vm) = boot.vm.take() {
+            vm.kill().await;
+        }
+        if let (Some(slot), Some(slots)) = (boot.slot.take(), &self.slots) {
+            slots.give_back(slot.index).await;
+        }
+        drop(turn);
+        made.map_err(|_| DriveError::Timeout(self.boot_timeout))??;
+        let folder = self.snapshots.publish(&key, &self.maker).await?;
+        watch.lap("template");
+        Ok(TemplateSnapshot { key, folder })
+    }
+
+    async fn boot_template(
+        &self,
+        mut spec: BootSpec,
+        disk_bytes: u64,
+        boot: &mut TemplateBoot,
+        watch: &mut Stopwatch,
+    ) -> Result<(), DriveError> {
+        spec.machine.scratch = spec.machine.folder.join(SCRATCH);
+        tokio::task::block_in_place(|| self.disks.make(disk_bytes, &spec.machine.scratch))?;
+        if let Some(slots) = &self.slots {
+            let slot = boot
+                .slot
+                .insert(slots.take(&NetworkRules::internet(false)).await?);
+            spec.machine.place = Some(place(slot));
+        }
+        let devices = spec.machine.folder.join(DEVICES);
+        let vm = boot.vm.insert(self.vmm.boot(spec).await?);
+        let (guest, over) = open(vm.as_mut(), self.boot_timeout).await?;
+        watch.lap("boot");
+        guest
+            .prepare_snapshot(&self.nameservers)
+            .await
+            .map_err(|status| DriveError::Prepare(status.message().to_owned()))?;
+        vm.pause().await?;
+        vm.store_devices(&devices).await?;
+        over.cancel();
+        Ok(())
+    }
+}
+
+/// What a boot of a template has taken.
+#[derive(Default)]
+struct TemplateBoot {
+    slot: Option<Slot>,
+    vm: Option<Box<dyn Vm>>,
+}
