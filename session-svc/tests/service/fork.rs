@@ -194,13 +194,11 @@ async fn a_fork_that_is_refused_leaves_nothing() {
     let status = assert_refused(many, Code::InvalidArgument, "INVALID_ARGUMENT");
     let field = &status.get_details_bad_request().unwrap().field_violations[0].field;
     assert_eq!(field, "count");
-    // More than the node has room for: it is not even asked.
-    let large = replica.fork(&id, 4, "").await;
+    // More than the node has room for: it is not even asked. A heartbeat from before the create may just have been read.
+    let large = replica.fork(&id, 5, "").await;
     let status = assert_refused(large, Code::ResourceExhausted, "NO_CAPACITY");
-    assert_eq!(
-        status.get_details_error_info().unwrap().metadata["freeSessions"],
-        "3"
-    );
+    let free = &status.get_details_error_info().unwrap().metadata["freeSessions"];
+    assert!(matches!(free.as_str(), "3" | "4"), "{free}");
     assert_eq!(node.count("fork"), 0);
     let full = Failure::new(Code::ResourceExhausted, Reason::NODE_FULL, "full");
     node.inside().refuse_method.insert("fork", full.into());
