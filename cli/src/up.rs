@@ -36,6 +36,8 @@ pub(crate) enum VmmChoice {
     Qemu,
     /// QEMU, always emulated.
     QemuTcg,
+    /// Firecracker under its jailer, where KVM works; its programs are named by SANDMESH_FIRECRACKER and SANDMESH_JAILER.
+    Firecracker,
     /// In memory, for simulations.
     Fake,
 }
@@ -45,6 +47,7 @@ impl VmmChoice {
         match self {
             Self::Qemu => "qemu",
             Self::QemuTcg => "qemu-tcg",
+            Self::Firecracker => "firecracker",
             Self::Fake => "fake",
         }
     }

@@ -85,6 +85,14 @@ pub fn sandmesh() -> PathBuf {
     program("SANDMESH_BIN", "debug/sandmesh")
 }
 
+/// The VMM the whole suite is to run on, for tests that do not choose one: `SANDMESH_TEST_VMM=firecracker`.
+fn vmm(arguments: &[&str]) -> Vec<String> {
+    match std::env::var("SANDMESH_TEST_VMM") {
+        Ok(vmm) if !arguments.contains(&"--vmm") => vec!["--vmm".into(), vmm],
+        _ => Vec::new(),
+    }
+}
+
 impl Mesh {
     /// Starts a deployment, with more arguments of `sandmesh up`, and imports the template `base`.
     pub fn start(arguments: &[&str]) -> Self {
@@ -105,6 +113,7 @@ impl Mesh {
             .arg(sandmesh())
             .args(["up", "--foreground", "--edge", "127.0.0.1:0", "--envd"])
             .arg(program("SANDMESH_ENVD", "guest-envd"))
+            .args(vmm(arguments))
             .args(arguments)
             .env("SANDMESH_STATE", folder.path())
             // Guests that wait would take the processors from those that are tested.

@@ -27,17 +27,28 @@ pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 /// host for few bytes.
 const REPORTED_ORDER: &str = "5";
 const LINK_NAME: &str = "sandmesh.link";
+/// A socket device by its number (virtio 1.2, 5.10).
+const VSOCK_DEVICE: &str = "0x0013";
 const DEVICES_LIMIT: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
-/// Brings the system up; returns the device of the guest link.
-pub(crate) fn bring_up() -> Result<PathBuf, Failure> {
+/// What the guest link runs over.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum LinkDevice {
+    /// A virtio-serial port.
+    Port(PathBuf),
+    /// The vsock; Firecracker has no ports.
+    Vsock,
+}
+
+/// Brings the system up; returns what the guest link runs over.
+pub(crate) fn bring_up() -> Result<LinkDevice, Failure> {
     mount_new("proc", "proc", "/proc", "")?;
     mount_new("sysfs", "sysfs", "/sys", "")?;
     mount_new("devtmpfs", "devtmpfs", "/dev", "mode=0755")?;
     load_modules()?;
-    let rootfs = wait_for("the root image", || block_device("rootfs"))?;
-    let scratch = wait_for("the writable disk", || block_device("scratch"))?;
+    let rootfs = wait_for("the root image", || block_device("rootfs", "1"))?;
+    let scratch = wait_for("the writable disk", || block_device("scratch", "0"))?;
     let link = wait_for("the guest link", link_device)?;
     mount_root(&rootfs, &scratch)?;
     mount_rest()?;
@@ -76,11 +87,11 @@ fn load_modules() -> Result<(), Failure> {
 }
 
 /// Devices appear a moment after their driver; before user space runs there is nobody to wait for but the clock.
-fn wait_for(what: &str, find: impl Fn() -> Option<PathBuf>) -> Result<PathBuf, Failure> {
+fn wait_for<T>(what: &str, find: impl Fn() -> Option<T>) -> Result<T, Failure> {
     let limit = Instant::now() + DEVICES_LIMIT;
     loop {
-        if let Some(path) = find() {
-            return Ok(path);
+        if let Some(found) = find() {
+            return Ok(found);
         }
         if Instant::now() > limit {
             return Err(format!("{what} did not appear").into());
@@ -96,20 +107,45 @@ fn names(folder: &str) -> Vec<String> {
         .collect()
 }
 
-fn block_device(serial: &str) -> Option<PathBuf> {
-    let name = names("/sys/block").into_iter().find(|name| {
-        fs::read_to_string(format!("/sys/block/{name}/serial"))
-            .is_ok_and(|text| text.trim() == serial)
+/// By its serial number; Firecracker makes those up, but of the two disks one is read-only.
+fn block_device(serial: &str, read_only: &str) -> Option<PathBuf> {
+    let disks = names("/sys/block");
+    let reads = |name: &str, field: &str, wanted: &str| {
+        fs::read_to_string(format!("/sys/block/{name}/{field}"))
+            .is_ok_and(|text| text.trim() == wanted)
+    };
+    let by_serial = disks.iter().find(|name| reads(name, "serial", serial));
+    let name = by_serial.or_else(|| {
+        disks
+            .iter()
+            .find(|name| name.starts_with("vd") && reads(name, "ro", read_only))
     })?;
     Some(Path::new("/dev").join(name)).filter(|path| path.exists())
 }
 
-fn link_device() -> Option<PathBuf> {
-    let name = names("/sys/class/virtio-ports").into_iter().find(|name| {
+fn link_device() -> Option<LinkDevice> {
+    let port = names("/sys/class/virtio-ports").into_iter().find(|name| {
         fs::read_to_string(format!("/sys/class/virtio-ports/{name}/name"))
             .is_ok_and(|text| text.trim() == LINK_NAME)
-    })?;
-    Some(Path::new("/dev").join(name)).filter(|path| path.exists())
+    });
+    if let Some(port) = port {
+        let path = Path::new("/dev").join(port);
+        return path.exists().then_some(LinkDevice::Port(path));
+    }
+    // A machine with a console has a port, which may not be there yet.
+    let virtio = "/sys/bus/virtio/drivers";
+    if !names(&format!("{virtio}/virtio_console"))
+        .iter()
+        .any(|name| name.starts_with("virtio"))
+    {
+        let vsock = names(&format!("{virtio}/vmw_vsock_virtio_transport"));
+        let is_vsock = |name: &String| {
+            let device = fs::read_to_string(format!("/sys/bus/virtio/devices/{name}/device"));
+            device.is_ok_and(|device| device.trim() == VSOCK_DEVICE)
+        };
+        return vsock.iter().any(is_vsock).then_some(LinkDevice::Vsock);
+    }
+    None
 }
 
 fn mount_root(rootfs: &Path, scratch: &Path) -> Result<(), Failure> {

@@ -11,7 +11,12 @@
 
 use std::{convert::Infallible, error::Error, io, path::Path, pin::Pin, sync::Arc, task};
 
-use guest_link::guest::{Channel, Link, Listener, unix::UnixChannel, vport::Vport};
+use guest_link::guest::{
+    Channel, Link, Listener,
+    unix::UnixChannel,
+    vport::Vport,
+    vsock::{VsockChannel, VsockListener},
+};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::server::{Connected, Server};
 
@@ -48,15 +53,23 @@ type Failure = Box<dyn Error + Send + Sync>;
 
 /// Brings the guest up as PID 1 and serves until it is powered off.
 pub fn init() -> Result<(), Failure> {
-    let port = boot::bring_up()?;
+    let device = boot::bring_up()?;
     runtime()?.block_on(async {
-        let channel = Vport::open(&port)?;
         let freezer = Freezer::new(boot::CGROUPS.into())
             .map_err(|error| format!("the cgroup of users' processes: {error}"))?;
         let guest = Arc::new(Guest::new(true, Some(freezer)));
         let processes = Processes::new(Arc::clone(&guest));
         tokio::spawn(reap::run(processes.clone()));
-        serve(channel, guest, processes, Spans::default()).await;
+        match device {
+            boot::LinkDevice::Port(port) => {
+                serve(Vport::open(&port)?, guest, processes, Spans::default()).await;
+            }
+            boot::LinkDevice::Vsock => {
+                let listener = VsockListener::bind(guest_link::VSOCK_PORT)?;
+                let channel = VsockChannel::new(listener);
+                serve(channel, guest, processes, Spans::default()).await;
+            }
+        }
         Ok(())
     })
 }

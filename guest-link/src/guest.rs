@@ -15,6 +15,7 @@
 
 pub mod unix;
 pub mod vport;
+pub mod vsock;
 
 use std::{
     future::Future,

@@ -72,7 +72,7 @@
 //! # Where things are
 //! [`frame`] is the codec, pure. [`host`] greets and gives an [`AsyncRead`](tokio::io::AsyncRead) +
 //! [`AsyncWrite`](tokio::io::AsyncWrite); [`guest`] answers and gives one such link per epoch. A guest's byte channel is a
-//! [`guest::Channel`]: the virtio port in [`guest::vport`], a unix socket in [`guest::unix`]; vsock would be a third.
+//! [`guest::Channel`]: the virtio port in [`guest::vport`], a vsock in [`guest::vsock`], a unix socket in [`guest::unix`].
 #![warn(missing_docs)]
 
 pub mod frame;
@@ -80,3 +80,6 @@ pub mod guest;
 pub mod host;
 
 pub use frame::Epoch;
+
+/// Where a guest listens that has a vsock.
+pub const VSOCK_PORT: u32 = 10_000;

@@ -50,6 +50,7 @@ use crate::{
     vmm::{
         Vmm,
         fake::Fake,
+        firecracker::{self, Firecracker, FirecrackerError},
         qemu::{Qemu, QemuError},
     },
 };
@@ -100,6 +101,9 @@ pub enum AppError {
     /// QEMU.
     #[error("--qemu: {0}")]
     Qemu(#[from] QemuError),
+    /// Firecracker.
+    #[error("--vmm firecracker: {0}")]
+    Firecracker(#[from] FirecrackerError),
 }
 
 /// A bound node-svc.
@@ -189,7 +193,10 @@ impl App {
         let workshop = Workshop {
             maker: Maker {
                 vmm: format!("{} {}", vmm.kind().as_str_name(), vmm.version()),
-                cpu: cpu_model(),
+                cpu: match config.vmm {
+                    VmmChoice::Firecracker => cpu_identity(),
+                    _ => cpu_model(),
+                },
             },
             snapshots,
             forks,
@@ -240,6 +247,7 @@ impl App {
             total: Some(total),
             vmm: vmm.kind().into(),
             vmm_version: vmm.version().to_owned(),
+            unavailable_vmms: tokio::task::block_in_place(|| unavailable_vmms(&config)),
             cpu_model: cpu_model(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             incarnation: uuid::Uuid::new_v4().to_string(),
@@ -480,6 +488,7 @@ fn node_id(state: &Path) -> io::Result<NodeId> {
 fn vmm(config: &Config) -> Result<Arc<dyn Vmm>, AppError> {
     Ok(match config.vmm {
         VmmChoice::Fake => Arc::new(Fake::default()),
+        VmmChoice::Firecracker => Arc::new(Firecracker::open(firecracker_options(config))?),
         VmmChoice::Qemu | VmmChoice::QemuTcg => {
             let only_tcg = config.vmm == VmmChoice::QemuTcg;
             Arc::new(Qemu::probe(
@@ -489,6 +498,31 @@ fn vmm(config: &Config) -> Result<Arc<dyn Vmm>, AppError> {
             )?)
         }
     })
+}
+
+fn firecracker_options(config: &Config) -> firecracker::Options {
+    firecracker::Options {
+        firecracker: config.firecracker.clone(),
+        jailer: config.jailer.clone(),
+        uids: config.firecracker_uids,
+        memory: config.firecracker_memory,
+        console: config.firecracker_console,
+        state: config.state.clone(),
+        kvm: "/dev/kvm".into(),
+        mounts: "/proc/mounts".into(),
+    }
+}
+
+/// VMMs this node could not use if it were told to, and why. Blocking.
+fn unavailable_vmms(config: &Config) -> Vec<String> {
+    if config.vmm == VmmChoice::Firecracker {
+        return Vec::new();
+    }
+    Firecracker::look(&firecracker_options(config))
+        .err()
+        .map(|error| format!("firecracker: {error}"))
+        .into_iter()
+        .collect()
 }
 
 fn cpus() -> usize {
@@ -511,6 +545,12 @@ fn capacity(config: &Config) -> Capacity {
             .unwrap_or_else(|| u32::try_from(cpus()).unwrap_or(1).saturating_mul(16)),
         disk_bytes: config.disk,
     }
+}
+
+fn cpu_identity() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    firecracker::cpu_identity(&cpuinfo, &kernel)
 }
 
 fn cpu_model() -> String {

@@ -7,6 +7,8 @@ use service_kit::{
     config::{parse_bytes, parse_duration},
 };
 
+use crate::vmm::firecracker::{MemoryChoice, jail::UidRange};
+
 /// Which VMM runs the guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum VmmChoice {
@@ -14,6 +16,8 @@ pub enum VmmChoice {
     Qemu,
     /// QEMU, always emulated.
     QemuTcg,
+    /// Firecracker under its jailer, for hosts where KVM works: see docs/firecracker.md.
+    Firecracker,
     /// In memory, for simulations: sessions start at once and run nothing.
     Fake,
 }
@@ -81,6 +85,30 @@ pub struct Config {
     /// Guest kernel (an uncompressed ELF) whose trial boot shows whether KVM works here; without it guests are emulated.
     #[arg(long, env = "SANDMESH_NODE_TRIAL_KERNEL")]
     pub trial_kernel: Option<PathBuf>,
+    /// Firecracker's program, 1.7 or newer.
+    #[arg(long, env = "SANDMESH_FIRECRACKER", default_value = "firecracker")]
+    pub firecracker: PathBuf,
+    /// The program of its jailer, of the same release.
+    #[arg(long, env = "SANDMESH_JAILER", default_value = "jailer")]
+    pub jailer: PathBuf,
+    /// Users and groups that Firecrackers run as, one for each network slot: FIRST-LAST. Nothing else may run as any of them.
+    #[arg(
+        long,
+        env = "SANDMESH_FIRECRACKER_UIDS",
+        default_value = "1900000000-1900032767"
+    )]
+    pub firecracker_uids: UidRange,
+    /// How the memory of guests that Firecracker restores is filled.
+    #[arg(
+        long,
+        env = "SANDMESH_FIRECRACKER_MEMORY",
+        value_enum,
+        default_value = "file"
+    )]
+    pub firecracker_memory: MemoryChoice,
+    /// Give Firecracker's guests a serial console, the end of which is in the log when one does not start; it slows them down.
+    #[arg(long, env = "SANDMESH_FIRECRACKER_CONSOLE")]
+    pub firecracker_console: bool,
     /// envd's static program, which becomes every guest's init.
     #[arg(long, env = "SANDMESH_ENVD", default_value = "/usr/lib/sandmesh/envd")]
     pub envd: PathBuf,

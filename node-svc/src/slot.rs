@@ -131,6 +131,11 @@ impl SlotError {
 pub struct SlotIndex(u32);
 
 impl SlotIndex {
+    /// The number itself.
+    pub fn number(self) -> u32 {
+        self.0
+    }
+
     /// The host's end of the pair.
     pub fn host_address(self) -> Ipv4Addr {
         let [high, low] = (u16::try_from(self.0 * 2).unwrap_or(u16::MAX - 1)).to_be_bytes();

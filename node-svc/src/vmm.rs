@@ -18,6 +18,7 @@ use proto::node::v1::VmmKind;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub mod fake;
+pub mod firecracker;
 pub mod memory;
 pub mod process;
 pub mod qemu;
@@ -35,6 +36,8 @@ pub const DEVICES: &str = "devices";
 /// The network place a guest is put into.
 #[derive(Debug, Clone)]
 pub struct GuestPlace {
+    /// Number of its slot: no other on this host has it.
+    pub slot: u32,
     /// Network namespace of the VMM.
     pub netns: PathBuf,
     /// Tap device in it.
@@ -186,7 +189,11 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     async fn run(&mut self) -> Result<(), VmmError>;
     /// Stops its CPUs; what it wrote is in the disk's file then.
     async fn pause(&mut self) -> Result<(), VmmError>;
-    /// Stores CPUs and devices of a guest that stands still in a new file.
+    /// Whether a guest that was stored and goes on has the channel it had; else it needs another [`Vm::connect`].
+    fn link_outlives_store(&self) -> bool {
+        true
+    }
+    /// Stores CPUs and devices of a guest that stands still in a new file. Of a guest that booted, [`MEMORY`] is whole after it.
     async fn store_devices(&mut self, to: &Path) -> Result<(), VmmError>;
     /// Stores what of the memory of a guest that stands still differs from `base`, its template's, in a new file.
     async fn store_memory(&mut self, base: &Path, to: &Path) -> Result<(), VmmError>;

@@ -219,6 +219,7 @@ pub(super) fn link_memory(snapshot: &Path, folder: &Path) -> io::Result<()> {
 /// Where a guest of this slot is.
 pub(super) fn place(slot: &Slot) -> GuestPlace {
     GuestPlace {
+        slot: slot.index.number(),
         netns: slot.index.namespace_path(),
         tap: slot::TAP.into(),
         mac: slot::GUEST_MAC.into(),

@@ -47,10 +47,116 @@ pub enum MemoryError {
 pub struct GuestMemory {
     memory: File,
     pagemap: File,
-    address: u64,
+    /// In order, without gaps.
+    regions: Vec<Region>,
     pages: u64,
     /// Device and inode of what is mapped.
     file: (u64, u64),
+}
+
+/// Pages of the file that follow each other in the process too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Region {
+    first: u64,
+    pages: u64,
+    address: u64,
+}
+
+/// A line of proc_pid_maps(5).
+#[derive(Debug, Clone, Copy)]
+struct Area {
+    start: u64,
+    end: u64,
+    /// Into the file.
+    offset: u64,
+    inode: u64,
+    is_writable: bool,
+}
+
+impl Area {
+    /// address perms offset dev inode path
+    fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.split_ascii_whitespace();
+        let (range, permissions, offset) = (fields.next()?, fields.next()?, fields.next()?);
+        let (start, end) = range.split_once('-')?;
+        Some(Self {
+            start: number(start)?,
+            end: number(end)?,
+            offset: number(offset)?,
+            inode: fields.nth(1)?.parse().ok()?,
+            is_writable: permissions.starts_with("rw"),
+        })
+    }
+}
+
+/// Where the file lies, by what the process maps. A VMM may map it in parts: x86 has a hole below 4 GiB. And where the guest gave pages
+/// back, Firecracker has put anonymous memory over the file's: those belong to whatever part of the file they are in the middle of.
+fn regions(maps: &str, inode: u64, length: u64) -> Option<Vec<Region>> {
+    let areas: Vec<Area> = maps.lines().filter_map(Area::parse).collect();
+    // Parts of the file at the same distance from it are one region: first and last byte of it that is seen, and the distance.
+    let mut seen: Vec<(u64, u64, u64)> = Vec::new();
+    for area in areas.iter().filter(|area| area.inode == inode) {
+        let (distance, end) = (
+            area.start.checked_sub(area.offset)?,
+            area.offset + (area.end - area.start),
+        );
+        match seen.iter_mut().find(|(_, _, other)| *other == distance) {
+            Some((first, last, _)) => {
+                *first = area.offset.min(*first);
+                *last = end.max(*last);
+            }
+            None => seen.push((area.offset, end, distance)),
+        }
+    }
+    seen.sort_unstable();
+    // How far anonymous memory reaches from an address, up and down.
+    let above = |mut at: u64, limit: u64| {
+        while at < limit
+            && let Some(area) = areas.iter().find(|area| area.start == at)
+            && (area.inode, area.is_writable) == (0, true)
+        {
+            at = area.end;
+        }
+        at.min(limit)
+    };
+    let below = |mut at: u64, limit: u64| {
+        while at > limit
+            && let Some(area) = areas.iter().find(|area| area.end == at)
+            && (area.inode, area.is_writable) == (0, true)
+        {
+            at = area.start;
+        }
+        at.max(limit)
+    };
+    let mut at = 0;
+    let mut regions: Vec<Region> = Vec::new();
+    for (index, (first, last, distance)) in seen.iter().copied().enumerate() {
+        // Two mappings of the same part: there is no telling which is the guest's.
+        if first < at {
+            return None;
+        }
+        let begin = below(distance + first, distance + at) - distance;
+        if begin > at {
+            return None;
+        }
+        let next = seen.get(index + 1).map_or(length, |(next, _, _)| *next);
+        let mut end = above(distance + last.min(length), distance + next) - distance;
+        if let Some((next, _, other)) = seen.get(index + 1)
+            && end > last
+            && below(other + next, other + last) - other < end
+        {
+            // What is between the two could be of either.
+            return None;
+        }
+        end = end.min(length);
+        regions.push(Region {
+            first: at / PAGE,
+            pages: (end - at) / PAGE,
+            address: distance + at,
+        });
+        at = end;
+    }
+    (at == length && length > 0).then_some(regions)
 }
 
 /// A run of pages: all data, or all zero.
@@ -66,38 +172,50 @@ impl GuestMemory {
     pub fn of(pid: i32, file: &Path) -> Result<Self, MemoryError> {
         let wanted = fs::metadata(file)?;
         let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
-        // address perms offset dev inode path: proc_pid_maps(5)
-        let (address, end) = maps
-            .lines()
-            .find_map(|line| {
-                let mut fields = line.split_ascii_whitespace();
-                let (range, _, offset, _, inode) = (
-                    fields.next()?,
-                    fields.next()?,
-                    fields.next()?,
-                    fields.next()?,
-                    fields.next()?,
-                );
-                let is_it =
-                    inode.parse() == Ok(wanted.ino()) && offset.bytes().all(|digit| digit == b'0');
-                let (start, end) = range.split_once('-')?;
-                is_it
-                    .then(|| Some((number(start)?, number(end)?)))
-                    .flatten()
-            })
-            .ok_or(MemoryError::NotMapped)?;
-        if end - address < wanted.len() {
-            return Err(MemoryError::NotMapped);
-        }
+        let regions = regions(&maps, wanted.ino(), wanted.len()).ok_or(MemoryError::NotMapped)?;
         Ok(Self {
             memory: File::options()
                 .read(true)
                 .write(true)
                 .open(format!("/proc/{pid}/mem"))?,
             pagemap: File::open(format!("/proc/{pid}/pagemap"))?,
-            address,
+            regions,
             pages: wanted.len() / PAGE,
             file: (wanted.dev(), wanted.ino()),
+        })
+    }
+
+    /// Calls `each` with the parts that pages have in the process: how many bytes from the first on, and their address.
+    fn parts(
+        &self,
+        first: u64,
+        pages: u64,
+        mut each: impl FnMut(std::ops::Range<usize>, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        for region in &self.regions {
+            let begin = first.max(region.first);
+            let end = (first + pages).min(region.first + region.pages);
+            if begin < end {
+                let bytes =
+                    |page: u64| usize::try_from((page - first) * PAGE).unwrap_or(usize::MAX);
+                let address = region.address + (begin - region.first) * PAGE;
+                each(bytes(begin)..bytes(end), address)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, first: u64, into: &mut [u8]) -> io::Result<()> {
+        self.parts(first, into.len() as u64 / PAGE, |part, address| {
+            let part = into.get_mut(part).unwrap_or_default();
+            self.memory.read_exact_at(part, address)
+        })
+    }
+
+    fn write(&self, first: u64, bytes: &[u8]) -> io::Result<()> {
+        self.parts(first, bytes.len() as u64 / PAGE, |part, address| {
+            let part = bytes.get(part).unwrap_or_default();
+            self.memory.write_all_at(part, address)
         })
     }
 
@@ -106,15 +224,26 @@ impl GuestMemory {
         &self,
         mut each: impl FnMut(u64, u64) -> Result<(), MemoryError>,
     ) -> Result<(), MemoryError> {
+        for region in &self.regions {
+            self.own_pages_of(*region, &mut each)?;
+        }
+        Ok(())
+    }
+
+    fn own_pages_of(
+        &self,
+        region: Region,
+        each: &mut impl FnMut(u64, u64) -> Result<(), MemoryError>,
+    ) -> Result<(), MemoryError> {
         let mut entries = vec![0; usize::try_from(BATCH * 8).unwrap_or_default()];
-        let mut first = 0;
-        while first < self.pages {
-            let count = BATCH.min(self.pages - first);
+        let (mut first, end) = (region.first, region.first + region.pages);
+        while first < end {
+            let count = BATCH.min(end - first);
             let bytes = entries
                 .get_mut(..usize::try_from(count * 8).unwrap_or_default())
                 .unwrap_or_default();
             self.pagemap
-                .read_exact_at(bytes, (self.address / PAGE + first) * 8)?;
+                .read_exact_at(bytes, (region.address / PAGE + first - region.first) * 8)?;
             let mut start = None;
             let (words, _) = bytes.as_chunks::<8>();
             for (page, word) in (first..).zip(words) {
@@ -160,8 +289,7 @@ impl GuestMemory {
                 ours.get_mut(..length).unwrap_or_default(),
                 theirs.get_mut(..length).unwrap_or_default(),
             );
-            self.memory
-                .read_exact_at(ours, self.address + first * PAGE)?;
+            self.read(first, ours)?;
             base.read_exact_at(theirs, first * PAGE)?;
             for (page, (own, before)) in (first..).zip(
                 ours.as_chunks::<PAGE_USIZE>()
@@ -185,8 +313,7 @@ impl GuestMemory {
         self.own_pages(|first, pages| {
             let length = usize::try_from(pages * PAGE).unwrap_or_default();
             let part = buffer.get_mut(..length).unwrap_or_default();
-            self.memory
-                .read_exact_at(part, self.address + first * PAGE)?;
+            self.read(first, part)?;
             copy.write_all_at(part, first * PAGE)?;
             copied += pages * PAGE;
             Ok(())
@@ -196,11 +323,7 @@ impl GuestMemory {
 
     /// Puts a stored difference back, checking it on the way: on an error the guest must not run. Blocking.
     pub fn apply(&self, stored: &Path) -> Result<(), MemoryError> {
-        Stored::open(stored)?.each(self.pages, |first, bytes| {
-            Ok(self
-                .memory
-                .write_all_at(bytes, self.address + first * PAGE)?)
-        })
+        Stored::open(stored)?.each(self.pages, |first, bytes| Ok(self.write(first, bytes)?))
     }
 }
 
@@ -496,6 +619,80 @@ mod tests {
             fs::copy(self.file.path(), copy.path()).unwrap();
             Self::over(copy)
         }
+    }
+
+    #[test]
+    fn a_file_in_parts_and_with_holes_is_found_whole() {
+        let line = |start: u64, pages: u64, offset: u64, inode: u64| {
+            let (start, end) = (start * PAGE, (start + pages) * PAGE);
+            format!(
+                "{start:x}-{end:x} rw-p {:08x} 08:01 {inode} /memory\n",
+                offset * PAGE
+            )
+        };
+        let region = |first, pages, address: u64| Region {
+            first,
+            pages,
+            address: address * PAGE,
+        };
+        let found = |maps: &[String], pages: u64| regions(&maps.concat(), 7, pages * PAGE);
+        let whole = [line(50, 3, 0, 0), line(100, 10, 0, 7), line(200, 1, 0, 8)];
+        assert_eq!(found(&whole, 10), Some(vec![region(0, 10, 100)]));
+        assert_eq!(found(&whole, 11), None, "not all of it");
+        let parts = [line(100, 10, 0, 7), line(300, 10, 10, 7)];
+        let both = Some(vec![region(0, 10, 100), region(10, 10, 300)]);
+        assert_eq!(found(&parts, 20), both);
+        // The guest gave back pages in the middle, and the first and last.
+        let holes = [
+            line(100, 2, 0, 0),
+            line(102, 3, 2, 7),
+            line(105, 1, 0, 0),
+            line(106, 4, 6, 7),
+            line(300, 8, 10, 7),
+            line(308, 2, 0, 0),
+        ];
+        assert_eq!(found(&holes, 20), both);
+        // At the border of two parts it shows whose it is, or it does not.
+        let border = [line(100, 9, 0, 7), line(109, 1, 0, 0), line(300, 10, 10, 7)];
+        assert_eq!(found(&border, 20), both);
+        let border = [line(100, 10, 0, 7), line(300, 2, 0, 0), line(302, 8, 12, 7)];
+        assert_eq!(found(&border, 20), both);
+        let either = [
+            line(100, 9, 0, 7),
+            line(109, 1, 0, 0),
+            line(299, 1, 0, 0),
+            line(300, 10, 10, 7),
+        ];
+        assert_eq!(found(&either, 20), None);
+        let twice = [line(100, 10, 0, 7), line(300, 10, 0, 7)];
+        assert_eq!(found(&twice, 10), None);
+        let nothing = [line(100, 10, 0, 8)];
+        assert_eq!(found(&nothing, 10), None);
+    }
+
+    #[test]
+    fn pages_given_back_to_the_host_cost_nothing_and_later_ones_count() {
+        let mut guest = changed();
+        // What Firecracker's balloon does to a restored guest's memory.
+        // SAFETY: the range is the mapping's own, and nothing refers to it.
+        unsafe {
+            nix::sys::mman::mmap_anonymous(
+                Some((guest.at.as_ptr().addr() + 100 * 4096).try_into().unwrap()),
+                (300 * 4096).try_into().unwrap(),
+                nix::sys::mman::ProtFlags::PROT_READ | nix::sys::mman::ProtFlags::PROT_WRITE,
+                nix::sys::mman::MapFlags::MAP_PRIVATE | nix::sys::mman::MapFlags::MAP_FIXED,
+            )
+        }
+        .unwrap();
+        guest.bytes()[200 * 4096] = 5;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("diff");
+        let size = guest.memory().store(guest.file.path(), &path).unwrap();
+        assert!(size < 3 * 4096, "{size}");
+        let mut twin = guest.twin();
+        twin.memory().apply(&path).unwrap();
+        assert_eq!(twin.bytes()[200 * 4096..][..2], [5, 0]);
+        assert_eq!(twin.bytes()[3 * 4096 + 7], 77);
     }
 
     fn changed() -> Mapping {

@@ -8,9 +8,9 @@ use std::{
     io,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::process::CommandExt as _,
+        unix::{fs::MetadataExt as _, process::CommandExt as _},
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -121,6 +121,15 @@ pub struct Launch<'a> {
 /// then dropping the mapping's page; the hole would be everybody's. So fallocate(2) does nothing for this process and says that it
 /// went well: the private page still goes. Disks must then neither discard nor write zeroes by it.
 pub fn launch(launch: Launch<'_>) -> io::Result<Process> {
+    start(launch, Some(without_fallocate()?))
+}
+
+/// The same for a process that may do all it asks for: Firecracker drops pages without touching files, and its disks need the call.
+pub fn launch_unfiltered(launch: Launch<'_>) -> io::Result<Process> {
+    start(launch, None)
+}
+
+fn start(launch: Launch<'_>, filter: Option<BpfProgram>) -> io::Result<Process> {
     let mut command = Command::new(launch.program);
     command.env_clear().env(
         "PATH",
@@ -134,7 +143,6 @@ pub fn launch(launch: Launch<'_>) -> io::Result<Process> {
         .stdout(launch.output)
         .stderr(errors);
     let netns = launch.netns.map(File::open).transpose()?;
-    let filter = without_fallocate()?;
     let inherited = launch.inherited;
     // SAFETY: between fork and exec only setsid(2), setns(2), fcntl(2), prctl(2) and seccomp(2) are called, which are
     // async-signal-safe; files were opened and the filter was built before the fork.
@@ -147,7 +155,10 @@ pub fn launch(launch: Launch<'_>) -> io::Result<Process> {
             if let Some(file) = &inherited {
                 fcntl(file, FcntlArg::F_SETFD(FdFlag::empty()))?;
             }
-            seccompiler::apply_filter(&filter).map_err(|_| io::Error::last_os_error())
+            if let Some(filter) = &filter {
+                seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
+            }
+            Ok(())
         });
     }
     Process::of_child(&command.spawn()?)
@@ -269,15 +280,29 @@ fn pidfd(pid: i32) -> io::Result<AsyncFd<OwnedFd>> {
     registered.map_err(io::Error::from)
 }
 
-/// Ends every process that works in the folder or below it: what a journal that cannot be read would have named. Blocking.
-pub fn kill_all_below(folder: &Path) -> io::Result<()> {
-    let Ok(folder) = folder.canonicalize() else {
-        return Ok(());
+/// Ends every process that works in the folder, or in a jail in it: what a journal that cannot be read would have named. Blocking.
+pub fn kill_all_in(folder: &Path) -> io::Result<()> {
+    let id_of = |path: &Path| {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
     };
+    // By what they are: in a jail, the path of its root is `/`.
+    let folders: Vec<(u64, u64)> = [
+        Some(folder.to_owned()),
+        super::firecracker::jail::root_in(folder),
+    ]
+    .into_iter()
+    .flatten()
+    .filter_map(|folder| id_of(&folder))
+    .collect();
+    if folders.is_empty() {
+        return Ok(());
+    }
     for process in procfs::process::all_processes().map_err(io::Error::other)? {
         // One that ended while we looked is gone.
         let Ok(process) = process else { continue };
-        if process.cwd().is_ok_and(|cwd| cwd.starts_with(&folder))
+        let cwd = PathBuf::from(format!("/proc/{}/cwd", process.pid));
+        if id_of(&cwd).is_some_and(|cwd| folders.contains(&cwd))
             && process.pid != std::process::id().cast_signed()
             && let Some(id) = ProcessId::of(process.pid)
         {
