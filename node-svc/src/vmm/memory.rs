@@ -131,15 +131,15 @@ fn regions(maps: &str, inode: u64, length: u64) -> Option<Vec<Region>> {
     let mut at = 0;
     let mut regions: Vec<Region> = Vec::new();
     for (index, (first, last, distance)) in seen.iter().copied().enumerate() {
-        // Two mappings of the same part: there is no telling which is the guest's.
-        if first < at {
-            return None;
-        }
         let begin = below(distance + first, distance + at) - distance;
         if begin > at {
             return None;
         }
         let next = seen.get(index + 1).map_or(length, |(next, _, _)| *next);
+        // Two mappings of the same part: there is no telling which is the guest's.
+        if next < last.min(length) {
+            return None;
+        }
         let mut end = above(distance + last.min(length), distance + next) - distance;
         if let Some((next, _, other)) = seen.get(index + 1)
             && end > last
