@@ -51,7 +51,7 @@ const START_RETRY: Duration = Duration::from_millis(2);
 /// A call that only has to be heard.
 const CALL_LIMIT: Duration = Duration::from_secs(2);
 /// A call that reads or writes files. Firecracker gives its CPUs 30 s to stand still.
-const WORK_LIMIT: Duration = Duration::from_secs(60);
+const WORK_LIMIT: Duration = Duration::from_mins(1);
 /// Between two looks whether it still answers.
 const PROBE: Duration = Duration::from_millis(500);
 const PROBE_LIMIT: Duration = Duration::from_secs(1);
@@ -192,9 +192,10 @@ impl Firecracker {
         let owner = blake3::hash(options.state.as_os_str().as_encoded_bytes()).to_hex();
         let parent = format!("sandmesh/{}", owner.get(..8).unwrap_or_default());
         firecracker.cgroups = Cgroups::detect(&mounts, parent);
-        match &firecracker.cgroups {
-            Some(cgroups) => cgroups.sweep(),
-            None => tracing::warn!("Firecracker runs without limits: this host has no cgroup v2"),
+        if let Some(cgroups) = &firecracker.cgroups {
+            cgroups.sweep();
+        } else {
+            tracing::warn!("Firecracker runs without limits: this host has no cgroup v2");
         }
         if !firecracker.release.has_acpi() {
             tracing::warn!(
