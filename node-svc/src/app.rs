@@ -49,6 +49,7 @@ use crate::{
     stored::Maker,
     vmm::{
         Vmm,
+        cgroup::Cgroups,
         fake::Fake,
         firecracker::{self, Firecracker, FirecrackerError},
         qemu::{Qemu, QemuError},
@@ -57,6 +58,7 @@ use crate::{
 
 /// What the smallest guest is counted with when there may be many.
 const LEAST_MEMORY: u64 = 128 << 20;
+const MOUNTS: &str = "/proc/mounts";
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// How long a process that was killed may take to be gone.
 const DYING: Duration = Duration::from_secs(5);
@@ -384,6 +386,7 @@ impl App {
             && let Some(slots) = &workshop.slots
         {
             tokio::task::block_in_place(|| slots.remove_all())?;
+            Cgroups::remove_all(Path::new(MOUNTS), &config.state);
         }
         Ok(())
     }
@@ -437,6 +440,7 @@ pub fn clean_up(state: &Path) -> Result<(), AppError> {
     };
     driver::reap(state).map_err(failed)?;
     SlotPool::open(&SlotConfig::new(state.to_owned(), 0), &BTreeSet::new())?.remove_all()?;
+    Cgroups::remove_all(Path::new(MOUNTS), state);
     Ok(())
 }
 
@@ -491,11 +495,8 @@ fn vmm(config: &Config) -> Result<Arc<dyn Vmm>, AppError> {
         VmmChoice::Firecracker => Arc::new(Firecracker::open(firecracker_options(config))?),
         VmmChoice::Qemu | VmmChoice::QemuTcg => {
             let only_tcg = config.vmm == VmmChoice::QemuTcg;
-            Arc::new(Qemu::probe(
-                &config.qemu,
-                config.trial_kernel.as_deref(),
-                only_tcg,
-            )?)
+            let qemu = Qemu::probe(&config.qemu, config.trial_kernel.as_deref(), only_tcg)?;
+            Arc::new(qemu.with_cgroups(Cgroups::of_node(Path::new(MOUNTS), &config.state)))
         }
     })
 }
@@ -509,7 +510,7 @@ fn firecracker_options(config: &Config) -> firecracker::Options {
         console: config.firecracker_console,
         state: config.state.clone(),
         kvm: "/dev/kvm".into(),
-        mounts: "/proc/mounts".into(),
+        mounts: MOUNTS.into(),
     }
 }
 

@@ -27,8 +27,9 @@ use proto::{
     session::v1::{GetSessionMetricsResponse, SessionState},
 };
 use service_kit::errors::Reason;
+use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, Span};
 
 use crate::{
@@ -43,6 +44,7 @@ use crate::{
     spans,
     stored::{self, Maker, StoredError},
     vmm::{Vm, VmExit, Vmm, VmmError, memory::MemoryError},
+    work,
 };
 
 mod adopt;
@@ -56,6 +58,8 @@ pub use fork::ForkImage;
 pub(crate) use keep::settings_of;
 pub use warm::{WarmPolicy, WarmPool};
 
+/// Between a link that broke and another try.
+const REACH_AGAIN: Duration = Duration::from_millis(200);
 /// Memory of the template's snapshot, by its name in a session's folder.
 const TEMPLATE_MEMORY: &str = "template-memory";
 /// What a paused session is.
@@ -298,8 +302,9 @@ impl Workshop {
             reach: None,
         };
         let was_here = matches!(plan.origin, Origin::Earlier(_));
+        let work = TaskTracker::new();
         let started = tokio::select! {
-            started = driver.begin(plan.origin).instrument(plan.span.clone()) => started,
+            started = work::tracked(work.clone(), driver.begin(plan.origin)).instrument(plan.span.clone()) => started,
             () = session.stop.cancelled() => Err(DriveError::Stopped),
         };
         // Traced is how it started, not how long it lives.
@@ -308,7 +313,7 @@ impl Workshop {
             Ok(taken) => {
                 // The asker may be gone.
                 let _ = steps.send(taken);
-                driver.live(&mut commands).await
+                work::tracked(work.clone(), driver.live(&mut commands)).await
             }
             Err(DriveError::Stopped) => (stopped(), false),
             Err(error) => {
@@ -329,6 +334,8 @@ impl Workshop {
         session.enter(Phase::Stopping);
         // Whoever still asks hears that it ends.
         drop(commands);
+        // What was cut short may still write into what is removed now.
+        work::finished(&work).await;
         driver.give_back().await;
         tracing::info!(
             session_id = session.id.short(),
@@ -460,6 +467,10 @@ impl Driver {
                 "VMM_HUNG",
                 "its VMM did not answer any more and was ended".to_owned(),
             ),
+            VmExit::OutOfMemory => (
+                "VMM_OUT_OF_MEMORY",
+                "the host ended its VMM, which took more memory than it may".to_owned(),
+            ),
             _ => ("VMM_EXITED", format!("its VMM ended by itself ({exit})")),
         };
         Ended {
@@ -471,6 +482,8 @@ impl Driver {
 
     /// The link broke while the VMM lives: it is made anew, or the guest is beyond help.
     async fn reach_again(&mut self) -> Result<(), Ended> {
+        // A guest that breaks it again and again costs no more than this.
+        tokio::time::sleep(REACH_AGAIN).await;
         let connected = match self.vm.as_mut() {
             Some(vm) => open(vm.as_mut(), self.shop.boot_timeout).await,
             None => return Ok(()),
@@ -574,18 +587,17 @@ async fn open(
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    tokio::task::spawn_blocking(work)
+    crate::work::blocking(work)
         .await
         .map_err(io::Error::other)?
 }
 
-/// Makes an empty folder under a name that shows it is not finished.
-fn unfinished(parent: &Path) -> io::Result<PathBuf> {
+/// Makes an empty folder under a name that shows it is not finished; it goes with what is returned, unless it gets another name.
+fn unfinished(parent: &Path) -> io::Result<TempDir> {
     fs::create_dir_all(parent)?;
-    Ok(tempfile::Builder::new()
+    tempfile::Builder::new()
         .prefix(UNFINISHED)
-        .tempdir_in(parent)?
-        .keep())
+        .tempdir_in(parent)
 }
 
 /// Gives a file a second name, in place of whatever has that.

@@ -23,6 +23,7 @@ pub mod snapshot;
 mod spans;
 pub mod stored;
 pub mod vmm;
+mod work;
 
 pub use app::{App, AppError, clean_up};
 pub use config::{Config, VmmChoice};

@@ -115,7 +115,7 @@ impl TemplateSnapshots {
                 }
             }
         };
-        tokio::task::spawn_blocking(look)
+        crate::work::blocking(look)
             .await
             .map_err(io::Error::other)?
     }
@@ -152,7 +152,7 @@ impl TemplateSnapshots {
             }
             stored::publish(&making, &to, &maker)
         };
-        tokio::task::spawn_blocking(publish)
+        crate::work::blocking(publish)
             .await
             .map_err(io::Error::other)??;
         self.verified

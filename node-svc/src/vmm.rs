@@ -17,6 +17,7 @@ use std::{
 use proto::node::v1::VmmKind;
 use tokio::io::{AsyncRead, AsyncWrite};
 
+pub mod cgroup;
 pub mod fake;
 pub mod firecracker;
 pub mod memory;
@@ -137,6 +138,8 @@ pub enum VmExit {
     Guest(String),
     /// It does not move or answer any more.
     Hung,
+    /// The host ended it, because it took more memory than it may.
+    OutOfMemory,
 }
 
 impl std::fmt::Display for VmExit {
@@ -147,6 +150,7 @@ impl std::fmt::Display for VmExit {
             Self::Unknown => write!(f, "how is not known"),
             Self::Guest(word) => write!(f, "the guest ended: {word}"),
             Self::Hung => write!(f, "it hung"),
+            Self::OutOfMemory => write!(f, "it took more memory than it may"),
         }
     }
 }

@@ -162,7 +162,7 @@ async fn conforms(vmm: &dyn Vmm, bench: &Bench) {
     };
     let mut vm = vmm.boot(spec).await.unwrap();
     let (guest, _stop) = reach(vm.as_mut()).await;
-    guest.prepare_snapshot().await.unwrap();
+    guest.prepare_snapshot(&[]).await.unwrap();
     vm.pause().await.unwrap();
     vm.store_devices(&template.folder.join(DEVICES))
         .await
@@ -186,7 +186,7 @@ async fn conforms(vmm: &dyn Vmm, bench: &Bench) {
     vm.run().await.unwrap();
     let (mut guest, mut stop) = reach(vm.as_mut()).await;
     configure(&guest).await;
-    guest.prepare_snapshot().await.unwrap();
+    guest.prepare_snapshot(&[]).await.unwrap();
     vm.pause().await.unwrap();
     let stored = bench.folder.path().join("stored");
     fs::create_dir(&stored).unwrap();

@@ -131,8 +131,8 @@ async fn forget_dead_server(lock: &Path) -> anyhow::Result<()> {
     while ProcessRecord::of(pid).is_some_and(|_| is_server(pid)) {
         if Instant::now() > deadline {
             bail!(
-                "a PostgreSQL server with PID {pid} still runs on {}",
-                data.display()
+                "a PostgreSQL server with PID {pid} still holds {}",
+                lock.display()
             );
         }
         tokio::time::sleep(LOOK_AGAIN).await;

@@ -1,8 +1,9 @@
 //! Children of a session: an image of its memory, devices and disk, from which any number is restored.
 
-use std::{fs, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs, io, sync::Arc, time::Duration};
 
 use proto::node::v1::StartSessionRequest;
+use tempfile::TempDir;
 
 use super::{
     DriveError, Driver, Outcome, PAUSED, TEMPLATE_MEMORY, blocking, start::Source, unfinished,
@@ -17,7 +18,7 @@ use crate::{
 /// A session as it was at one moment. Its files go when nobody holds it any more; children have their own names for what they use.
 #[derive(Debug)]
 pub struct ForkImage {
-    folder: PathBuf,
+    folder: TempDir,
     request: StartSessionRequest,
 }
 
@@ -25,14 +26,6 @@ impl ForkImage {
     /// What the session was started with; its children are started with the same, but for ID and token.
     pub fn request(&self) -> &StartSessionRequest {
         &self.request
-    }
-}
-
-impl Drop for ForkImage {
-    fn drop(&mut self) {
-        if let Err(error) = stored::remove(&self.folder) {
-            tracing::error!(%error, folder = %self.folder.display(), "the image of a fork is left behind");
-        }
     }
 }
 
@@ -73,7 +66,7 @@ impl Driver {
         if !self.shop.vmm.needs_place() {
             return Ok(());
         }
-        let (from, to) = (self.folder.clone(), image.folder.clone());
+        let (from, to) = (self.folder.clone(), image.folder.path().to_owned());
         blocking(move || {
             fs::hard_link(from.join(TEMPLATE_MEMORY), to.join(TEMPLATE_MEMORY))?;
             disk::copy(&from.join(MEMORY), &to.join(MEMORY))
@@ -83,17 +76,17 @@ impl Driver {
 
     async fn fork_still(&mut self, image: &ForkImage) -> Result<(), DriveError> {
         let vm = self.vm.as_mut().ok_or(DriveError::State("not running"))?;
-        vm.store_devices(&image.folder.join(DEVICES)).await?;
-        vm.copy_memory(&image.folder.join(MEMORY)).await?;
+        vm.store_devices(&image.folder.path().join(DEVICES)).await?;
+        vm.copy_memory(&image.folder.path().join(MEMORY)).await?;
         if self.shop.vmm.needs_place() {
-            let (scratch, copy) = (self.path(SCRATCH), image.folder.join(SCRATCH));
+            let (scratch, copy) = (self.path(SCRATCH), image.folder.path().join(SCRATCH));
             blocking(move || disk::copy(&scratch, &copy)).await?;
         }
         Ok(())
     }
 
     async fn fork_paused(&self, image: &ForkImage) -> Result<(), DriveError> {
-        let (from, to) = (self.folder.clone(), image.folder.clone());
+        let (from, to) = (self.folder.clone(), image.folder.path().to_owned());
         let (maker, is_simulated) = (self.shop.maker.clone(), !self.shop.vmm.needs_place());
         let fork = move || {
             let paused = from.join(PAUSED);
@@ -110,7 +103,7 @@ impl Driver {
                 .map_err(VmmError::from)?;
             Ok::<_, DriveError>(())
         };
-        tokio::task::spawn_blocking(fork)
+        crate::work::blocking(fork)
             .await
             .map_err(io::Error::other)?
     }
@@ -118,7 +111,7 @@ impl Driver {
     /// Gives a child's folder the memory of the image.
     pub(super) async fn take_image(&mut self, image: &ForkImage) -> Result<Source, DriveError> {
         if self.shop.vmm.needs_place() {
-            let (from, to) = (image.folder.clone(), self.folder.clone());
+            let (from, to) = (image.folder.path().to_owned(), self.folder.clone());
             blocking(move || {
                 fs::hard_link(from.join(TEMPLATE_MEMORY), to.join(TEMPLATE_MEMORY))?;
                 fs::hard_link(from.join(MEMORY), to.join(MEMORY))
@@ -126,9 +119,9 @@ impl Driver {
             .await?;
         }
         Ok(Source {
-            devices: image.folder.join(DEVICES),
+            devices: image.folder.path().join(DEVICES),
             difference: None,
-            scratch: image.folder.join(SCRATCH),
+            scratch: image.folder.path().join(SCRATCH),
         })
     }
 }

@@ -18,7 +18,7 @@ use proto::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DriveError, Driver, Outcome, PAUSED, Stopwatch, TEMPLATE_MEMORY, blocking, link_anew,
+    DriveError, Driver, Outcome, PAUSED, Stopwatch, TEMPLATE_MEMORY, blocking, link_anew, open,
     start::{Source, rules_of},
     unfinished,
 };
@@ -102,22 +102,16 @@ impl Driver {
             let parent = parent.clone();
             blocking(move || unfinished(&parent)).await?
         };
-        let stored = self.store_into(&made, disk_stays).await;
-        let published = match stored {
-            Ok(()) => {
-                let (made, to, maker) = (made.clone(), to.to_owned(), self.shop.maker.clone());
-                let publish = move || stored::publish(&made, &to, &maker);
-                tokio::task::spawn_blocking(publish)
-                    .await
-                    .map_err(io::Error::other)?
-                    .map_err(DriveError::Stored)
-            }
-            Err(error) => Err(error),
-        };
-        if let Err(error) = published {
-            blocking(move || stored::remove(&made)).await?;
-            return Err(error);
-        }
+        self.store_into(made.path(), disk_stays).await?;
+        let (named, maker) = (to.to_owned(), self.shop.maker.clone());
+        crate::work::blocking(move || {
+            stored::publish(made.path(), &named, &maker)?;
+            // It has its name now, and is no longer what goes with this.
+            let _: std::path::PathBuf = made.keep();
+            Ok::<_, StoredError>(())
+        })
+        .await
+        .map_err(io::Error::other)??;
         let to = to.to_owned();
         Ok(blocking(move || stored::bytes(&to)).await?)
     }
@@ -163,7 +157,13 @@ impl Driver {
         };
         let since = still.since;
         let paused = self.path(PAUSED);
-        let stored = match self.store(&paused, true).await {
+        let older = paused.clone();
+        let stored = async {
+            // Left behind only if it could not be removed after a resume.
+            blocking(move || stored::remove(&older)).await?;
+            self.store(&paused, true).await
+        };
+        let stored = match stored.await {
             Ok(bytes) => bytes,
             Err(error) => {
                 // Nothing is lost: it goes on as if it had not been asked.
@@ -253,7 +253,7 @@ impl Driver {
             }
             Ok::<_, StoredError>(())
         };
-        tokio::task::spawn_blocking(check)
+        crate::work::blocking(check)
             .await
             .map_err(io::Error::other)??;
         let paused = self.path(PAUSED);
@@ -333,11 +333,10 @@ impl Driver {
             return Err(DriveError::CheckpointUnknown(id.to_owned()));
         }
         let (folder, maker) = (self.folder.clone(), self.shop.maker.clone());
-        let next = tokio::task::spawn_blocking(move || {
+        let next = crate::work::blocking(move || {
             stored::check_all(&kept, &maker)?;
             let next = unfinished(&folder)?;
-            fs::remove_dir(&next)?;
-            link_folder(&kept, &next)?;
+            link_files(&kept, next.path())?;
             Ok::<_, StoredError>(next)
         })
         .await
@@ -347,10 +346,11 @@ impl Driver {
             reach.end(Over::RolledBack);
         }
         self.end_vm().await;
-        let paused = self.path(PAUSED);
+        let (paused, folder) = (self.path(PAUSED), self.folder.clone());
         let bytes = blocking(move || {
             stored::remove(&paused)?;
-            fs::rename(&next, &paused)?;
+            fs::rename(next.keep(), &paused)?;
+            fs::File::open(&folder)?.sync_all()?;
             stored::bytes(&paused)
         })
         .await?;
@@ -421,20 +421,18 @@ impl Driver {
 fn link_folder(from: &Path, to: &Path) -> io::Result<u64> {
     let parent = to.parent().unwrap_or(to).to_owned();
     let made = unfinished(&parent)?;
-    let linked = fs::read_dir(from).and_then(|entries| {
-        for entry in entries {
-            let entry = entry?;
-            fs::hard_link(entry.path(), made.join(entry.file_name()))?;
-        }
-        fs::File::open(&made)?.sync_all()?;
-        fs::rename(&made, to)?;
-        fs::File::open(&parent)?.sync_all()
-    });
-    if let Err(error) = linked {
-        stored::remove(&made)?;
-        return Err(error);
-    }
+    link_files(from, made.path())?;
+    fs::rename(made.keep(), to)?;
+    fs::File::open(&parent)?.sync_all()?;
     stored::bytes(to)
+}
+
+fn link_files(from: &Path, to: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        fs::hard_link(entry.path(), to.join(entry.file_name()))?;
+    }
+    fs::File::open(to)?.sync_all()
 }
 
 /// What of a request may change later, as far as every call needs it.

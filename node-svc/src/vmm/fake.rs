@@ -21,7 +21,9 @@ use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Request, Response, Status, transport::server::Connected};
 
-use super::{BootSpec, LinkStream, RestoreSpec, Vm, VmExit, Vmm, VmmError, process::ProcessId};
+use super::{
+    BootSpec, LinkStream, RestoreSpec, Vm, VmExit, Vmm, VmmError, memory, process::ProcessId,
+};
 
 const PIPE: usize = 64 << 10;
 
@@ -123,7 +125,7 @@ impl Vm for FakeVm {
     }
 
     async fn store_memory(&mut self, _: &Path, to: &Path) -> Result<(), VmmError> {
-        self.put(to)
+        Ok(memory::store_nothing(to)?)
     }
 
     async fn copy_memory(&mut self, _: &Path) -> Result<(), VmmError> {

@@ -27,6 +27,7 @@ use proto::node::v1::VmmKind;
 
 use super::{
     BootSpec, LinkStream, MEMORY, Machine, RestoreSpec, Vm, VmExit, Vmm, VmmError,
+    cgroup::{self, Cgroups},
     memory::{self, GuestMemory, MemoryError},
     process::{self, Launch, Process, ProcessId},
 };
@@ -42,7 +43,7 @@ use api::{
     MachineConfig, MemoryBackend, NetworkInterface, SnapshotCreate, SnapshotLoad, SnapshotType,
     VmConfig, VmState, Vsock,
 };
-use jail::{Cgroups, Imprisonment, JailRoot, UidRange};
+use jail::{Imprisonment, JailRoot, UidRange};
 pub use version::Version;
 
 /// From the jailer's start until Firecracker answers.
@@ -187,16 +188,7 @@ impl Firecracker {
             state: options.state.clone(),
             cause,
         })?;
-        let mounts = fs::read_to_string(&options.mounts).unwrap_or_default();
-        // Of this node alone: no other makes or removes cgroups in it.
-        let owner = blake3::hash(options.state.as_os_str().as_encoded_bytes()).to_hex();
-        let parent = format!("sandmesh/{}", owner.get(..8).unwrap_or_default());
-        firecracker.cgroups = Cgroups::detect(&mounts, parent);
-        if let Some(cgroups) = &firecracker.cgroups {
-            cgroups.sweep();
-        } else {
-            tracing::warn!("Firecracker runs without limits: this host has no cgroup v2");
-        }
+        firecracker.cgroups = Cgroups::of_node(&options.mounts, &options.state);
         if !firecracker.release.has_acpi() {
             tracing::warn!(
                 version = %firecracker.release,
@@ -349,6 +341,8 @@ impl Firecracker {
                 netns: None,
                 output: log,
                 inherited: None,
+                // The jailer puts it there.
+                cgroup: None,
             })?;
             let cgroup = self.cgroups.as_ref().map(|cgroups| cgroups.folder(&id));
             Ok(FirecrackerVm::new(
@@ -488,7 +482,7 @@ impl Vmm for Firecracker {
         let memory = spec.machine.folder.join(MEMORY);
         if let Some(difference) = spec.difference {
             let memory = memory.clone();
-            let merged = tokio::task::spawn_blocking(move || merge(&memory, &difference)).await;
+            let merged = crate::work::blocking(move || merge(&memory, &difference)).await;
             merged.map_err(|error| VmmError::Control(io::Error::other(error)))??;
         }
         let devices = spec.devices;
@@ -554,7 +548,7 @@ fn merge(memory: &Path, difference: &Path) -> Result<(), MemoryError> {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
-    tokio::task::spawn_blocking(work)
+    crate::work::blocking(work)
         .await
         .map_err(io::Error::other)?
 }
@@ -562,7 +556,7 @@ async fn blocking<T: Send + 'static>(
 async fn blocking_memory(
     work: impl FnOnce() -> Result<(), MemoryError> + Send + 'static,
 ) -> Result<(), VmmError> {
-    match tokio::task::spawn_blocking(work).await {
+    match crate::work::blocking(work).await {
         Ok(done) => Ok(done?),
         Err(error) => Err(VmmError::Control(io::Error::other(error))),
     }
@@ -794,7 +788,7 @@ impl Vm for FirecrackerVm {
     async fn kill(&mut self) {
         self.process.kill().await;
         if let Some(cgroup) = &self.cgroup {
-            jail::remove_cgroup(cgroup);
+            cgroup::remove(cgroup);
         }
         remove_jail(&self.folder).await;
     }

@@ -5,7 +5,7 @@
 use std::{
     ffi::OsString,
     fs::File,
-    io,
+    io::{self, Write as _},
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::{fs::MetadataExt as _, process::CommandExt as _},
@@ -113,6 +113,8 @@ pub struct Launch<'a> {
     pub output: File,
     /// A file it inherits under the number it has here.
     pub inherited: Option<File>,
+    /// Where it enters its cgroup (`cgroup.procs`).
+    pub cgroup: Option<File>,
 }
 
 /// Starts a process in a network namespace and a session of its own, with nothing inherited but what is named.
@@ -143,11 +145,15 @@ fn start(launch: Launch<'_>, filter: Option<BpfProgram>) -> io::Result<Process> 
         .stdout(launch.output)
         .stderr(errors);
     let netns = launch.netns.map(File::open).transpose()?;
-    let inherited = launch.inherited;
-    // SAFETY: between fork and exec only setsid(2), setns(2), fcntl(2), prctl(2) and seccomp(2) are called, which are
+    let (inherited, cgroup) = (launch.inherited, launch.cgroup);
+    // SAFETY: between fork and exec only write(2), setsid(2), setns(2), fcntl(2), prctl(2) and seccomp(2) are called, which are
     // async-signal-safe; files were opened and the filter was built before the fork.
     unsafe {
         command.pre_exec(move || {
+            if let Some(mut cgroup) = cgroup.as_ref() {
+                // 0 is whoever writes it.
+                cgroup.write_all(b"0")?;
+            }
             setsid()?;
             if let Some(netns) = &netns {
                 setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
@@ -280,29 +286,29 @@ fn pidfd(pid: i32) -> io::Result<AsyncFd<OwnedFd>> {
     registered.map_err(io::Error::from)
 }
 
-/// Ends every process that works in the folder, or in a jail in it: what a journal that cannot be read would have named. Blocking.
-pub fn kill_all_in(folder: &Path) -> io::Result<()> {
+/// Ends every process that works in the folder, below it, or in a jail there: what a journal that cannot be read would have named. Blocking.
+pub fn kill_all_below(folder: &Path) -> io::Result<()> {
+    let Ok(folder) = folder.canonicalize() else {
+        return Ok(());
+    };
+    // By what they are: in a jail, the path of its root is `/`.
     let id_of = |path: &Path| {
         let metadata = std::fs::metadata(path).ok()?;
         Some((metadata.dev(), metadata.ino()))
     };
-    // By what they are: in a jail, the path of its root is `/`.
-    let folders: Vec<(u64, u64)> = [
-        Some(folder.to_owned()),
-        super::firecracker::jail::root_in(folder),
-    ]
-    .into_iter()
-    .flatten()
-    .filter_map(|folder| id_of(&folder))
-    .collect();
-    if folders.is_empty() {
-        return Ok(());
+    let mut jails = Vec::new();
+    let below = std::fs::read_dir(&folder)?.flatten();
+    for place in below.map(|entry| entry.path()).chain([folder.clone()]) {
+        let root = super::firecracker::jail::root_in(&place);
+        jails.extend(root.as_deref().and_then(id_of));
     }
     for process in procfs::process::all_processes().map_err(io::Error::other)? {
         // One that ended while we looked is gone.
         let Ok(process) = process else { continue };
         let cwd = PathBuf::from(format!("/proc/{}/cwd", process.pid));
-        if id_of(&cwd).is_some_and(|cwd| folders.contains(&cwd))
+        let works_here = process.cwd().is_ok_and(|cwd| cwd.starts_with(&folder))
+            || id_of(&cwd).is_some_and(|cwd| jails.contains(&cwd));
+        if works_here
             && process.pid != std::process::id().cast_signed()
             && let Some(id) = ProcessId::of(process.pid)
         {
@@ -345,6 +351,7 @@ mod tests {
                 netns: None,
                 output: File::create(folder.path().join("log")).unwrap(),
                 inherited: None,
+                cgroup: None,
             })
             .unwrap()
         };
@@ -374,6 +381,7 @@ mod tests {
             netns: None,
             output: File::create(folder.path().join("log")).unwrap(),
             inherited: None,
+            cgroup: None,
         })
         .unwrap();
         while std::fs::read_to_string(format!("/proc/{}/comm", process.id().pid))

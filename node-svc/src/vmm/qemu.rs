@@ -21,6 +21,7 @@ use tokio::net::UnixStream;
 
 use super::{
     BootSpec, LinkStream, MEMORY, Machine, RestoreSpec, Vm, VmExit, Vmm, VmmError,
+    cgroup::{self, Cgroups},
     memory::{GuestMemory, MemoryError},
     process::{self, Launch, Process, ProcessId},
     qmp::Qmp,
@@ -44,6 +45,8 @@ const HUNG_AFTER: u32 = 10;
 const LOADED_POLL: Duration = Duration::from_millis(1);
 const TRIAL_LIMIT: Duration = Duration::from_secs(10);
 const MIB: u64 = 1 << 20;
+/// What the emulator keeps of the guest's translated code at most.
+const TRANSLATED_MIB: u64 = 256;
 /// Names in a guest's folder, which is QEMU's working folder: it may be renamed.
 const QMP_SOCKET: &str = "qmp.sock";
 const LINK_SOCKET: &str = "link.sock";
@@ -66,6 +69,7 @@ pub struct Qemu {
     version: String,
     accelerator: Accelerator,
     tsc_khz: Option<u64>,
+    cgroups: Option<Cgroups>,
 }
 
 /// What a trial boot showed, kept for all nodes of this host until it boots anew or has another QEMU.
@@ -116,6 +120,7 @@ impl Qemu {
             version,
             accelerator: Accelerator::Tcg,
             tsc_khz: tsc_khz(),
+            cgroups: None,
         };
         match (only_tcg || !Path::new("/dev/kvm").exists(), trial_kernel) {
             (true, _) => {}
@@ -132,6 +137,13 @@ impl Qemu {
             }
         }
         Ok(qemu)
+    }
+
+    /// Holds each guest to its size, where the host can.
+    #[must_use]
+    pub fn with_cgroups(mut self, cgroups: Option<Cgroups>) -> Self {
+        self.cgroups = cgroups;
+        self
     }
 
     /// The verdict of an earlier trial on this host, else of one made now; others that ask meanwhile wait for it.
@@ -238,7 +250,10 @@ impl Qemu {
                 add("-cpu", "host".into());
             }
             Accelerator::Tcg => {
-                add("-accel", "tcg,thread=multi".into());
+                add(
+                    "-accel",
+                    format!("tcg,thread=multi,tb-size={TRANSLATED_MIB}"),
+                );
                 add("-cpu", "max".into());
             }
         }
@@ -324,6 +339,18 @@ impl Qemu {
         arguments
     }
 
+    fn vm(&self, process: Process, folder: &Path) -> QemuVm {
+        let cgroups = self.cgroups.as_ref();
+        let cgroup = cgroups.and_then(|cgroups| cgroups.of_process(process.id().pid));
+        QemuVm {
+            process,
+            folder: folder.to_owned(),
+            cgroup,
+            qmp: None,
+            unanswered: 0,
+        }
+    }
+
     fn start(
         &self,
         machine: &Machine,
@@ -331,6 +358,20 @@ impl Qemu {
         inherited: Option<File>,
     ) -> Result<QemuVm, VmmError> {
         let output = File::create(machine.folder.join(LOG)).map_err(VmmError::Spawn)?;
+        let id = machine.folder.file_name().unwrap_or_default();
+        let cgroup = self
+            .cgroups
+            .as_ref()
+            .map(|cgroups| {
+                let translated = match self.accelerator {
+                    Accelerator::Kvm => 0,
+                    Accelerator::Tcg => TRANSLATED_MIB * MIB,
+                };
+                let memory = machine.memory_bytes + translated;
+                cgroups.make(&id.to_string_lossy(), machine.vcpus, memory)
+            })
+            .transpose()
+            .map_err(VmmError::Spawn)?;
         let process = process::launch(Launch {
             program: &self.program,
             arguments,
@@ -338,9 +379,10 @@ impl Qemu {
             netns: machine.place.as_ref().map(|place| place.netns.as_path()),
             output,
             inherited,
+            cgroup,
         })
         .map_err(VmmError::Spawn)?;
-        Ok(QemuVm::new(process, &machine.folder))
+        Ok(self.vm(process, &machine.folder))
     }
 }
 
@@ -421,7 +463,7 @@ impl Vmm for Qemu {
         process: ProcessId,
     ) -> Result<Option<Box<dyn Vm>>, VmmError> {
         let process = Process::adopt(process).map_err(VmmError::Spawn)?;
-        Ok(process.map(|process| Box::new(QemuVm::new(process, folder)) as Box<dyn Vm>))
+        Ok(process.map(|process| Box::new(self.vm(process, folder)) as Box<dyn Vm>))
     }
 }
 
@@ -430,21 +472,13 @@ impl Vmm for Qemu {
 struct QemuVm {
     process: Process,
     folder: PathBuf,
+    cgroup: Option<PathBuf>,
     /// Taken while a command is under way, so that a cancelled one is never answered to another.
     qmp: Option<Qmp>,
     unanswered: u32,
 }
 
 impl QemuVm {
-    fn new(process: Process, folder: &Path) -> Self {
-        Self {
-            process,
-            folder: folder.to_owned(),
-            qmp: None,
-            unanswered: 0,
-        }
-    }
-
     fn said(&self) -> String {
         let said = fs::read(self.folder.join(LOG)).unwrap_or_default();
         String::from_utf8_lossy(
@@ -551,7 +585,7 @@ impl QemuVm {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, MemoryError> + Send + 'static,
 ) -> Result<T, VmmError> {
-    match tokio::task::spawn_blocking(work).await {
+    match crate::work::blocking(work).await {
         Ok(done) => Ok(done?),
         Err(error) => Err(VmmError::Control(io::Error::other(error))),
     }
@@ -625,7 +659,10 @@ impl Vm for QemuVm {
     async fn wait(&mut self) -> VmExit {
         loop {
             tokio::select! {
-                exit = self.process.wait() => return exit,
+                exit = self.process.wait() => {
+                    let out_of_memory = self.cgroup.as_deref().is_some_and(cgroup::was_out_of_memory);
+                    return if out_of_memory { VmExit::OutOfMemory } else { exit };
+                }
                 () = tokio::time::sleep(PROBE) => {}
             }
             if let Some(exit) = self.probe().await {
@@ -651,6 +688,9 @@ impl Vm for QemuVm {
 
     async fn kill(&mut self) {
         self.process.kill().await;
+        if let Some(cgroup) = &self.cgroup {
+            cgroup::remove(cgroup);
+        }
     }
 }
 
@@ -684,6 +724,7 @@ mod tests {
             version: version.into(),
             accelerator: Accelerator::Tcg,
             tsc_khz: None,
+            cgroups: None,
         };
         let verdict = |version, kernel: &str| {
             qemu(version)

@@ -116,7 +116,13 @@ impl Rules {
                 let version = json!({ "firecracker_version": format!("1.{}.0", self.minor) });
                 Ok((Some(version), Effect::Nothing))
             }
-            ("GET", "balloon", Some("statistics")) if !started => Err(PRE_BOOT.into()),
+            ("GET", "balloon", Some("statistics"))
+            | ("PUT", "snapshot", Some("create"))
+            | ("PATCH", "vm" | "balloon", None)
+                if !started =>
+            {
+                Err(PRE_BOOT.into())
+            }
             ("GET", "balloon", Some("statistics")) => {
                 Err("Internal VMM error: Statistics for the balloon device are not enabled".into())
             }
@@ -176,7 +182,6 @@ impl Rules {
             },
             ("PUT", "snapshot", Some("load")) if started => Err(POST_BOOT.into()),
             ("PUT", "snapshot", Some("load")) => self.load(json),
-            ("PUT", "snapshot", Some("create")) if !started => Err(PRE_BOOT.into()),
             ("PUT", "snapshot", Some("create")) => {
                 only(&json, &["snapshot_type", "snapshot_path", "mem_file_path"])?;
                 if self.state == State::Running {
@@ -190,7 +195,6 @@ impl Rules {
                 }
                 Ok((None, Effect::Create(json)))
             }
-            ("PATCH", "vm" | "balloon", None) if !started => Err(PRE_BOOT.into()),
             ("PATCH", "vm", None) => {
                 self.state = match json.get("state").and_then(Value::as_str) {
                     Some("Paused") => State::Paused,
@@ -606,14 +610,12 @@ impl Fake {
                 *connections = CancellationToken::new();
             }
         }
-        Ok(match answer {
-            Some(value) => Response::new(Body::from(value.to_string())),
-            None => {
-                let mut response = Response::new(Body::empty());
-                *response.status_mut() = StatusCode::NO_CONTENT;
-                response
-            }
-        })
+        if let Some(value) = answer {
+            return Ok(Response::new(Body::from(value.to_string())));
+        }
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::NO_CONTENT;
+        Ok(response)
     }
 
     fn load(&self, load: &Value) -> Result<(), String> {

@@ -10,7 +10,6 @@
 //! short, however long the folder's is, and stays good when the folder is renamed.
 
 use std::{
-    collections::BTreeSet,
     ffi::OsString,
     fmt,
     fs::{self, DirBuilder, File, Permissions},
@@ -29,15 +28,13 @@ use std::{
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use tokio::net::UnixStream;
 
+use crate::vmm::cgroup::Cgroups;
+
 /// Beneath a guest's folder.
 const JAIL: &str = "jail";
 const LOG: &str = "log";
 /// The log is cut to this when it has grown to four times as much.
 const LOG_KEPT: u64 = 256 << 10;
-/// Beyond the guest's own memory: Firecracker's, page tables, and buffers of its disks.
-const MEMORY_OVERHEAD: u64 = 128 << 20;
-/// Firecracker has a thread per virtual CPU, and two.
-const THREADS: u32 = 16;
 
 /// Users that Firecrackers run as: one for each network slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,95 +97,6 @@ impl fmt::Display for UidRange {
     }
 }
 
-/// The unified hierarchy (cgroup v2) of this host, and where in it jails are.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cgroups {
-    mount: PathBuf,
-    parent: String,
-    controllers: BTreeSet<String>,
-}
-
-impl Cgroups {
-    /// Where the jailer would look: the first mount of it. None where there is none, or it controls nothing: then all controllers are
-    /// with cgroup v1.
-    pub fn detect(mounts: &str, parent: String) -> Option<Self> {
-        let mount = mounts.lines().find_map(|line| {
-            let mut fields = line.split(' ');
-            let (_, mount, kind) = (fields.next()?, fields.next()?, fields.next()?);
-            (kind == "cgroup2").then(|| PathBuf::from(mount))
-        })?;
-        let controllers = fs::read_to_string(mount.join("cgroup.controllers")).ok()?;
-        let controllers: BTreeSet<String> = controllers
-            .split_ascii_whitespace()
-            .filter(|name| matches!(*name, "cpu" | "memory" | "pids"))
-            .map(ToOwned::to_owned)
-            .collect();
-        (!controllers.is_empty()).then_some(Self {
-            mount,
-            parent,
-            controllers,
-        })
-    }
-
-    fn limits(&self, vcpus: u32, memory_bytes: u64) -> Vec<String> {
-        let limits = [
-            (
-                "cpu",
-                format!("cpu.weight={}", (100 * vcpus).clamp(1, 10_000)),
-            ),
-            (
-                "memory",
-                format!("memory.max={}", memory_bytes + MEMORY_OVERHEAD),
-            ),
-            ("pids", format!("pids.max={}", vcpus + THREADS)),
-        ];
-        limits
-            .into_iter()
-            .filter(|(controller, _)| self.controllers.contains(*controller))
-            .map(|(_, limit)| limit)
-            .collect()
-    }
-
-    /// The cgroup the jailer makes for a jail.
-    pub fn folder(&self, id: &str) -> PathBuf {
-        self.mount.join(&self.parent).join(id)
-    }
-
-    /// The cgroup of a process, if it is that of a jail of this node.
-    pub fn of_process(&self, pid: i32) -> Option<PathBuf> {
-        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-        let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-        let path = self.mount.join(path);
-        (path.parent() == Some(&self.mount.join(&self.parent))).then_some(path)
-    }
-
-    /// Removes cgroups of jails that are gone; those with a process in them stay.
-    pub fn sweep(&self) {
-        for entry in fs::read_dir(self.mount.join(&self.parent))
-            .into_iter()
-            .flatten()
-        {
-            if let Ok(entry) = entry
-                && entry.file_type().is_ok_and(|kind| kind.is_dir())
-            {
-                remove_cgroup(&entry.path());
-            }
-        }
-    }
-}
-
-/// Removes a cgroup whose processes have ended.
-pub fn remove_cgroup(folder: &Path) {
-    if let Err(error) = fs::remove_dir(folder)
-        && !matches!(
-            error.kind(),
-            io::ErrorKind::NotFound | io::ErrorKind::ResourceBusy
-        )
-    {
-        tracing::warn!(%error, folder = %folder.display(), "a cgroup is left behind");
-    }
-}
-
 /// What the jailer is told.
 #[derive(Debug)]
 pub struct Imprisonment<'a> {
@@ -231,7 +139,7 @@ impl Imprisonment<'_> {
         add("--netns", self.netns.into());
         if let Some(cgroups) = self.cgroups {
             add("--cgroup-version", "2".into());
-            add("--parent-cgroup", cgroups.parent.clone().into());
+            add("--parent-cgroup", cgroups.parent().to_owned().into());
             for limit in cgroups.limits(self.vcpus, self.memory_bytes) {
                 add("--cgroup", limit.into());
             }
@@ -446,11 +354,11 @@ mod tests {
 
     #[test]
     fn the_jailer_is_told_exactly_this() {
-        let cgroups = Cgroups {
-            mount: "/sys/fs/cgroup".into(),
-            parent: "sandmesh/0123abcd".into(),
-            controllers: ["cpu", "memory", "pids"].map(ToOwned::to_owned).into(),
-        };
+        let cgroups = Cgroups::new(
+            "/sys/fs/cgroup",
+            "sandmesh/0123abcd",
+            &["cpu", "memory", "pids"],
+        );
         let mut told = Imprisonment {
             id: "sandmesh-7",
             firecracker: Path::new("/usr/bin/firecracker"),
@@ -485,9 +393,13 @@ mod tests {
                 "--cgroup",
                 "cpu.weight=200",
                 "--cgroup",
+                "cpu.max=200000 100000",
+                "--cgroup",
                 "memory.max=402653184",
                 "--cgroup",
-                "pids.max=18",
+                "memory.swap.max=0",
+                "--cgroup",
+                "pids.max=82",
                 "--resource-limit",
                 "fsize=1073741824",
                 "--",
@@ -533,28 +445,6 @@ mod tests {
         ] {
             assert_eq!(text.parse::<UidRange>(), Err(error), "{text}");
         }
-    }
-
-    #[test]
-    fn cgroups_are_used_where_they_control_something() {
-        let mount = tempfile::tempdir().unwrap();
-        let mounts = format!(
-            "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup2 {} cgroup2 rw 0 0\n",
-            mount.path().display()
-        );
-        let detect = || Cgroups::detect(&mounts, "sandmesh/x".into());
-        assert_eq!(detect(), None, "it says nothing");
-        let controllers = mount.path().join("cgroup.controllers");
-        fs::write(&controllers, "\n").unwrap();
-        assert_eq!(detect(), None, "v1 has all");
-        fs::write(&controllers, "cpuset cpu io pids\n").unwrap();
-        let cgroups = detect().unwrap();
-        assert_eq!(cgroups.limits(1, 1), ["cpu.weight=100", "pids.max=17"]);
-        let (old, busy) = (cgroups.folder("old"), cgroups.folder("busy"));
-        fs::create_dir_all(&old).unwrap();
-        fs::create_dir_all(busy.join("process")).unwrap();
-        cgroups.sweep();
-        assert!(!old.exists() && busy.exists());
     }
 
     #[tokio::test]
