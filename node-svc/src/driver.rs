@@ -602,11 +602,16 @@ fn unfinished(parent: &Path) -> io::Result<TempDir> {
 
 /// Gives a file a second name, in place of whatever has that.
 fn link_anew(file: &Path, name: &Path) -> io::Result<()> {
-    match fs::remove_file(name) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    remove_file(name)?;
     fs::hard_link(file, name)
+}
+
+/// Removes a file that may not be there.
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn stopped() -> Ended {

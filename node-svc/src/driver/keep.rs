@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     DriveError, Driver, Outcome, PAUSED, Stopwatch, TEMPLATE_MEMORY, blocking, link_anew, open,
+    remove_file,
     start::{Source, rules_of},
     unfinished,
 };
@@ -201,10 +202,7 @@ impl Driver {
         let folder = self.folder.clone();
         let removed = blocking(move || {
             for name in [SCRATCH, MEMORY, "qmp.sock", "link.sock", "qemu.log"] {
-                match fs::remove_file(folder.join(name)) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                    _ => {}
-                }
+                remove_file(&folder.join(name))?;
             }
             Ok(())
         });

@@ -9,7 +9,9 @@ use std::{
 use proto::node::v1::{StartSessionRequest, StartStep};
 use tokio_util::sync::CancellationToken;
 
-use super::{DriveError, Driver, Origin, Stopwatch, TEMPLATE_MEMORY, Workshop, blocking, open};
+use super::{
+    DriveError, Driver, Origin, Stopwatch, TEMPLATE_MEMORY, Workshop, blocking, open, remove_file,
+};
 use crate::{
     disk,
     guest::{Connections, GuestClient},
@@ -224,13 +226,6 @@ pub(super) fn place(slot: &Slot) -> GuestPlace {
         tap: slot::TAP.into(),
         mac: slot::GUEST_MAC.into(),
         reach: slot.reach,
-    }
-}
-
-fn remove_file(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 

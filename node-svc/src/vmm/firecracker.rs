@@ -28,7 +28,7 @@ use proto::node::v1::VmmKind;
 use super::{
     BootSpec, LinkStream, MEMORY, Machine, RestoreSpec, Vm, VmExit, Vmm, VmmError,
     cgroup::{self, Cgroups},
-    memory::{self, GuestMemory, MemoryError},
+    memory::{self, MemoryError},
     process::{self, Launch, Process, ProcessId},
 };
 use crate::disk;
@@ -553,15 +553,6 @@ async fn blocking<T: Send + 'static>(
         .map_err(io::Error::other)?
 }
 
-async fn blocking_memory(
-    work: impl FnOnce() -> Result<(), MemoryError> + Send + 'static,
-) -> Result<(), VmmError> {
-    match crate::work::blocking(work).await {
-        Ok(done) => Ok(done?),
-        Err(error) => Err(VmmError::Control(io::Error::other(error))),
-    }
-}
-
 async fn remove_jail(folder: &Path) {
     let name = folder.to_owned();
     if let Err(error) = blocking(move || jail::remove(&name)).await {
@@ -751,15 +742,11 @@ impl Vm for FirecrackerVm {
     }
 
     async fn store_memory(&mut self, base: &Path, to: &Path) -> Result<(), VmmError> {
-        let (pid, file) = (self.process.id().pid, self.folder.join(MEMORY));
-        let (base, to) = (base.to_owned(), to.to_owned());
-        blocking_memory(move || GuestMemory::of(pid, &file)?.store(&base, &to).map(drop)).await
+        memory::store_own(self.process.id().pid, &self.folder, base, to).await
     }
 
     async fn copy_memory(&mut self, copy: &Path) -> Result<(), VmmError> {
-        let (pid, file) = (self.process.id().pid, self.folder.join(MEMORY));
-        let copy = File::options().write(true).open(copy);
-        blocking_memory(move || GuestMemory::of(pid, &file)?.copy_own(&copy?).map(drop)).await
+        memory::copy_own(self.process.id().pid, &self.folder, copy).await
     }
 
     async fn wait(&mut self) -> VmExit {

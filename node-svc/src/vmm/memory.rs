@@ -12,8 +12,10 @@ use std::{
     fs::{self, File},
     io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _},
     os::unix::fs::{FileExt as _, MetadataExt as _},
-    path::Path,
+    path::{Path, PathBuf},
 };
+
+use super::{MEMORY, VmmError};
 
 /// Bytes in a page of the host, and of the guest.
 pub const PAGE: u64 = 4096;
@@ -325,6 +327,43 @@ impl GuestMemory {
     pub fn apply(&self, stored: &Path) -> Result<(), MemoryError> {
         Stored::open(stored)?.each(self.pages, |first, bytes| Ok(self.write(first, bytes)?))
     }
+}
+
+/// Stores what a guest that works in this folder has of its own, as [`GuestMemory::store`].
+pub(super) async fn store_own(
+    pid: i32,
+    folder: &Path,
+    base: &Path,
+    to: &Path,
+) -> Result<(), VmmError> {
+    let (base, to) = (base.to_owned(), to.to_owned());
+    of_guest(pid, folder, move |guest| guest.store(&base, &to).map(drop)).await
+}
+
+/// Copies what a guest that works in this folder has of its own, as [`GuestMemory::copy_own`].
+pub(super) async fn copy_own(pid: i32, folder: &Path, copy: &Path) -> Result<(), VmmError> {
+    let copy = copy.to_owned();
+    of_guest(pid, folder, move |guest| {
+        let copy = File::options().write(true).open(copy)?;
+        guest.copy_own(&copy).map(drop)
+    })
+    .await
+}
+
+/// Puts a stored difference into a guest that works in this folder, as [`GuestMemory::apply`].
+pub(super) async fn apply_own(pid: i32, folder: &Path, stored: PathBuf) -> Result<(), VmmError> {
+    of_guest(pid, folder, move |guest| guest.apply(&stored)).await
+}
+
+/// Works on a guest's memory on a thread of its own.
+async fn of_guest(
+    pid: i32,
+    folder: &Path,
+    work: impl FnOnce(&GuestMemory) -> Result<(), MemoryError> + Send + 'static,
+) -> Result<(), VmmError> {
+    let file = folder.join(MEMORY);
+    let worked = crate::work::blocking(move || work(&GuestMemory::of(pid, &file)?)).await;
+    Ok(worked.map_err(|error| VmmError::Control(io::Error::other(error)))??)
 }
 
 /// Stores that nothing differs. Blocking.

@@ -22,7 +22,7 @@ use tokio::net::UnixStream;
 use super::{
     BootSpec, LinkStream, MEMORY, Machine, RestoreSpec, Vm, VmExit, Vmm, VmmError,
     cgroup::{self, Cgroups},
-    memory::{GuestMemory, MemoryError},
+    memory,
     process::{self, Launch, Process, ProcessId},
     qmp::Qmp,
 };
@@ -532,8 +532,7 @@ impl QemuVm {
         };
         self.qmp = Some(connected.map_err(VmmError::Control)?);
         if let Some(difference) = difference {
-            let (pid, file) = (self.process.id().pid, self.folder.join(MEMORY));
-            blocking(move || GuestMemory::of(pid, &file)?.apply(&difference)).await?;
+            memory::apply_own(self.process.id().pid, &self.folder, difference).await?;
         }
         self.control(
             "migrate-incoming",
@@ -579,15 +578,6 @@ impl QemuVm {
         }
         self.unanswered = 0;
         None
-    }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, MemoryError> + Send + 'static,
-) -> Result<T, VmmError> {
-    match crate::work::blocking(work).await {
-        Ok(done) => Ok(done?),
-        Err(error) => Err(VmmError::Control(io::Error::other(error))),
     }
 }
 
@@ -645,15 +635,11 @@ impl Vm for QemuVm {
     }
 
     async fn store_memory(&mut self, base: &Path, to: &Path) -> Result<(), VmmError> {
-        let (pid, file) = (self.process.id().pid, self.folder.join(MEMORY));
-        let (base, to) = (base.to_owned(), to.to_owned());
-        blocking(move || GuestMemory::of(pid, &file)?.store(&base, &to).map(drop)).await
+        memory::store_own(self.process.id().pid, &self.folder, base, to).await
     }
 
     async fn copy_memory(&mut self, copy: &Path) -> Result<(), VmmError> {
-        let (pid, file) = (self.process.id().pid, self.folder.join(MEMORY));
-        let copy = File::options().write(true).open(copy);
-        blocking(move || GuestMemory::of(pid, &file)?.copy_own(&copy?).map(drop)).await
+        memory::copy_own(self.process.id().pid, &self.folder, copy).await
     }
 
     async fn wait(&mut self) -> VmExit {
