@@ -13,3 +13,11 @@ mod mesh;
 
 pub use collector::Collector;
 pub use mesh::{Mesh, Part, sandmesh, small, wait_for};
+
+/// A number that can be set by an environment variable, for longer runs by hand.
+pub fn how_many(variable: &str, otherwise: u64) -> u64 {
+    std::env::var(variable).map_or(otherwise, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable} is {text:?}, not a number"))
+    })
+}

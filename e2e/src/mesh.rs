@@ -283,7 +283,7 @@ impl Mesh {
         let found = procfs::process::all_processes()
             .unwrap()
             .flatten()
-            .find(|process| process.cwd().is_ok_and(|cwd| cwd == folder));
+            .find(|process| process.cwd().is_ok_and(|cwd| cwd.starts_with(&folder)));
         nix::unistd::Pid::from_raw(found.expect("the session has a VMM").pid)
     }
 
@@ -373,10 +373,33 @@ pub fn wait_for(what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
     }
 }
 
+impl Mesh {
+    /// The last warnings and errors of every part.
+    fn warnings(&self, lines: usize) -> String {
+        let Ok(logs) = std::fs::read_dir(self.state().join("logs")) else {
+            return String::new();
+        };
+        let of_one = |path: PathBuf| {
+            let log = std::fs::read(&path).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
+            let found = log
+                .lines()
+                .filter(|line| line.contains("WARN") || line.contains("ERROR"));
+            let found = found.collect::<Vec<_>>().join("\n");
+            format!("{}:\n{}", path.display(), tail(&found, lines))
+        };
+        logs.flatten()
+            .map(|log| of_one(log.path()))
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+}
+
 impl Drop for Mesh {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("the mesh's log ends with:\n{}", tail(&self.log(), 30));
+            eprintln!("what its parts found wrong:\n{}", self.warnings(60));
         }
         let down = self.run(&["down"]);
         if !down.status.success() {

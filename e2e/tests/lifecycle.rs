@@ -1,14 +1,16 @@
 //! A session that is stored and continued, copied, put back, and taken over: what it was stays, whoever dies.
+//!
+//! Longer runs, by hand: `SANDMESH_E2E_PAUSES`, `SANDMESH_E2E_KILLS` and `SANDMESH_E2E_COMMANDS` say how often and how many.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::{
     collections::BTreeSet,
     fs,
-    os::unix::fs::FileExt as _,
+    os::unix::fs::{FileExt as _, MetadataExt as _},
     time::{Duration, Instant, SystemTime},
 };
 
-use e2e::{Mesh, guest, http, small};
+use e2e::{Mesh, guest, how_many, http, small};
 use nix::sys::signal::{Signal, kill};
 use proto::session::v1::{Session, SessionState};
 use sdk::{Command, NewFork, NewSession, Sandbox};
@@ -71,12 +73,13 @@ async fn a_session_is_paused_and_resumed_as_it_was() {
     let id = &session.session_id;
     let client = mesh.client();
     let sandbox = client.sandbox(&session).unwrap();
+    is_nobody(&mesh, &session);
     output(&sandbox, "echo kept > ~/file").await;
     counter(&sandbox).await;
     let before = identity(&sandbox).await;
     let mut last = 0;
     let mut drawn = BTreeSet::new();
-    for round in 0..5 {
+    for round in 0..how_many("SANDMESH_E2E_PAUSES", 5) {
         let paused = client.pause(id).await.unwrap();
         assert_eq!(paused.state(), SessionState::Paused);
         assert!(
@@ -85,7 +88,7 @@ async fn a_session_is_paused_and_resumed_as_it_was() {
             paused.stored_bytes
         );
         assert!(
-            !mesh.session_folder(&session).join("qmp.sock").exists(),
+            !mesh.session_folder(&session).join("vmm").exists(),
             "nothing of it runs"
         );
         if round == 0 {
@@ -108,6 +111,19 @@ async fn a_session_is_paused_and_resumed_as_it_was() {
     let metrics = client.metrics(id).await.unwrap();
     assert!(metrics.memory_private_bytes > 0 && metrics.cpu_time.is_some());
     client.stop(id).await.unwrap();
+}
+
+/// Its VMM is a user of its own, without any privilege.
+fn is_nobody(mesh: &Mesh, session: &Session) {
+    let process = procfs::process::Process::new(mesh.vmm(session).as_raw()).unwrap();
+    let status = process.status().unwrap();
+    assert!(status.ruid >= 1_900_000_000, "{}", status.ruid);
+    assert_eq!([status.ruid, status.ruid], [status.euid, status.suid]);
+    assert_eq!(status.rgid, status.ruid);
+    assert!(status.groups.is_empty());
+    assert_eq!((status.capeff, status.capprm), (0, 0));
+    let metadata = fs::metadata(mesh.session_folder(session)).unwrap();
+    assert_eq!(metadata.uid(), 0, "its folder is not its own");
 }
 
 async fn refused_while_paused(mesh: &Mesh, session: &Session, sandbox: &Sandbox) {
@@ -284,12 +300,12 @@ async fn a_node_that_is_killed_takes_its_sessions_over() {
     let mesh = Mesh::start(&["--separate"]);
     let client = mesh.client();
     let sessions = futures::future::join_all((0..2).map(|_| mesh.session())).await;
+    let each = how_many("SANDMESH_E2E_COMMANDS", 4) / 2;
     let mut commands = Vec::new();
     for session in &sessions {
         let sandbox = client.sandbox(session).unwrap();
-        for _ in 0..2 {
-            let script =
-                "import time\nfor n in range(1, 401): print(n, flush=True); time.sleep(0.03)";
+        for _ in 0..each {
+            let script = "import os, time\nn = 0\nwhile not os.path.exists('/tmp/over'):\n    n += 1\n    print(n, flush=True)\n    time.sleep(0.03)";
             let process = sandbox
                 .start(Command::new(["python3", "-c", script]))
                 .await
@@ -297,19 +313,24 @@ async fn a_node_that_is_killed_takes_its_sessions_over() {
             commands.push(tokio::spawn(process.output()));
         }
     }
-    for _ in 0..3 {
+    for _ in 0..how_many("SANDMESH_E2E_KILLS", 3) {
         mesh.crash("node");
         for session in &sessions {
             let sandbox = client.sandbox(session).unwrap();
             assert_eq!(output(&sandbox, "echo here").await, "here");
         }
     }
-    let wanted: Vec<String> = (1..=400).map(|n: u32| n.to_string()).collect();
+    for session in &sessions {
+        output(&client.sandbox(session).unwrap(), "touch /tmp/over").await;
+    }
     for command in commands {
         let output = command.await.unwrap().unwrap();
         assert_eq!(output.exit.code(), 0);
         let said = String::from_utf8(output.stdout).unwrap();
-        assert!(said.lines().eq(&wanted), "{said}");
+        let lines = said.lines().count();
+        assert!(lines > 20, "{lines} lines");
+        let wanted = (1..=lines).map(|n| n.to_string());
+        assert!(said.lines().eq(wanted), "{said}");
     }
     for session in &sessions {
         let known = client.get(&session.session_id).await.unwrap();

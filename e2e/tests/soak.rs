@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Mesh, leaks, small};
+use e2e::{Mesh, how_many, leaks, small};
 use proto::session::v1::{Session, SessionState};
 use sdk::{Error, NewFork, Sandbox};
 
@@ -77,14 +77,8 @@ async fn write(sandbox: &Sandbox, value: u64) {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "minutes"]
 async fn two_hundred_operations_and_kills_leave_nothing_wrong() {
-    let operations = std::env::var("SANDMESH_SOAK")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(OPERATIONS);
-    let seed = std::env::var("SANDMESH_SOAK_SEED")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or_else(|| u64::from(std::process::id()) + 1);
+    let operations = how_many("SANDMESH_SOAK", OPERATIONS);
+    let seed = how_many("SANDMESH_SOAK_SEED", u64::from(std::process::id()) + 1);
     println!("seed {seed}");
     let mut dice = Dice(seed);
     let mut mesh = Mesh::start_warm(&["--separate"], 1);

@@ -413,14 +413,14 @@ fn unknown(target: &Target) -> answer::Refusal {
 }
 
 fn ended_here(target: &Target, ended: &Ended) -> answer::Refusal {
-    let failure = if ended.state == SessionState::Failed {
-        Failure::new(
+    let failure = match ended.state {
+        SessionState::Failed => Failure::new(
             Code::NotFound,
             Reason::SESSION_FAILED,
             format!("the session ended: {}", ended.message),
-        )
-    } else {
-        stopped_failure()
+        ),
+        SessionState::Lost => return lost(target),
+        _ => stopped_failure(),
     };
     refuse(target, failure, 404)
 }

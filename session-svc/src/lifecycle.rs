@@ -147,6 +147,8 @@ pub fn decide(state: State, happening: Happening) -> Result<Step, Denied> {
         (Running | Pausing | Resuming, Stored) => Ok(Step::Move(Paused)),
         (Starting, StartAsked)
         | (Running, StartDone | ResumeAsked | Runs)
+        // Somebody else noted the start, and it went on from there.
+        | (Pausing | Paused | Resuming, StartDone)
         | (Pausing, PauseAsked)
         | (Paused, Stored)
         | (Resuming, ResumeAsked)
@@ -239,6 +241,10 @@ mod tests {
             (State::Resuming, RollbackAsked),
         ] {
             assert_eq!(decide(state, happening), Err(Denied::WrongState(state)));
+        }
+        // Two who waited for one start: the later of them changes nothing.
+        for state in [State::Pausing, State::Paused, State::Resuming] {
+            assert_eq!(decide(state, Happening::StartDone), Ok(Step::Nothing));
         }
         // Neither start nor end can be mistaken for a pause or resume.
         for state in [State::Pending, State::Starting, State::Stopping] {

@@ -5,19 +5,21 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Instant,
 };
 
 use proto::node::v1::StartSessionRequest;
 use service_kit::ids::SessionId;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
 use super::{
-    CHECKPOINTS, Command, DriveError, Driver, Origin, PAUSED, Plan, UNFINISHED, Workshop, blocking,
-    keep, open, start,
+    CHECKPOINTS, Command, DriveError, Driver, Origin, PAUSED, Plan, REACH_AGAIN, UNFINISHED,
+    Workshop, blocking, keep, open, start,
 };
 use crate::{
-    guest::Connections,
+    guest::{Connections, GuestClient},
     hosted::{Phase, Session},
     journal::{self, Step},
     slot::{Slot, SlotIndex},
@@ -190,13 +192,30 @@ impl Driver {
             remove_unfinished(&folder)
         })
         .await?;
-        let vm = self.vm.as_mut().ok_or_else(gone)?;
-        vm.run().await?;
-        let (guest, over) = open(vm.as_mut(), self.shop.boot_timeout).await?;
-        self.configure(&guest, Connections::Keep).await?;
+        let limit = Instant::now() + self.shop.boot_timeout;
+        let (guest, over) = loop {
+            match self.reach_adopted().await {
+                Ok(reached) => break reached,
+                Err(error @ DriveError::Vmm(VmmError::Ended(_))) => return Err(error),
+                Err(error) if Instant::now() >= limit || !process.is_alive() => return Err(error),
+                // What runs is not given up because it is slow to answer.
+                Err(error) => {
+                    tracing::warn!(session_id = self.session.id.short(), %error, "a session is not taken over yet");
+                    tokio::time::sleep(REACH_AGAIN).await;
+                }
+            }
+        };
         self.enter_running(guest, over);
         tracing::info!(session_id = self.session.id.short(), "session taken over");
         Ok(())
+    }
+
+    async fn reach_adopted(&mut self) -> Result<(GuestClient, CancellationToken), DriveError> {
+        let vm = self.vm.as_mut().ok_or(DriveError::State("not running"))?;
+        vm.run().await?;
+        let (guest, over) = open(vm.as_mut(), self.shop.boot_timeout).await?;
+        self.configure(&guest, Connections::Keep).await?;
+        Ok((guest, over))
     }
 }
 

@@ -268,7 +268,7 @@ impl Sessions {
         let outcomes = self.holding_all(&children, noted).await;
         let (mut running, mut failed) = (Vec::new(), Vec::new());
         for child in outcomes {
-            if child.state == State::Running {
+            if child.start_time.is_some() {
                 running.push(child);
             } else {
                 failed.push(child);
