@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io::{self, Read as _, Seek as _, Write as _},
     net::Ipv4Addr,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -138,6 +139,8 @@ impl App {
         let lock = lock(&config.state)?;
         // VMMs have their own working folders, so every name they are given is a whole one.
         let folder = config.state.canonicalize().map_err(state)?;
+        // VMMs are others' users: what they may have, they have open or beneath their own folder.
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).map_err(state)?;
         let sessions = folder.join("s");
         let in_use = driver::slots_in_use(&sessions).map_err(state)?;
         let token = MeshToken::load(&config.mesh_token_file)?;
@@ -496,7 +499,8 @@ fn vmm(config: &Config) -> Result<Arc<dyn Vmm>, AppError> {
         VmmChoice::Qemu | VmmChoice::QemuTcg => {
             let only_tcg = config.vmm == VmmChoice::QemuTcg;
             let qemu = Qemu::probe(&config.qemu, config.trial_kernel.as_deref(), only_tcg)?;
-            Arc::new(qemu.with_cgroups(Cgroups::of_node(Path::new(MOUNTS), &config.state)))
+            let cgroups = Cgroups::of_node(Path::new(MOUNTS), &config.state);
+            Arc::new(qemu.with_cgroups(cgroups).with_users(config.vmm_uids))
         }
     })
 }
@@ -505,7 +509,7 @@ fn firecracker_options(config: &Config) -> firecracker::Options {
     firecracker::Options {
         firecracker: config.firecracker.clone(),
         jailer: config.jailer.clone(),
-        uids: config.firecracker_uids,
+        uids: config.vmm_uids,
         memory: config.firecracker_memory,
         console: config.firecracker_console,
         state: config.state.clone(),

@@ -7,7 +7,7 @@ use service_kit::{
     config::{parse_bytes, parse_duration},
 };
 
-use crate::vmm::firecracker::{MemoryChoice, jail::UidRange};
+use crate::vmm::{firecracker::MemoryChoice, users::UidRange};
 
 /// Which VMM runs the guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -91,13 +91,13 @@ pub struct Config {
     /// The program of its jailer, of the same release.
     #[arg(long, env = "SANDMESH_JAILER", default_value = "jailer")]
     pub jailer: PathBuf,
-    /// Users and groups that Firecrackers run as, one for each network slot: FIRST-LAST. Nothing else may run as any of them.
+    /// Users and groups that VMMs run as, one for each network slot: FIRST-LAST. Nothing else may run as any of them.
     #[arg(
         long,
-        env = "SANDMESH_FIRECRACKER_UIDS",
+        env = "SANDMESH_VMM_UIDS",
         default_value = "1900000000-1900032767"
     )]
-    pub firecracker_uids: UidRange,
+    pub vmm_uids: UidRange,
     /// How the memory of guests that Firecracker restores is filled.
     #[arg(
         long,

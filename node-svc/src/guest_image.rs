@@ -6,6 +6,7 @@
 use std::{
     fs, io,
     io::Write as _,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
@@ -57,6 +58,8 @@ impl GuestImages {
         io::copy(&mut fs::File::open(modules)?, file.as_file_mut())?;
         file.write_all(&init_archive(&self.envd))?;
         file.as_file().sync_all()?;
+        // Readable for a VMM of any user.
+        fs::set_permissions(file.path(), fs::Permissions::from_mode(0o444))?;
         file.persist(&path).map_err(|error| error.error)?;
         Ok(path)
     }

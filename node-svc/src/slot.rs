@@ -163,6 +163,13 @@ impl SlotIndex {
     }
 }
 
+/// Opens the tap of this name in the namespace that is mounted there, as [`SlotPool::open_tap`]. Blocking.
+pub(crate) fn open_tap(namespace: &Path, name: &str) -> Result<OwnedFd, SlotError> {
+    namespace::enter_at(namespace, || {
+        tap::open(name).map_err(SlotError::system("open tap"))
+    })
+}
+
 /// A network place in use.
 #[derive(Debug, Clone)]
 pub struct Slot {
@@ -413,12 +420,7 @@ impl SlotPool {
     /// Opens a slot's tap, for a VMM that gets it as a file: frames, each after a `struct virtio_net_hdr` of 10 bytes. Only one at a
     /// time may have it open.
     pub async fn open_tap(&self, index: SlotIndex) -> Result<OwnedFd, SlotError> {
-        blocking(move || {
-            namespace::enter(index, || {
-                tap::open(TAP).map_err(SlotError::system("open tap"))
-            })
-        })
-        .await
+        blocking(move || open_tap(&index.namespace_path(), TAP)).await
     }
 
     /// What went through a slot since it was made.

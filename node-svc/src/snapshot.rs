@@ -145,8 +145,10 @@ impl TemplateSnapshots {
             fs::write(making.join(MEMORY_HASH), hash)?;
             for leftover in fs::read_dir(&making)? {
                 let leftover = leftover?;
-                // Sockets and the log of the VMM that made it.
-                if !leftover.file_type()?.is_file() || leftover.file_name() == "qemu.log" {
+                // Of the VMM that made it: its room, its log.
+                if leftover.file_type()?.is_dir() {
+                    fs::remove_dir_all(leftover.path())?;
+                } else if leftover.file_name() == "qemu.log" {
                     fs::remove_file(leftover.path())?;
                 }
             }

@@ -24,6 +24,7 @@ pub mod memory;
 pub mod process;
 pub mod qemu;
 mod qmp;
+pub mod users;
 
 use memory::MemoryError;
 
@@ -33,6 +34,8 @@ pub const MEMORY: &str = "memory";
 pub const MEMORY_DIFFERENCE: &str = "memory.diff";
 /// State of CPUs and devices.
 pub const DEVICES: &str = "devices";
+/// In a guest's folder, what belongs to its VMM's user: sockets, and files it writes until they are taken from it.
+pub const ROOM: &str = "vmm";
 
 /// The network place a guest is put into.
 #[derive(Debug, Clone)]

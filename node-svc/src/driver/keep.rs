@@ -30,7 +30,7 @@ use crate::{
     journal::{self, Durability, Step},
     slot::Traffic,
     stored::{self, SCRATCH, StoredError},
-    vmm::{DEVICES, MEMORY, MEMORY_DIFFERENCE},
+    vmm::{DEVICES, MEMORY, MEMORY_DIFFERENCE, ROOM},
 };
 
 /// A guest that was stopped to be stored, and since when.
@@ -201,10 +201,10 @@ impl Driver {
     async fn forget_running(&self) {
         let folder = self.folder.clone();
         let removed = blocking(move || {
-            for name in [SCRATCH, MEMORY, "qmp.sock", "link.sock", "qemu.log"] {
+            for name in [SCRATCH, MEMORY, "qemu.log"] {
                 remove_file(&folder.join(name))?;
             }
-            Ok(())
+            stored::remove(&folder.join(ROOM))
         });
         if let Err(error) = removed.await {
             tracing::warn!(session_id = self.session.id.short(), %error, "files of a paused session are left behind");

@@ -282,9 +282,16 @@ pub(super) fn enter<T: Send>(
     index: SlotIndex,
     work: impl FnOnce() -> Result<T, SlotError> + Send,
 ) -> Result<T, SlotError> {
+    enter_at(&index.namespace_path(), work)
+}
+
+/// Runs work inside the namespace that is mounted there. Blocking.
+pub(super) fn enter_at<T: Send>(
+    namespace: &Path,
+    work: impl FnOnce() -> Result<T, SlotError> + Send,
+) -> Result<T, SlotError> {
     on_own_thread(|| {
-        let namespace =
-            File::open(index.namespace_path()).map_err(SlotError::system("open namespace"))?;
+        let namespace = File::open(namespace).map_err(SlotError::system("open namespace"))?;
         setns(namespace, CloneFlags::CLONE_NEWNET).map_err(system("setns"))?;
         work()
     })

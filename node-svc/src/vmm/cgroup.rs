@@ -269,7 +269,8 @@ mod tests {
             folder: folder.path(),
             netns: None,
             output: File::create(folder.path().join("log")).unwrap(),
-            inherited: None,
+            inherited: Vec::new(),
+            user: None,
             cgroup: Some(cgroups.make("guest", 1, 1 << 20).unwrap()),
         })
         .unwrap();

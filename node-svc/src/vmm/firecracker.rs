@@ -30,6 +30,7 @@ use super::{
     cgroup::{self, Cgroups},
     memory::{self, MemoryError},
     process::{self, Launch, Process, ProcessId},
+    users::UidRange,
 };
 use crate::disk;
 
@@ -43,7 +44,7 @@ use api::{
     MachineConfig, MemoryBackend, NetworkInterface, SnapshotCreate, SnapshotLoad, SnapshotType,
     VmConfig, VmState, Vsock,
 };
-use jail::{Imprisonment, JailRoot, UidRange};
+use jail::{Imprisonment, JailRoot};
 pub use version::Version;
 
 /// From the jailer's start until Firecracker answers.
@@ -340,7 +341,9 @@ impl Firecracker {
                 folder: &machine.folder,
                 netns: None,
                 output: log,
-                inherited: None,
+                inherited: Vec::new(),
+                // The jailer becomes it.
+                user: None,
                 // The jailer puts it there.
                 cgroup: None,
             })?;

@@ -19,7 +19,7 @@ use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
     sched::{CloneFlags, setns},
     sys::signal::{Signal, kill},
-    unistd::{Pid, setsid},
+    unistd::{Gid, Pid, Uid, setgroups, setresgid, setresuid, setsid},
 };
 use proto::session::v1::GetSessionMetricsResponse;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
@@ -27,7 +27,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::VmExit;
+use super::{VmExit, users::User};
 
 const GONE_POLL: Duration = Duration::from_millis(2);
 const GONE_LIMIT: Duration = Duration::from_secs(10);
@@ -111,8 +111,10 @@ pub struct Launch<'a> {
     pub netns: Option<&'a Path>,
     /// Where it says what goes wrong.
     pub output: File,
-    /// A file it inherits under the number it has here.
-    pub inherited: Option<File>,
+    /// Files it inherits under the numbers they have here.
+    pub inherited: Vec<File>,
+    /// Who it becomes; it stays root if nobody.
+    pub user: Option<User>,
     /// Where it enters its cgroup (`cgroup.procs`).
     pub cgroup: Option<File>,
 }
@@ -145,9 +147,10 @@ fn start(launch: Launch<'_>, filter: Option<BpfProgram>) -> io::Result<Process> 
         .stdout(launch.output)
         .stderr(errors);
     let netns = launch.netns.map(File::open).transpose()?;
-    let (inherited, cgroup) = (launch.inherited, launch.cgroup);
-    // SAFETY: between fork and exec only write(2), setsid(2), setns(2), fcntl(2), prctl(2) and seccomp(2) are called, which are
-    // async-signal-safe; files were opened and the filter was built before the fork.
+    let (inherited, cgroup, user) = (launch.inherited, launch.cgroup, launch.user);
+    let group = user.and_then(|user| user.group).map(Gid::from_raw);
+    // SAFETY: between fork and exec only write(2), setsid(2), setns(2), fcntl(2), setgroups(2), setresgid(2), setresuid(2), prctl(2)
+    // and seccomp(2) are called, which allocate nothing and take no lock; files were opened and the filter was built before the fork.
     unsafe {
         command.pre_exec(move || {
             if let Some(mut cgroup) = cgroup.as_ref() {
@@ -158,8 +161,15 @@ fn start(launch: Launch<'_>, filter: Option<BpfProgram>) -> io::Result<Process> 
             if let Some(netns) = &netns {
                 setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
             }
-            if let Some(file) = &inherited {
+            for file in &inherited {
                 fcntl(file, FcntlArg::F_SETFD(FdFlag::empty()))?;
+            }
+            if let Some(user) = user {
+                setgroups(group.as_slice())?;
+                let gid = Gid::from_raw(user.uid);
+                setresgid(gid, gid, gid)?;
+                let uid = Uid::from_raw(user.uid);
+                setresuid(uid, uid, uid)?;
             }
             if let Some(filter) = &filter {
                 seccompiler::apply_filter(filter).map_err(|_| io::Error::last_os_error())?;
@@ -350,7 +360,8 @@ mod tests {
                 folder: folder.path(),
                 netns: None,
                 output: File::create(folder.path().join("log")).unwrap(),
-                inherited: None,
+                inherited: Vec::new(),
+                user: None,
                 cgroup: None,
             })
             .unwrap()
@@ -380,7 +391,8 @@ mod tests {
             folder: folder.path(),
             netns: None,
             output: File::create(folder.path().join("log")).unwrap(),
-            inherited: None,
+            inherited: Vec::new(),
+            user: None,
             cgroup: None,
         })
         .unwrap();

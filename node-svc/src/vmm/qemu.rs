@@ -7,7 +7,10 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::{self, Read as _, Seek as _, Write as _},
-    os::fd::AsRawFd as _,
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, chown},
+    },
     path::{Path, PathBuf},
     process::Stdio,
     time::{Duration, Instant},
@@ -20,12 +23,14 @@ use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
 use super::{
-    BootSpec, LinkStream, MEMORY, Machine, RestoreSpec, Vm, VmExit, Vmm, VmmError,
+    BootSpec, LinkStream, MEMORY, Machine, ROOM, RestoreSpec, Vm, VmExit, Vmm, VmmError,
     cgroup::{self, Cgroups},
     memory,
     process::{self, Launch, Process, ProcessId},
     qmp::Qmp,
+    users::{UidRange, User},
 };
+use crate::slot;
 
 const CONSOLE_BYTES: u32 = 64 << 10;
 const CONSOLE_TAIL: usize = 4 << 10;
@@ -47,10 +52,17 @@ const TRIAL_LIMIT: Duration = Duration::from_secs(10);
 const MIB: u64 = 1 << 20;
 /// What the emulator keeps of the guest's translated code at most.
 const TRANSLATED_MIB: u64 = 256;
-/// Names in a guest's folder, which is QEMU's working folder: it may be renamed.
+/// Names in [`ROOM`], QEMU's working folder: the folder above may be renamed.
 const QMP_SOCKET: &str = "qmp.sock";
 const LINK_SOCKET: &str = "link.sock";
+const NEW_DEVICES: &str = "devices.new";
+/// In the guest's folder.
 const LOG: &str = "qemu.log";
+const KVM: &str = "/dev/kvm";
+/// Number of the set of descriptors that is the root image.
+const ROOTFS_SET: u32 = 1;
+/// Since 8.2 a file that may only be read can be mapped privately (`rom=off` of memory-backend-file).
+const MAPS_READ_ONLY_FILES: (u32, u32) = (8, 2);
 /// Emptied when the host boots, as a verdict must be.
 const VERDICTS: &str = "/run/sandmesh";
 
@@ -70,6 +82,22 @@ pub struct Qemu {
     accelerator: Accelerator,
     tsc_khz: Option<u64>,
     cgroups: Option<Cgroups>,
+    users: Option<UidRange>,
+}
+
+/// Files QEMU gets opened: its user could not open them by name.
+struct Opened {
+    rootfs: File,
+    tap: Option<File>,
+}
+
+impl Opened {
+    fn into_files<const N: usize>(self, more: [File; N]) -> Vec<File> {
+        let mut files = Vec::from(more);
+        files.push(self.rootfs);
+        files.extend(self.tap);
+        files
+    }
 }
 
 /// What a trial boot showed, kept for all nodes of this host until it boots anew or has another QEMU.
@@ -121,8 +149,9 @@ impl Qemu {
             accelerator: Accelerator::Tcg,
             tsc_khz: tsc_khz(),
             cgroups: None,
+            users: None,
         };
-        match (only_tcg || !Path::new("/dev/kvm").exists(), trial_kernel) {
+        match (only_tcg || !Path::new(KVM).exists(), trial_kernel) {
             (true, _) => {}
             (false, Some(kernel)) => match qemu.verdict(kernel, Path::new(VERDICTS)) {
                 Ok(accelerator) => qemu.accelerator = accelerator,
@@ -144,6 +173,24 @@ impl Qemu {
     pub fn with_cgroups(mut self, cgroups: Option<Cgroups>) -> Self {
         self.cgroups = cgroups;
         self
+    }
+
+    /// Has each guest's QEMU run as a user of its own, by its slot; those without a slot stay root.
+    #[must_use]
+    pub fn with_users(mut self, users: UidRange) -> Self {
+        self.users = Some(users);
+        if self.accelerator == Accelerator::Kvm
+            && let Err(error) = kvm_group()
+        {
+            tracing::error!(%error, "guests are emulated: no user but root may use KVM");
+            self.accelerator = Accelerator::Tcg;
+        }
+        self
+    }
+
+    fn maps_read_only_files(&self) -> bool {
+        let mut numbers = self.version.split('.').map_while(|part| part.parse().ok());
+        numbers.next().zip(numbers.next()) >= Some(MAPS_READ_ONLY_FILES)
     }
 
     /// The verdict of an earlier trial on this host, else of one made now; others that ask meanwhile wait for it.
@@ -232,7 +279,13 @@ impl Qemu {
     }
 
     /// `memory` is how the memory's file is mapped; `more` follows the machine that a boot and a restore have in common.
-    fn arguments(&self, machine: &Machine, memory: &str, more: &[OsString]) -> Vec<OsString> {
+    fn arguments(
+        &self,
+        machine: &Machine,
+        opened: &Opened,
+        memory: &str,
+        more: &[OsString],
+    ) -> Vec<OsString> {
         let size = machine.memory_bytes.div_ceil(MIB);
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |flag: &str, value: String| {
@@ -261,7 +314,7 @@ impl Qemu {
         add("-m", format!("{size}M"));
         add(
             "-object",
-            format!("memory-backend-file,id=mem,size={size}M,mem-path={MEMORY},{memory}"),
+            format!("memory-backend-file,id=mem,size={size}M,mem-path=../{MEMORY},{memory}"),
         );
         add(
             "-sandbox",
@@ -288,11 +341,12 @@ impl Qemu {
             "virtserialport,chardev=link,name=sandmesh.link,nr=1".into(),
         );
         add(
+            "-add-fd",
+            format!("fd={},set={ROOTFS_SET}", opened.rootfs.as_raw_fd()),
+        );
+        add(
             "-drive",
-            format!(
-                "if=none,id=rootfs,file={},format=raw,readonly=on",
-                path(&machine.rootfs)
-            ),
+            format!("if=none,id=rootfs,file=/dev/fdset/{ROOTFS_SET},format=raw,readonly=on"),
         );
         add(
             "-device",
@@ -302,7 +356,7 @@ impl Qemu {
             "-drive",
             format!(
                 "if=none,id=scratch,file={},format=raw,discard=ignore",
-                path(&machine.scratch)
+                path(&from_room(machine, &machine.scratch))
             ),
         );
         // Both would be fallocate(2), which does nothing here: see `process::launch`.
@@ -310,11 +364,8 @@ impl Qemu {
             "-device",
             "virtio-blk-device,drive=scratch,serial=scratch,discard=off,write-zeroes=off".into(),
         );
-        if let Some(place) = &machine.place {
-            add(
-                "-netdev",
-                format!("tap,id=net,ifname={},script=no,downscript=no", place.tap),
-            );
+        if let (Some(place), Some(tap)) = (&machine.place, &opened.tap) {
+            add("-netdev", format!("tap,id=net,fd={}", tap.as_raw_fd()));
             add(
                 "-device",
                 format!("virtio-net-device,netdev=net,mac={}", place.mac),
@@ -351,11 +402,78 @@ impl Qemu {
         }
     }
 
+    /// Opens what QEMU gets, and gives its user what it needs by name. Blocking, for less than a millisecond.
+    fn prepare(&self, machine: &Machine, boots: bool) -> Result<(Opened, Option<User>), VmmError> {
+        let user = match (self.users, &machine.place) {
+            (Some(users), Some(place)) => {
+                let uid = users.of(place.slot).map_err(io::Error::other);
+                let group = match self.accelerator {
+                    Accelerator::Kvm => kvm_group().map_err(VmmError::Spawn)?,
+                    Accelerator::Tcg => None,
+                };
+                Some(User {
+                    uid: uid.map_err(VmmError::Spawn)?,
+                    group,
+                })
+            }
+            _ => None,
+        };
+        self.furnish(machine, user, boots)
+            .map_err(VmmError::Spawn)?;
+        let tap = machine.place.as_ref().map(|place| {
+            slot::open_tap(&place.netns, &place.tap)
+                .map(File::from)
+                .map_err(|error| VmmError::Spawn(io::Error::other(error)))
+        });
+        let opened = Opened {
+            rootfs: File::open(&machine.rootfs).map_err(VmmError::Spawn)?,
+            tap: tap.transpose()?,
+        };
+        Ok((opened, user))
+    }
+
+    /// The guest's folder stays root's, so that nothing in it can be put in the place of something else; its user may pass through it
+    /// to its disk, its memory, and the room that is its own.
+    fn furnish(&self, machine: &Machine, user: Option<User>, boots: bool) -> io::Result<()> {
+        let room = machine.folder.join(ROOM);
+        let uid = user.map(|user| user.uid);
+        let give = |path: &Path, mode: u32| {
+            chown(path, uid, uid)?;
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        };
+        fs::set_permissions(&machine.folder, fs::Permissions::from_mode(0o711))?;
+        match fs::remove_dir_all(&room) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        fs::DirBuilder::new().mode(0o700).create(&room)?;
+        give(&room, 0o700)?;
+        give(&machine.scratch, 0o600)?;
+        let memory = machine.folder.join(MEMORY);
+        if boots {
+            File::create_new(&memory)?.set_len(machine.memory_bytes.div_ceil(MIB) * MIB)?;
+            return give(&memory, 0o600);
+        }
+        // Others map it too. An older QEMU opens it for writing, though it maps it privately.
+        let mode = if self.maps_read_only_files() {
+            0o444
+        } else {
+            0o666
+        };
+        let now = fs::metadata(&memory)?;
+        if now.uid() != 0 || now.mode() & 0o777 != mode {
+            chown(&memory, Some(0), Some(0))?;
+            fs::set_permissions(&memory, fs::Permissions::from_mode(mode))?;
+        }
+        Ok(())
+    }
+
     fn start(
         &self,
         machine: &Machine,
         arguments: Vec<OsString>,
-        inherited: Option<File>,
+        inherited: Vec<File>,
+        user: Option<User>,
     ) -> Result<QemuVm, VmmError> {
         let output = File::create(machine.folder.join(LOG)).map_err(VmmError::Spawn)?;
         let id = machine.folder.file_name().unwrap_or_default();
@@ -375,15 +493,54 @@ impl Qemu {
         let process = process::launch(Launch {
             program: &self.program,
             arguments,
-            folder: &machine.folder,
+            folder: &machine.folder.join(ROOM),
             netns: machine.place.as_ref().map(|place| place.netns.as_path()),
             output,
             inherited,
+            user,
             cgroup,
         })
         .map_err(VmmError::Spawn)?;
         Ok(self.vm(process, &machine.folder))
     }
+}
+
+/// The group that may use KVM, if not everybody may.
+fn kvm_group() -> io::Result<Option<u32>> {
+    let device = fs::metadata(KVM)?;
+    match device.mode() {
+        mode if mode & 0o006 == 0o006 => Ok(None),
+        mode if mode & 0o060 == 0o060 => Ok(Some(device.gid())),
+        mode => Err(io::Error::other(format!(
+            "{KVM} has mode {:o}; let a group use it: chmod 0660, and a group of its own",
+            mode & 0o777
+        ))),
+    }
+}
+
+/// A path as QEMU sees it from its working folder.
+fn from_room(machine: &Machine, file: &Path) -> PathBuf {
+    match file.strip_prefix(&machine.folder) {
+        Ok(name) => Path::new("..").join(name),
+        Err(_) => file.to_owned(),
+    }
+}
+
+/// The name of a file that a process inherits, for the process.
+fn inherited_name(file: &File) -> OsString {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+/// Takes a file from the user that wrote it. What is taken is that file and nothing it may lead to. Blocking.
+fn take(made: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(made, to)?;
+    let taken = fs::symlink_metadata(to)?;
+    if !taken.is_file() || taken.nlink() != 1 {
+        fs::remove_file(to)?;
+        return Err(io::Error::other("the VMM wrote something that is no file"));
+    }
+    chown(to, Some(0), Some(0))?;
+    fs::set_permissions(to, fs::Permissions::from_mode(0o600))
 }
 
 /// A comma in a value starts another option in QEMU's syntax; it is doubled to mean itself.
@@ -416,16 +573,21 @@ impl Vmm for Qemu {
     }
 
     async fn boot(&self, spec: BootSpec) -> Result<Box<dyn Vm>, VmmError> {
+        let (opened, user) = self.prepare(&spec.machine, true)?;
+        let open = |path: &Path| File::open(path).map_err(VmmError::Spawn);
+        let (kernel, initrd) = (open(&spec.kernel)?, open(&spec.initrd)?);
         let more = [
             "-kernel".into(),
-            spec.kernel.into_os_string(),
+            inherited_name(&kernel),
             "-initrd".into(),
-            spec.initrd.into_os_string(),
+            inherited_name(&initrd),
             "-append".into(),
             self.command_line().into(),
         ];
-        let arguments = self.arguments(&spec.machine, "share=on", &more);
-        Ok(Box::new(self.start(&spec.machine, arguments, None)?))
+        let arguments = self.arguments(&spec.machine, &opened, "share=on", &more);
+        let inherited = opened.into_files([kernel, initrd]);
+        let vm = self.start(&spec.machine, arguments, inherited, user)?;
+        Ok(Box::new(vm))
     }
 
     async fn restore(&self, spec: RestoreSpec) -> Result<Box<dyn Vm>, VmmError> {
@@ -439,8 +601,15 @@ impl Vmm for Qemu {
             "migration.send-configuration=off",
         ]
         .map(OsString::from);
-        let arguments = self.arguments(&spec.machine, "share=off", &more);
-        let mut vm = self.start(&spec.machine, arguments, Some(devices))?;
+        let (opened, user) = self.prepare(&spec.machine, false)?;
+        let memory = if self.maps_read_only_files() {
+            "share=off,readonly=on,rom=off"
+        } else {
+            "share=off"
+        };
+        let arguments = self.arguments(&spec.machine, &opened, memory, &more);
+        let inherited = opened.into_files([devices]);
+        let mut vm = self.start(&spec.machine, arguments, inherited, user)?;
         match vm.load(number, spec.difference).await {
             Ok(()) => Ok(Box::new(vm)),
             Err(error) => {
@@ -479,6 +648,10 @@ struct QemuVm {
 }
 
 impl QemuVm {
+    fn room(&self) -> PathBuf {
+        self.folder.join(ROOM)
+    }
+
     fn said(&self) -> String {
         let said = fs::read(self.folder.join(LOG)).unwrap_or_default();
         String::from_utf8_lossy(
@@ -497,7 +670,7 @@ impl QemuVm {
         let mut qmp = if let Some(qmp) = self.qmp.take() {
             qmp
         } else {
-            let socket = self.folder.join(QMP_SOCKET);
+            let socket = self.room().join(QMP_SOCKET);
             let deadline = tokio::time::Instant::now() + limit;
             Qmp::connect(&socket, deadline).await?
         };
@@ -525,7 +698,7 @@ impl QemuVm {
 
     /// Memory first: devices read their queues from it while they are loaded.
     async fn load(&mut self, devices: i32, difference: Option<PathBuf>) -> Result<(), VmmError> {
-        let socket = self.folder.join(QMP_SOCKET);
+        let socket = self.room().join(QMP_SOCKET);
         let connected = tokio::select! {
             exit = self.process.wait() => return Err(VmmError::Control(io::Error::other(exit.to_string()))),
             connected = Qmp::connect(&socket, tokio::time::Instant::now() + QMP_LIMIT) => connected,
@@ -592,7 +765,7 @@ impl Vm for QemuVm {
     }
 
     async fn connect(&mut self, deadline: Instant) -> Result<Box<dyn LinkStream>, VmmError> {
-        let socket = self.folder.join(LINK_SOCKET);
+        let socket = self.room().join(LINK_SOCKET);
         let stream = loop {
             // QEMU makes the socket some milliseconds after its start; there is nothing to wait on but the file system.
             match UnixStream::connect(&socket).await {
@@ -617,9 +790,8 @@ impl Vm for QemuVm {
     }
 
     async fn run(&mut self) -> Result<(), VmmError> {
-        self.control("cont", json!({}), COMMAND_LIMIT)
-            .await
-            .map(drop)
+        // It may be at work still on what an earlier node-svc asked for.
+        self.control("cont", json!({}), WORK_LIMIT).await.map(drop)
     }
 
     async fn pause(&mut self) -> Result<(), VmmError> {
@@ -628,10 +800,15 @@ impl Vm for QemuVm {
 
     async fn store_devices(&mut self, to: &Path) -> Result<(), VmmError> {
         // The devices alone, without memory, whatever the name says; `live` is about giving the disks away.
-        let arguments = json!({"filename": to.to_string_lossy(), "live": false});
+        let arguments = json!({"filename": NEW_DEVICES, "live": false});
         self.control("xen-save-devices-state", arguments, WORK_LIMIT)
+            .await?;
+        let (made, to) = (self.room().join(NEW_DEVICES), to.to_owned());
+        crate::work::blocking(move || take(&made, &to))
             .await
-            .map(drop)
+            .map_err(io::Error::other)
+            .and_then(|taken| taken)
+            .map_err(VmmError::Control)
     }
 
     async fn store_memory(&mut self, base: &Path, to: &Path) -> Result<(), VmmError> {
@@ -690,6 +867,21 @@ mod tests {
     }
 
     #[test]
+    fn only_a_file_is_taken_and_not_what_it_leads_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let (made, to) = (folder.path().join("made"), folder.path().join("to"));
+        fs::write(&made, "devices").unwrap();
+        take(&made, &to).unwrap();
+        assert_eq!(fs::read(&to).unwrap(), b"devices");
+        std::os::unix::fs::symlink("/etc/passwd", &made).unwrap();
+        assert!(take(&made, &to).is_err());
+        assert!(!to.exists());
+        fs::write(&to, "another's").unwrap();
+        fs::hard_link(&to, &made).unwrap();
+        assert!(take(&made, &folder.path().join("linked")).is_err());
+    }
+
+    #[test]
     fn a_trial_is_made_once_and_only_a_kernel_that_ran_counts() {
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("qemu");
@@ -711,7 +903,15 @@ mod tests {
             accelerator: Accelerator::Tcg,
             tsc_khz: None,
             cgroups: None,
+            users: None,
         };
+        for (version, maps) in [
+            ("7.2.22 (Debian)", false),
+            ("8.2.0", true),
+            ("10.0.2", true),
+        ] {
+            assert_eq!(qemu(version).maps_read_only_files(), maps, "{version}");
+        }
         let verdict = |version, kernel: &str| {
             qemu(version)
                 .verdict(Path::new(kernel), &folder.path().join("run"))

@@ -398,7 +398,7 @@ async fn what_cannot_be_started_says_why_and_leaves_nothing() {
 
     let mut spec = host.restored(&template, "many", 1000);
     let error = firecracker.restore(spec.clone()).await.unwrap_err();
-    assert!(error.to_string().contains("--firecracker-uids"), "{error}");
+    assert!(error.to_string().contains("--vmm-uids"), "{error}");
     spec.machine.place = None;
     assert!(firecracker.restore(spec.clone()).await.is_err());
     spec = host.restored(&template, "missing", 5);
