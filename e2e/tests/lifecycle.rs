@@ -12,7 +12,7 @@ use std::{
 
 use e2e::{Mesh, guest, how_many, http, small};
 use nix::sys::signal::{Signal, kill};
-use proto::session::v1::{Session, SessionState};
+use proto::session::v1::{Resources, Session, SessionState};
 use sdk::{Command, NewFork, NewSession, Sandbox};
 use tonic::Code;
 
@@ -69,7 +69,17 @@ async fn count(sandbox: &Sandbox) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_is_paused_and_resumed_as_it_was() {
     let mesh = Mesh::start(&["--separate"]);
-    let session = mesh.session().await;
+    let session = mesh
+        .client()
+        .create(NewSession {
+            resources: small().resources.map(|resources| Resources {
+                memory_bytes: 256 << 20,
+                ..resources
+            }),
+            ..small()
+        })
+        .await
+        .unwrap();
     let id = &session.session_id;
     let client = mesh.client();
     let sandbox = client.sandbox(&session).unwrap();
@@ -110,6 +120,14 @@ async fn a_session_is_paused_and_resumed_as_it_was() {
     assert_eq!(output(&sandbox, "pgrep -c -f '[c]ount.py'").await, "1");
     let metrics = client.metrics(id).await.unwrap();
     assert!(metrics.memory_private_bytes > 0 && metrics.cpu_time.is_some());
+    // What a program has freed is not stored, and is there for the next one.
+    let program = "python3 -c 'import os; os.urandom(64 << 20)'";
+    output(&sandbox, program).await;
+    let paused = client.pause(id).await.unwrap();
+    println!("{} MiB are stored", paused.stored_bytes >> 20);
+    assert!(paused.stored_bytes < 40 << 20, "{}", paused.stored_bytes);
+    client.resume(id, None).await.unwrap();
+    output(&sandbox, program).await;
     client.stop(id).await.unwrap();
 }
 

@@ -95,14 +95,15 @@ impl GuestClient {
     }
 
     /// Makes the guest ready to be stored: its processes frozen, its disk written, its gate closed until it is configured again.
-    /// One that is nobody's yet is given the network that whoever is restored from it will have.
-    pub async fn prepare_snapshot(&self, nameservers: &[String]) -> Result<(), Status> {
+    /// One that is nobody's yet is given the network that whoever is restored from it will have. Returns how many bytes of its memory
+    /// nobody in it uses, as far as it tells the truth.
+    pub async fn prepare_snapshot(&self, nameservers: &[String]) -> Result<u64, Status> {
         let mut request = tonic::Request::new(PrepareSnapshotRequest {
             network: Some(network(nameservers)),
         });
         request.set_timeout(PREPARE_TIMEOUT);
         match tokio::time::timeout(PREPARE_TIMEOUT, self.system().prepare_snapshot(request)).await {
-            Ok(answer) => answer.map(drop),
+            Ok(answer) => answer.map(|answer| answer.into_inner().free_memory_bytes),
             Err(_) => Err(Status::deadline_exceeded(
                 "the guest did not get ready to be stored in time",
             )),

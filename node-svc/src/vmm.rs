@@ -194,6 +194,11 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     async fn connect(&mut self, deadline: Instant) -> Result<Box<dyn LinkStream>, VmmError>;
     /// Lets its CPUs run.
     async fn run(&mut self) -> Result<(), VmmError>;
+    /// Has the guest give memory back that it does not use, of which it says that it is `free` bytes; for some seconds at most, and only if
+    /// that is worth while. [`Vm::run`] lets it have all of it again. VMMs that cannot do it store more.
+    async fn shrink(&mut self, _free: u64) -> Result<(), VmmError> {
+        Ok(())
+    }
     /// Stops its CPUs; what it wrote is in the disk's file then.
     async fn pause(&mut self) -> Result<(), VmmError>;
     /// Whether a guest that was stored and goes on has the channel it had; else it needs another [`Vm::connect`].

@@ -44,17 +44,26 @@ impl Driver {
     /// session is in `phase` until [`Driver::go_on`].
     pub(super) async fn stand_still(&mut self, phase: Phase) -> Result<Still, DriveError> {
         let reach = self.reach.clone().ok_or(DriveError::State("not running"))?;
-        self.session.enter(phase);
         let since = Instant::now();
-        if let Err(status) = reach.guest.prepare_snapshot(&self.shop.nameservers).await {
-            // envd opened its gate again before it answered; it may not have answered at all, so it is told once more.
-            let message = status.message().to_owned();
-            let configured = self.configure(&reach.guest, Connections::Keep).await;
-            self.session.enter(Phase::Running(reach));
-            configured?;
-            return Err(DriveError::Prepare(message));
-        }
+        // Those that go on at once are not made to wait for their memory to be given back, and to be theirs again.
+        let is_pause = matches!(phase, Phase::Pausing);
+        self.session.enter(phase);
+        let free = match reach.guest.prepare_snapshot(&self.shop.nameservers).await {
+            Ok(free) => free,
+            Err(status) => {
+                // envd opened its gate again before it answered; it may not have answered at all, so it is told once more.
+                let message = status.message().to_owned();
+                let configured = self.configure(&reach.guest, Connections::Keep).await;
+                self.session.enter(Phase::Running(reach));
+                configured?;
+                return Err(DriveError::Prepare(message));
+            }
+        };
         let vm = self.vm.as_mut().ok_or(DriveError::State("not running"))?;
+        if is_pause && let Err(error) = vm.shrink(free).await {
+            // What is stored is larger than it had to be.
+            tracing::warn!(session_id = self.session.id.short(), %error, "a guest does not give back what it does not use");
+        }
         let still = Still { reach, since };
         match vm.pause().await {
             Ok(()) => Ok(still),

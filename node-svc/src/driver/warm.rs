@@ -304,6 +304,7 @@ impl Workshop {
             guest
                 .prepare_snapshot(&self.nameservers)
                 .await
+                .map(drop)
                 .map_err(|status| DriveError::Prepare(status.message().to_owned()))
         };
         prepare().await?;

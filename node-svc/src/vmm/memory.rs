@@ -268,6 +268,16 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Bytes that are the guest's own. Blocking.
+    pub fn own_bytes(&self) -> Result<u64, MemoryError> {
+        let mut own = 0;
+        self.own_pages(|_, pages| {
+            own += pages * PAGE;
+            Ok(())
+        })?;
+        Ok(own)
+    }
+
     /// Writes what differs from `base` to a new file. The guest must stand still. Blocking.
     pub fn store(&self, base: &Path, to: &Path) -> Result<u64, MemoryError> {
         let base = File::open(base)?;
@@ -355,12 +365,17 @@ pub(super) async fn apply_own(pid: i32, folder: &Path, stored: PathBuf) -> Resul
     of_guest(pid, folder, move |guest| guest.apply(&stored)).await
 }
 
+/// Bytes that a guest that works in this folder has of its own.
+pub(super) async fn own_bytes(pid: i32, folder: &Path) -> Result<u64, VmmError> {
+    of_guest(pid, folder, GuestMemory::own_bytes).await
+}
+
 /// Works on a guest's memory on a thread of its own.
-async fn of_guest(
+async fn of_guest<T: Send + 'static>(
     pid: i32,
     folder: &Path,
-    work: impl FnOnce(&GuestMemory) -> Result<(), MemoryError> + Send + 'static,
-) -> Result<(), VmmError> {
+    work: impl FnOnce(&GuestMemory) -> Result<T, MemoryError> + Send + 'static,
+) -> Result<T, VmmError> {
     let file = folder.join(MEMORY);
     let worked = crate::work::blocking(move || work(&GuestMemory::of(pid, &file)?)).await;
     Ok(worked.map_err(|error| VmmError::Control(io::Error::other(error)))??)

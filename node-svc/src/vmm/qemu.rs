@@ -46,6 +46,15 @@ const PROBE: Duration = Duration::from_millis(500);
 /// How long it may leave a look unanswered: at once when it stands still, else for as long as a busy host may need.
 const PROBE_LIMIT: Duration = Duration::from_secs(1);
 const HUNG_AFTER: u32 = 10;
+/// A guest is asked to give back what it does not use if that may be as much; it keeps some free memory, or a part of all if that is more.
+const WORTH_SHRINKING: u64 = 32 << 20;
+const KEPT_FREE: u64 = 16 << 20;
+const KEPT_FREE_PART: u64 = 16;
+/// How long it has for it, in all and without any progress.
+const SHRINK_LIMIT: Duration = Duration::from_secs(3);
+const SHRINK_STALL: Duration = Duration::from_millis(300);
+/// QEMU tells each change, but not more than once in a second.
+const SHRUNK_POLL: Duration = Duration::from_millis(10);
 /// Between two looks whether state is loaded.
 const LOADED_POLL: Duration = Duration::from_millis(1);
 const TRIAL_LIMIT: Duration = Duration::from_secs(10);
@@ -399,6 +408,7 @@ impl Qemu {
             cgroup,
             qmp: None,
             unanswered: 0,
+            is_shrunk: true,
         }
     }
 
@@ -645,6 +655,8 @@ struct QemuVm {
     /// Taken while a command is under way, so that a cancelled one is never answered to another.
     qmp: Option<Qmp>,
     unanswered: u32,
+    /// It may have given memory back on demand, also before it was stored.
+    is_shrunk: bool,
 }
 
 impl QemuVm {
@@ -728,6 +740,24 @@ impl QemuVm {
         Ok(())
     }
 
+    /// What its balloon leaves it, in bytes.
+    async fn size(&mut self) -> Result<u64, VmmError> {
+        let answer = self
+            .control("query-balloon", json!({}), COMMAND_LIMIT)
+            .await?;
+        answer
+            .get("actual")
+            .and_then(Value::as_u64)
+            .ok_or_else(|| VmmError::Control(io::Error::other("query-balloon says nothing of use")))
+    }
+
+    async fn resize(&mut self, bytes: u64) -> Result<(), VmmError> {
+        let arguments = json!({"value": bytes});
+        self.control("balloon", arguments, COMMAND_LIMIT)
+            .await
+            .map(drop)
+    }
+
     /// One look whether it still does what it should.
     async fn probe(&mut self) -> Option<VmExit> {
         match self.status(PROBE_LIMIT).await.as_deref() {
@@ -791,7 +821,38 @@ impl Vm for QemuVm {
 
     async fn run(&mut self) -> Result<(), VmmError> {
         // It may be at work still on what an earlier node-svc asked for.
-        self.control("cont", json!({}), WORK_LIMIT).await.map(drop)
+        self.control("cont", json!({}), WORK_LIMIT).await?;
+        if self.is_shrunk {
+            // More than there is is all there is.
+            self.resize(i64::MAX.unsigned_abs()).await?;
+            self.is_shrunk = false;
+        }
+        Ok(())
+    }
+
+    async fn shrink(&mut self, free: u64) -> Result<(), VmmError> {
+        let own = memory::own_bytes(self.process.id().pid, &self.folder).await?;
+        let size = self.size().await?;
+        // Which of its own pages are free is not known; the kernel gives away first what was freed last.
+        let spare = free.saturating_sub(KEPT_FREE.max(size / KEPT_FREE_PART));
+        let given = spare.min(own);
+        if given < WORTH_SHRINKING {
+            return Ok(());
+        }
+        let target = size.saturating_sub(given).max(KEPT_FREE);
+        self.is_shrunk = true;
+        self.resize(target).await?;
+        let limit = Instant::now() + SHRINK_LIMIT;
+        let (mut least, mut since) = (size, Instant::now());
+        while least > target && Instant::now() < limit && since.elapsed() < SHRINK_STALL {
+            tokio::time::sleep(SHRUNK_POLL).await;
+            let now = self.size().await?;
+            if now < least {
+                (least, since) = (now, Instant::now());
+            }
+        }
+        tracing::debug!(size, target, least, "a guest gave memory back");
+        Ok(())
     }
 
     async fn pause(&mut self) -> Result<(), VmmError> {
