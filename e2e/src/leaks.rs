@@ -49,10 +49,22 @@ pub fn of_block(block: u32) -> BTreeSet<String> {
     found
 }
 
-/// The block that a node with this state folder has.
+/// The first block that a node with this state folder has.
 pub fn block_of(node_state: &str) -> Option<u32> {
-    (0..512).find(|block| {
+    blocks_of(node_state).next()
+}
+
+fn blocks_of(node_state: &str) -> impl Iterator<Item = u32> {
+    (0..512).filter(move |block| {
         fs::read_to_string(format!("/run/sandmesh/blocks/{block}.lock"))
             .is_ok_and(|owner| owner == node_state)
     })
+}
+
+/// How many slots a node with this state folder has.
+pub fn slots_of(node_state: &str) -> usize {
+    blocks_of(node_state)
+        .flat_map(|block| block * 64..(block + 1) * 64)
+        .filter(|index| fs::exists(format!("/run/netns/sandmesh-{index}")).unwrap())
+        .count()
 }
