@@ -3,8 +3,7 @@
 //! Among as many slots as a node is to have, by hand:
 //!
 //! ```sh
-//! SANDMESH_NODE_READY_SLOTS=4000 SANDMESH_NODE_MAX_SESSIONS=4000 SANDMESH_E2E_SANDBOXES=20 \
-//!     cargo nextest run -p e2e --test network --no-capture
+//! SANDMESH_NODE_READY_SLOTS=4000 SANDMESH_E2E_SANDBOXES=20 cargo nextest run -p e2e --test network --no-capture
 //! ```
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -37,7 +36,9 @@ with concurrent.futures.ThreadPoolExecutor(64) as doors:
 #[tokio::test(flavor = "multi_thread")]
 async fn no_sandbox_reaches_another_or_the_host() {
     let began = Instant::now();
-    let mesh = Mesh::start(&[]);
+    let slots = how_many("SANDMESH_NODE_READY_SLOTS", 4);
+    let sessions = (slots + 60).to_string();
+    let mesh = Mesh::start(&["--max-sessions", &sessions]);
     let client = mesh.client();
     let session = mesh.session().await;
     let parent = client.sandbox(&session).unwrap();
@@ -55,7 +56,6 @@ async fn no_sandbox_reaches_another_or_the_host() {
     let mut sessions = forked.sessions;
     sessions.push(session);
 
-    let slots = how_many("SANDMESH_NODE_READY_SLOTS", 0);
     let node = mesh.state().join("node").to_string_lossy().into_owned();
     wait_for("all slots are made", SLOTS_LIMIT, || {
         leaks::slots_of(&node) >= usize::try_from(slots).unwrap()
