@@ -5,6 +5,7 @@ pub(crate) mod cp;
 pub(crate) mod exec;
 pub(crate) mod key;
 pub(crate) mod node;
+pub(crate) mod process;
 pub(crate) mod session;
 pub(crate) mod template;
 pub(crate) mod url;

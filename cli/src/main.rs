@@ -1,12 +1,13 @@
 //! `sandmesh`: the command line, and the program every service is started by.
 //!
 //! [`commands`] holds what clients and operators do, [`serve`] starts one service, [`up`] a whole deployment on one machine,
-//! [`output`] prints tables and JSON, [`context`] knows which deployment is meant.
+//! [`output`] prints tables and JSON, [`context`] knows which deployment is meant, [`terminal`] is the user's own.
 
 mod commands;
 mod context;
 mod output;
 mod serve;
+mod terminal;
 mod up;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -46,6 +47,14 @@ enum Command {
     Checkpoint(commands::checkpoint::Command),
     /// Run a command in a session; its exit code is the command's
     Exec(commands::exec::Options),
+    /// Open a login shell in a session, with a terminal; ~. at the beginning of a line leaves it running
+    Shell(commands::exec::ShellOptions),
+    /// Go on with the output of a command in a session, or with its terminal
+    Attach(commands::exec::AttachOptions),
+    /// List the commands of a session
+    Ps(commands::process::PsOptions),
+    /// Send a signal to a command of a session
+    Kill(commands::process::KillOptions),
     /// Copy a file into or out of a session: ID:path names the sandbox side, - stdin or stdout
     Cp(commands::cp::Options),
     /// Print the address of a port of a session
@@ -108,6 +117,10 @@ async fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Session(command) => commands::session::run(&context, command).await?,
         Command::Checkpoint(command) => commands::checkpoint::run(&context, command).await?,
         Command::Exec(options) => return commands::exec::run(&context, options).await,
+        Command::Shell(options) => return commands::exec::shell(&context, options).await,
+        Command::Attach(options) => return commands::exec::attach(&context, options).await,
+        Command::Ps(options) => commands::process::ps(&context, &options).await?,
+        Command::Kill(options) => commands::process::kill(&context, &options).await?,
         Command::Cp(options) => commands::cp::run(&context, &options).await?,
         Command::Url(options) => commands::url::run(&context, &options).await?,
         Command::Template(command) => commands::template::run(&context, command).await?,

@@ -2,7 +2,7 @@
 //! free ports, so that any number of meshes run side by side.
 //!
 //! [`Mesh`] is one deployment, started with the `sandmesh` program under test and taken down when dropped; [`leaks`] is what may not
-//! differ before and after; [`guest`] is the server that tests run inside; [`Collector`] takes traces.
+//! differ before and after; [`guest`] is the server that tests run inside; [`Collector`] takes traces, [`Screen`] is a terminal with a person at it.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot be set up has failed
 
 mod collector;
@@ -10,9 +10,11 @@ pub mod guest;
 pub mod http;
 pub mod leaks;
 mod mesh;
+mod screen;
 
 pub use collector::Collector;
 pub use mesh::{Mesh, Part, sandmesh, small, wait_for};
+pub use screen::Screen;
 
 /// A number that can be set by an environment variable, for longer runs by hand.
 pub fn how_many(variable: &str, otherwise: u64) -> u64 {

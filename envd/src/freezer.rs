@@ -1,11 +1,11 @@
 //! Where users' processes live, and how they are stopped as one: a cgroup (cgroup-v2.rst, "cgroup.freeze").
 //!
-//! envd stays in the hierarchy's root, which cannot be frozen; every process it starts enters `user` before its program runs, and its
-//! children are born there. Cgroups that users make beside it (container engines do) are frozen with it, and a process that moved itself
+//! envd stays in the hierarchy's root, which cannot be frozen; every process it starts enters a cgroup of its own below `user` before its
+//! program runs ([`Group`]), and its children are born there. Cgroups that users make beside it (container engines do) are frozen with it, and a process that moved itself
 //! out to the root is put back first. Root in a guest can get around this: it owns the guest, and cheats nobody else.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, Read as _, Seek as _},
     os::fd::AsFd as _,
     path::{Path, PathBuf},
@@ -14,7 +14,12 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::group::Group;
+
 const USER: &str = "user";
+/// Below it, for processes that had left.
+const STRAYS: &str = "strays";
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// A process that waits for a disk freezes when the disk has answered; longer than that and something is wrong.
 const LIMIT: Duration = Duration::from_secs(5);
 /// A process that forks out of the root faster than it is put back.
@@ -30,35 +35,50 @@ impl Freezer {
     /// Of a cgroup v2 hierarchy that is all envd's.
     pub(crate) fn new(root: PathBuf) -> io::Result<Self> {
         let freezer = Self { root };
-        freezer.entrance()?;
+        freezer.ensure()?;
         Ok(freezer)
+    }
+
+    /// Makes `user`, if it is not there: while it is empty, root in the guest may remove it. What is below it may be limited as far as the
+    /// kernel can.
+    fn ensure(&self) -> io::Result<()> {
+        match fs::create_dir(self.user()) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        let there = fs::read_to_string(self.root.join("cgroup.controllers"))?;
+        let wanted = CONTROLLERS
+            .iter()
+            .filter(|name| there.split_whitespace().any(|it| it == **name));
+        let wanted: Vec<String> = wanted.map(|name| format!("+{name}")).collect();
+        if !wanted.is_empty() {
+            for folder in [&self.root, &self.user()] {
+                fs::write(folder.join("cgroup.subtree_control"), wanted.join(" "))?;
+            }
+        }
+        Ok(())
     }
 
     fn user(&self) -> PathBuf {
         self.root.join(USER)
     }
 
-    /// The file into which a new process writes `0` to be in.
-    pub(crate) fn entrance(&self) -> io::Result<File> {
-        let open = || {
-            OpenOptions::new()
-                .write(true)
-                .open(self.user().join("cgroup.procs"))
-        };
-        match open() {
-            // While it is empty, root in the guest may remove it.
+    /// A cgroup for a process and all it will start.
+    pub(crate) fn group(&self, name: &str) -> io::Result<Group> {
+        match Group::make(&self.user(), name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                fs::create_dir(self.user())?;
-                open()
+                self.ensure()?;
+                Group::make(&self.user(), name)
             }
-            opened => opened,
+            made => made,
         }
     }
 
     /// Stops every process of users and waits until each stands still. Blocking, for a few seconds at most.
     pub(crate) fn freeze(&self) -> Result<(), String> {
         let limit = Instant::now() + LIMIT;
-        self.entrance().map_err(|error| error.to_string())?;
+        self.ensure().map_err(|error| error.to_string())?;
         freeze(&self.user(), limit)?;
         self.put_back().map_err(|error| error.to_string())?;
         for folder in self.folders()? {
@@ -115,8 +135,13 @@ impl Freezer {
             if strays.peek().is_none() {
                 return Ok(());
             }
+            let home = self.user().join(STRAYS);
+            match fs::create_dir(&home) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
             for pid in strays {
-                match fs::write(self.user().join("cgroup.procs"), pid) {
+                match fs::write(home.join("cgroup.procs"), pid) {
                     Err(error) if error.raw_os_error() != Some(nix::libc::ESRCH) => {
                         return Err(error);
                     }

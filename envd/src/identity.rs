@@ -29,6 +29,7 @@ use crate::{
     errors::{invalid, refuse},
     freezer::Freezer,
     gate::Gate,
+    group::Group,
     network,
     users::{self, User},
 };
@@ -80,9 +81,10 @@ impl Guest {
             .clone()
     }
 
-    /// The way into the cgroup of users' processes.
-    pub(crate) fn cgroup(&self) -> io::Result<Option<File>> {
-        self.freezer.as_ref().map(Freezer::entrance).transpose()
+    /// A cgroup for a process of a user, where there are cgroups.
+    pub(crate) fn group(&self, name: &str) -> io::Result<Option<Group>> {
+        let freezer = self.freezer.as_ref();
+        freezer.map(|freezer| freezer.group(name)).transpose()
     }
 
     pub(crate) fn env(&self) -> BTreeMap<String, String> {

@@ -2,7 +2,7 @@
 //!
 //! [`boot`] turns a bare kernel into a system: modules, disks, overlay. Then the services in [`api`] are served over the guest
 //! link, one HTTP/2 connection per epoch. [`process`] runs commands and keeps their output ([`output`]), [`reap`] is PID 1's duty to
-//! collect what has ended, [`users`] knows who is who, [`files`] acts as them, [`ports`] reads who listens, [`spans`] tells the node how
+//! collect what has ended, [`group`] a cgroup for each, [`terminal`] what a shell has for stdin and stdout, [`users`] knows who is who, [`files`] acts as them, [`ports`] reads who listens, [`spans`] tells the node how
 //! calls went.
 //!
 //! [`identity`] makes the guest a session's, with its [`network`] and without the [`connections`] of whoever it was before; [`snapshot`]
@@ -27,6 +27,7 @@ mod errors;
 mod files;
 mod freezer;
 mod gate;
+mod group;
 mod identity;
 mod network;
 mod output;
@@ -36,6 +37,7 @@ mod reap;
 mod snapshot;
 mod spans;
 mod spawn;
+mod terminal;
 mod users;
 
 use freezer::Freezer;

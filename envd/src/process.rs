@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque, hash_map::Entry},
     io,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -14,34 +13,37 @@ use nix::{
     sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
-use proto::envd::v1::{ProcessExited, ProcessInfo, StartRequest, StdinMode, process_exited};
+use proto::envd::v1::{
+    ProcessExited, ProcessInfo, SignalTarget, StartRequest, StdinMode, TerminalSize,
+};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::AsyncWriteExt as _,
     net::unix::pipe,
-    sync::{Mutex as AsyncMutex, Notify, watch},
+    sync::{Mutex as AsyncMutex, watch},
 };
 use tonic::{Code, Status};
 
 use crate::{
     errors::{invalid, refuse},
-    files,
-    gate::Gate,
-    identity::{self, Guest},
+    group::Group,
+    identity::Guest,
     output::Output,
-    spawn::{self, Ended, Plan},
+    spawn::{self, Ended, Plan, Stdio},
+    terminal::{END_OF_FILE, Terminal},
     users::{self, User},
 };
 
-const READ_CHUNK: usize = 64 << 10;
-/// How long output may stay open after the process has ended, because a grandchild holds it.
-const HELD_OPEN: Duration = Duration::from_secs(1);
-/// Between SIGTERM and SIGKILL when a deadline has passed.
-const GRACE: Duration = Duration::from_secs(5);
+mod request;
+mod supervise;
+
+use request::{Program, look_up};
+use supervise::{Source, supervise};
+
 const REMEMBERED: usize = 1024;
 const REMEMBERED_FOR: Duration = Duration::from_hours(1);
-/// Bytes of output kept of all finished processes; beyond that the oldest lose theirs, though not how they ended.
-const KEPT_OF_FINISHED: u64 = 32 << 20;
-const LARGEST_ARGV: usize = 1 << 20;
+/// Bytes of output kept of all finished processes, in memory and in all; beyond that the oldest lose theirs, though not how they ended.
+const KEPT_OF_FINISHED: (u64, u64) = (32 << 20, 512 << 20);
+const DEFAULT_TERMINAL: &str = "xterm-256color";
 
 /// All processes of the guest. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -55,30 +57,33 @@ struct Table {
     by_id: BTreeMap<String, Arc<Process>>,
     by_pid: HashMap<i32, Arc<Process>>,
     finished: Finished,
+    /// Those that have ended and whose cgroup is still there, because of what they had started.
+    lingering: Vec<Arc<Process>>,
     next: u64,
 }
 
 /// Those that have ended, oldest first.
 #[derive(Debug, Default)]
 struct Finished {
-    queue: VecDeque<(Instant, Arc<Process>, u64)>,
+    queue: VecDeque<(Instant, Arc<Process>, (u64, u64))>,
     /// How many have let go of their output already: the oldest.
     bare: usize,
-    /// Bytes of output the others keep.
-    kept: u64,
+    /// Bytes of output the others keep, in memory and in all.
+    kept: (u64, u64),
 }
 
 impl Finished {
     fn add(&mut self, process: Arc<Process>) {
-        let kept = process.stdout.kept() + process.stderr.kept();
-        self.kept += kept;
+        let (out, err) = (process.stdout.kept(), process.stderr.kept());
+        let kept = (out.0 + err.0, out.1 + err.1);
+        self.kept = (self.kept.0 + kept.0, self.kept.1 + kept.1);
         self.queue.push_back((Instant::now(), process, kept));
-        while self.kept > KEPT_OF_FINISHED
+        while (self.kept.0 > KEPT_OF_FINISHED.0 || self.kept.1 > KEPT_OF_FINISHED.1)
             && let Some((_, process, kept)) = self.queue.get(self.bare)
         {
             process.stdout.let_go();
             process.stderr.let_go();
-            self.kept -= kept;
+            self.kept = (self.kept.0 - kept.0, self.kept.1 - kept.1);
             self.bare += 1;
         }
     }
@@ -93,7 +98,7 @@ impl Finished {
         if self.bare > 0 {
             self.bare -= 1;
         } else {
-            self.kept -= kept;
+            self.kept = (self.kept.0 - kept.0, self.kept.1 - kept.1);
         }
         Some(process)
     }
@@ -131,23 +136,83 @@ pub(crate) struct Process {
     exited: watch::Sender<Option<ProcessExited>>,
     deadline_passed: watch::Sender<bool>,
     stdin: AsyncMutex<Input>,
+    /// It and all it started, where there are cgroups.
+    group: Option<Group>,
+    /// Until it has ended.
+    terminal: Mutex<Option<Arc<Terminal>>>,
+    size: Mutex<Option<TerminalSize>>,
 }
 
 #[derive(Debug, Default)]
 struct Input {
-    pipe: Option<pipe::Sender>,
+    sink: Option<Sink>,
     offset: u64,
+}
+
+/// Where input goes.
+#[derive(Debug)]
+enum Sink {
+    Pipe(pipe::Sender),
+    Terminal(Arc<Terminal>),
+}
+
+impl Sink {
+    /// How much of it was taken. Cancel-safe.
+    async fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => pipe.write(bytes).await,
+            Self::Terminal(terminal) => terminal.write(bytes).await,
+        }
+    }
+}
+
+/// A reader's places in both streams of a process, held from before the first byte is read.
+#[derive(Debug)]
+pub(crate) struct Places {
+    pub(crate) process: Arc<Process>,
+    stdout: u64,
+    stderr: u64,
+}
+
+impl Places {
+    /// From these offsets on.
+    pub(crate) fn enter(process: Arc<Process>, stdout: u64, stderr: u64) -> Self {
+        Self {
+            stdout: process.stdout.enter(stdout),
+            stderr: process.stderr.enter(stderr),
+            process,
+        }
+    }
+
+    /// It has read so far.
+    pub(crate) fn advance(&self, is_stderr: bool, offset: u64) {
+        if is_stderr {
+            self.process.stderr.advance(self.stderr, offset);
+        } else {
+            self.process.stdout.advance(self.stdout, offset);
+        }
+    }
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        // A reader that left holds nothing back.
+        self.process.stdout.leave(self.stdout);
+        self.process.stderr.leave(self.stderr);
+    }
 }
 
 /// The table, held so that no child is collected before it is known.
 pub(crate) struct Held<'a>(MutexGuard<'a, Table>);
 
 impl Held<'_> {
-    /// Notes how a child ended; one that is nobody's was an orphan.
-    pub(crate) fn note_end(&self, ended: Ended) {
-        if let Some(process) = self.0.by_pid.get(&ended.pid) {
+    /// Notes how a child ended; whether it was known. One that is not was an orphan.
+    pub(crate) fn note_end(&self, ended: Ended) -> bool {
+        let process = self.0.by_pid.get(&ended.pid);
+        if let Some(process) = process {
             process.ended.send_replace(Some((ended, SystemTime::now())));
         }
+        process.is_some()
     }
 }
 
@@ -183,9 +248,9 @@ impl Processes {
             .ok_or_else(|| unknown(id))
     }
 
-    /// Starts a process; the same ID with the same request is the process there is. The flag says whether it is new.
-    pub(crate) fn start(&self, mut request: StartRequest) -> Result<(Arc<Process>, bool), Status> {
-        check(&request)?;
+    /// Starts a process; the same ID with the same request is the process there is. Either way from its first byte on.
+    pub(crate) fn start(&self, mut request: StartRequest) -> Result<Places, Status> {
+        request::check(&request)?;
         let user = self.guest.user(&request.user).ok_or_else(|| {
             refuse(
                 Code::NotFound,
@@ -201,10 +266,7 @@ impl Processes {
             )
         })?;
         let env = self.environment(&user, &cwd, &request);
-        let arguments = arguments(&user, &request);
-        let (name, rest) = arguments
-            .split_first()
-            .ok_or_else(|| invalid("argv", "must not be empty"))?;
+        let program = request::program(&user, &request);
         let mut table = self.table();
         // Asked again with the table held: a process started after a snapshot's preparation has held it would never run.
         self.guest.gate.admit()?;
@@ -213,7 +275,7 @@ impl Processes {
         }
         if let Some(there) = table.by_id.get(&request.process_id) {
             return if there.request == request {
-                Ok((Arc::clone(there), false))
+                Ok(Places::enter(Arc::clone(there), 0, 0))
             } else {
                 Err(refuse(
                     Code::AlreadyExists,
@@ -232,72 +294,65 @@ impl Processes {
                 format!("{} is not a directory", cwd.display()),
             ));
         }
-        let program = look_up(name, &env, &cwd)?;
-        let cgroup = self.guest.cgroup().map_err(|error| {
-            refuse(
-                Code::Internal,
-                "START_FAILED",
-                format!("the cgroup of users' processes: {error}"),
-            )
-        })?;
-        let plan = Plan {
-            program: &program,
-            name,
-            arguments: rest,
-            cwd: &cwd,
-            env: &env,
-            user: &user,
-            stdin: request.stdin() == StdinMode::Pipe,
-            cgroup,
-        };
-        let mut child =
-            spawn::spawn(plan).map_err(|error| spawn_error(name, &user, &cwd, &error))?;
-        let pid = i32::try_from(child.id()).unwrap_or_default();
+        let path = look_up(&program.name, &env, &cwd)?;
         table.next += 1;
-        let stdin = child
-            .stdin
-            .take()
-            .and_then(|stdin| pipe::Sender::from_owned_fd(stdin.into()).ok());
+        let number = table.next;
+        let group = self.group(number, &request)?;
+        let spawned = spawn_in(&path, &program, &cwd, &env, &user, &request, group.as_ref());
+        let Spawned {
+            pid,
+            sink,
+            stdout,
+            stderr,
+            terminal,
+        } = spawned.map_err(|error| {
+            if let Some(group) = &group {
+                group.remove();
+            }
+            request::spawn_error(&program.name, &user, &cwd, &error)
+        })?;
+        let keeping = request::keeping(&request);
         let process = Arc::new(Process {
             id: request.process_id.clone(),
             pid,
             started: SystemTime::now(),
-            stdout: Arc::default(),
-            stderr: Arc::default(),
+            stdout: Arc::new(Output::new(keeping)),
+            stderr: Arc::new(Output::new(keeping)),
             began: Instant::now(),
             user: user.name.clone(),
             cwd,
-            number: table.next,
+            number,
             ended: watch::Sender::new(None),
             exited: watch::Sender::new(None),
             deadline_passed: watch::Sender::new(false),
-            stdin: AsyncMutex::new(Input {
-                pipe: stdin,
-                offset: 0,
-            }),
+            stdin: AsyncMutex::new(Input { sink, offset: 0 }),
+            group,
+            terminal: Mutex::new(terminal),
+            size: Mutex::new(request.terminal),
             request,
         });
         table.by_id.insert(process.id.clone(), Arc::clone(&process));
         table.by_pid.insert(pid, Arc::clone(&process));
         drop(table);
-        // Before the first byte is read: the caller is the reader that is waited for.
-        process.stdout.set_primary(Some(0));
-        process.stderr.set_primary(Some(0));
-        let stdout = child
-            .stdout
-            .take()
-            .and_then(|pipe| pipe::Receiver::from_owned_fd(pipe.into()).ok());
-        let stderr = child
-            .stderr
-            .take()
-            .and_then(|pipe| pipe::Receiver::from_owned_fd(pipe.into()).ok());
-        tokio::spawn(supervise(
-            self.clone(),
-            Arc::clone(&process),
-            stdout,
-            stderr,
-        ));
-        Ok((process, true))
+        let places = Places::enter(Arc::clone(&process), 0, 0);
+        tokio::spawn(supervise(self.clone(), process, stdout, stderr));
+        Ok(places)
+    }
+
+    fn group(&self, number: u64, request: &StartRequest) -> Result<Option<Group>, Status> {
+        let failed = |error: io::Error| request::limits_error(request.limits.as_ref(), &error);
+        let group = self.guest.group(&format!("p{number}")).map_err(failed)?;
+        match (&group, &request.limits) {
+            (Some(group), Some(limits)) => {
+                if let Err(error) = group.limit(limits) {
+                    group.remove();
+                    return Err(failed(error));
+                }
+            }
+            (None, Some(_)) => return Err(failed(io::ErrorKind::NotFound.into())),
+            (_, None) => {}
+        }
+        Ok(group)
     }
 
     fn environment(
@@ -324,6 +379,9 @@ impl Processes {
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect();
+        if request.terminal.is_some() {
+            env.insert("TERM".into(), DEFAULT_TERMINAL.into());
+        }
         env.extend(self.guest.env());
         env.extend(request.env.clone());
         env.into_iter().collect()
@@ -358,9 +416,21 @@ impl Processes {
             there.remove();
         }
         table.finished.add(Arc::clone(process));
+        if process.group.is_some() {
+            table.lingering.push(Arc::clone(process));
+        }
         while let Some(forgotten) = table.finished.forget() {
             table.by_id.remove(&forgotten.id);
         }
+        drop(table);
+        self.sweep();
+    }
+
+    /// Removes the cgroups that nobody is in any more. To be done whenever an orphan has ended.
+    pub(crate) fn sweep(&self) {
+        let is_there =
+            |process: &Arc<Process>| process.group.as_ref().is_some_and(|group| !group.remove());
+        self.table().lingering.retain(is_there);
     }
 
     /// Signals every process there is.
@@ -390,12 +460,17 @@ impl Process {
             user: self.user.clone(),
             start_time: Some(self.started.into()),
             exited: *self.exited.borrow(),
+            terminal: *self.size.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }
 
     /// How it ended, once the last byte of its output is in.
     pub(crate) fn exit(&self) -> watch::Receiver<Option<ProcessExited>> {
         self.exited.subscribe()
+    }
+
+    pub(crate) fn has_terminal(&self) -> bool {
+        self.request.terminal.is_some()
     }
 
     fn over(&self) -> bool {
@@ -421,12 +496,12 @@ impl Process {
         let mut ended = self.ended.subscribe();
         let mut written = 0;
         while written < fresh.len() {
-            let Some(pipe) = input.pipe.as_mut() else {
+            let Some(sink) = input.sink.as_mut() else {
                 return Err(input_closed());
             };
             let rest = fresh.get(written..).unwrap_or_default();
             let count = tokio::select! {
-                count = pipe.write(rest) => count,
+                count = sink.write(rest) => count,
                 _ = ended.wait_for(Option::is_some) => Err(io::ErrorKind::BrokenPipe.into()),
             };
             match count {
@@ -435,7 +510,7 @@ impl Process {
                     input.offset += count as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                    input.pipe = None;
+                    input.sink = None;
                     return Err(input_closed());
                 }
                 Err(error) => return Err(refuse(Code::Unknown, "IO_ERROR", error.to_string())),
@@ -444,29 +519,145 @@ impl Process {
         Ok(input.offset)
     }
 
-    pub(crate) async fn close_input(&self) {
-        self.stdin.lock().await.pipe = None;
+    /// Closes stdin. At a terminal the end of a file is a character; the terminal stays open.
+    pub(crate) async fn close_input(&self) -> Result<(), Status> {
+        let mut input = self.stdin.lock().await;
+        let mut ended = self.ended.subscribe();
+        if let Some(sink @ Sink::Terminal(_)) = input.sink.as_mut() {
+            tokio::select! {
+                typed = sink.write(&[END_OF_FILE]) => {
+                    typed.map_err(|error| refuse(Code::Unknown, "IO_ERROR", error.to_string()))?;
+                }
+                _ = ended.wait_for(Option::is_some) => {}
+            }
+        } else {
+            input.sink = None;
+        }
+        Ok(())
     }
 
-    pub(crate) fn signal(&self, number: i32, group: bool) -> Result<(), Status> {
-        let signal = Signal::try_from(number)
-            .map_err(|_| invalid("signal", "must be a signal number, 1-31"))?;
-        // Until it is collected its PID is its own; after that it may be anybody's.
-        if self.over() {
+    /// Changes the size of its terminal.
+    pub(crate) fn resize(&self, size: TerminalSize) -> Result<(), Status> {
+        request::check_size("size", size)?;
+        let terminal = self.terminal.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.size.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.is_none() {
             return Err(refuse(
                 Code::FailedPrecondition,
-                "PROCESS_ENDED",
-                "the process has ended",
+                "NO_TERMINAL",
+                "the process has no terminal",
             ));
         }
+        let Some(terminal) = terminal.as_ref() else {
+            return Err(process_ended());
+        };
+        terminal
+            .resize(size)
+            .map_err(|error| refuse(Code::Unknown, "IO_ERROR", error.to_string()))?;
+        *known = Some(size);
+        Ok(())
+    }
+
+    pub(crate) fn signal(&self, number: i32, target: SignalTarget) -> Result<(), Status> {
+        let signal = Signal::try_from(number)
+            .map_err(|_| invalid("signal", "must be a signal number, 1-31"))?;
+        if target == SignalTarget::All
+            && let Some(group) = &self.group
+        {
+            let met = group.signal(signal);
+            let met = met.map_err(|error| refuse(Code::Unknown, "IO_ERROR", error.to_string()))?;
+            return if met > 0 {
+                Ok(())
+            } else {
+                Err(process_ended())
+            };
+        }
+        // Until it is collected its PID is its own; after that it may be anybody's.
+        if self.over() {
+            return Err(process_ended());
+        }
         let pid = Pid::from_raw(self.pid);
-        let sent = if group {
-            killpg(pid, signal)
-        } else {
-            kill(pid, signal)
+        let sent = match target {
+            SignalTarget::Unspecified | SignalTarget::Process => kill(pid, signal),
+            SignalTarget::Group | SignalTarget::All => killpg(pid, signal),
         };
         sent.map_err(|error| refuse(Code::FailedPrecondition, "PROCESS_ENDED", error.to_string()))
     }
+
+    /// Ends it and all it started.
+    fn end_all(&self, signal: Signal) {
+        // What has ended meanwhile needs no signal.
+        let _ = self.signal(signal as i32, SignalTarget::All);
+    }
+}
+
+/// What came of starting a program.
+struct Spawned {
+    pid: i32,
+    sink: Option<Sink>,
+    stdout: Source,
+    stderr: Source,
+    terminal: Option<Arc<Terminal>>,
+}
+
+/// The caller holds off the reaper, and other starts.
+fn spawn_in(
+    path: &Path,
+    program: &Program,
+    cwd: &Path,
+    env: &[(String, String)],
+    user: &User,
+    request: &StartRequest,
+    group: Option<&Group>,
+) -> io::Result<Spawned> {
+    let (terminal, stdio) = if let Some(size) = request.terminal {
+        let (ours, theirs) = Terminal::open(size, user)?;
+        (Some(Arc::new(ours)), Stdio::Terminal(theirs))
+    } else {
+        let stdin = request.stdin() == StdinMode::Pipe;
+        (None, Stdio::Pipes { stdin })
+    };
+    let mut child = spawn::spawn(Plan {
+        program: path,
+        name: &program.called,
+        arguments: &program.arguments,
+        cwd,
+        env,
+        user,
+        stdio,
+        group,
+    })?;
+    let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+    let (sink, stdout, stderr) = if let Some(terminal) = &terminal {
+        (
+            Some(Sink::Terminal(Arc::clone(terminal))),
+            Source::Terminal(Arc::clone(terminal)),
+            Source::Nothing,
+        )
+    } else {
+        let stdin = child.stdin.take();
+        let stdin = stdin.and_then(|stdin| pipe::Sender::from_owned_fd(stdin.into()).ok());
+        (
+            stdin.map(Sink::Pipe),
+            Source::pipe(child.stdout.take()),
+            Source::pipe(child.stderr.take()),
+        )
+    };
+    Ok(Spawned {
+        pid,
+        sink,
+        stdout,
+        stderr,
+        terminal,
+    })
+}
+
+fn process_ended() -> Status {
+    refuse(
+        Code::FailedPrecondition,
+        "PROCESS_ENDED",
+        "the process has ended",
+    )
 }
 
 fn input_closed() -> Status {
@@ -475,280 +666,4 @@ fn input_closed() -> Status {
         "INPUT_CLOSED",
         "the process does not read its stdin any more",
     )
-}
-
-fn check(request: &StartRequest) -> Result<(), Status> {
-    let id = &request.process_id;
-    if id.len() > 128
-        || !id
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
-    {
-        return Err(invalid(
-            "process_id",
-            "must be at most 128 characters [A-Za-z0-9._-]",
-        ));
-    }
-    if request.argv.is_empty() == request.shell_command.is_empty() {
-        return Err(invalid("argv", "give either argv or shell_command"));
-    }
-    if request.argv.first().is_some_and(String::is_empty) {
-        return Err(invalid("argv", "the program's name must not be empty"));
-    }
-    let nul = |text: &String| text.contains('\0');
-    if request.argv.iter().any(nul) || nul(&request.shell_command) {
-        return Err(invalid("argv", "must not hold NUL"));
-    }
-    if request.argv.iter().map(String::len).sum::<usize>() + request.shell_command.len()
-        > LARGEST_ARGV
-    {
-        return Err(invalid("argv", "must be at most 1 MiB in all"));
-    }
-    if nul(&request.cwd) || request.cwd.len() > 4096 {
-        return Err(invalid("cwd", "must be at most 4096 bytes without NUL"));
-    }
-    if let Some(problem) = identity::problem_of_env(&request.env) {
-        return Err(invalid("env", problem));
-    }
-    if request.terminal.is_some() {
-        return Err(crate::errors::not_yet("a terminal"));
-    }
-    if request
-        .deadline
-        .is_some_and(|deadline| Duration::try_from(deadline).is_err())
-    {
-        return Err(invalid("deadline", "must not be negative"));
-    }
-    Ok(())
-}
-
-fn arguments(user: &User, request: &StartRequest) -> Vec<String> {
-    if request.shell_command.is_empty() {
-        request.argv.clone()
-    } else {
-        vec![
-            user.shell.clone(),
-            "-c".into(),
-            request.shell_command.clone(),
-        ]
-    }
-}
-
-/// As a shell finds a program: a name with a slash is a path, any other is looked for in PATH.
-fn look_up(name: &str, env: &[(String, String)], cwd: &Path) -> Result<PathBuf, Status> {
-    let mut found_unusable = false;
-    let mut usable = |path: &Path| {
-        let Ok(metadata) = path.metadata() else {
-            return false;
-        };
-        let fits = metadata.is_file() && metadata.permissions().mode() & 0o111 != 0;
-        found_unusable |= !fits;
-        fits
-    };
-    if name.contains('/') {
-        let path = cwd.join(name);
-        if usable(&path) {
-            return Ok(path);
-        }
-    } else {
-        let path = env
-            .iter()
-            .find_map(|(key, value)| (key == "PATH").then_some(value.as_str()))
-            .unwrap_or_default();
-        for folder in path.split(':').filter(|folder| !folder.is_empty()) {
-            let path = cwd.join(folder).join(name);
-            if usable(&path) {
-                return Ok(path);
-            }
-        }
-    }
-    Err(if found_unusable {
-        refuse(
-            Code::PermissionDenied,
-            "PROGRAM_NOT_EXECUTABLE",
-            format!("{name}: permission denied"),
-        )
-    } else {
-        refuse(
-            Code::NotFound,
-            "PROGRAM_NOT_FOUND",
-            format!("{name}: command not found"),
-        )
-    })
-}
-
-fn spawn_error(name: &str, user: &User, cwd: &Path, error: &io::Error) -> Status {
-    match error.kind() {
-        io::ErrorKind::NotFound => refuse(
-            Code::NotFound,
-            "PROGRAM_NOT_FOUND",
-            format!(
-                "{name}: its interpreter, or {}, is not there",
-                cwd.display()
-            ),
-        ),
-        io::ErrorKind::PermissionDenied if !files::may_enter(user, cwd) => refuse(
-            Code::PermissionDenied,
-            "CWD_PERMISSION_DENIED",
-            format!("{}: permission denied", cwd.display()),
-        ),
-        io::ErrorKind::PermissionDenied => refuse(
-            Code::PermissionDenied,
-            "PROGRAM_NOT_EXECUTABLE",
-            format!("{name}: permission denied"),
-        ),
-        io::ErrorKind::ArgumentListTooLong => invalid(
-            "argv",
-            "arguments and environment are too long for the kernel",
-        ),
-        _ if error.raw_os_error() == Some(nix::libc::EAGAIN)
-            || error.raw_os_error() == Some(nix::libc::ENOMEM) =>
-        {
-            refuse(
-                Code::ResourceExhausted,
-                "NO_RESOURCES",
-                format!("{name}: {error}"),
-            )
-        }
-        _ if error.raw_os_error() == Some(nix::libc::ENOEXEC) => refuse(
-            Code::InvalidArgument,
-            "PROGRAM_FORMAT",
-            format!("{name}: not a program this kernel runs"),
-        ),
-        _ => refuse(Code::Unknown, "START_FAILED", format!("{name}: {error}")),
-    }
-}
-
-/// Sees a process through: its output, its deadline, its end.
-async fn supervise(
-    processes: Processes,
-    process: Arc<Process>,
-    stdout: Option<pipe::Receiver>,
-    stderr: Option<pipe::Receiver>,
-) {
-    let stop = Arc::new(Notify::new());
-    let pump = |pipe: Option<pipe::Receiver>, output: &Arc<Output>| {
-        tokio::spawn(drain(pipe, Arc::clone(output), Arc::clone(&stop)))
-    };
-    let pumps = [pump(stdout, &process.stdout), pump(stderr, &process.stderr)];
-    let deadline = process
-        .request
-        .deadline
-        .and_then(|deadline| Duration::try_from(deadline).ok());
-    let mut ended = process.ended.subscribe();
-    let (how, at) = tokio::select! {
-        how = seen(&mut ended) => how,
-        () = enforce(&processes.guest.gate, &process, deadline) => seen(&mut ended).await,
-    };
-    let closed = async {
-        for output in [&process.stdout, &process.stderr] {
-            loop {
-                let growth = output.growth();
-                if output.is_closed() {
-                    break;
-                }
-                growth.await;
-            }
-        }
-    };
-    // A reader that holds the output back is waited for; a grandchild that holds it open is not, for long.
-    let gate = &processes.guest.gate;
-    let held_open = tokio::select! {
-        () = closed => false,
-        () = gate.sleep(HELD_OPEN) => !wait_for_slow_reader(gate, &process).await,
-    };
-    stop.notify_waiters();
-    stop.notify_one();
-    process.stdout.close();
-    process.stderr.close();
-    for pump in pumps {
-        pump.abort();
-    }
-    process.close_input().await;
-    let status = match (how.code, how.signal) {
-        (Some(code), _) => Some(process_exited::Status::Code(code)),
-        (None, Some(signal)) => Some(process_exited::Status::Signal(signal)),
-        (None, None) => None,
-    };
-    let exited = ProcessExited {
-        status,
-        oom_killed: false,
-        deadline_exceeded: *process.deadline_passed.borrow(),
-        output_held_open: held_open,
-        cpu_time: prost_types::Duration::try_from(Duration::from_micros(how.cpu_micros)).ok(),
-        peak_memory_bytes: how.peak_memory_bytes,
-        wall_time: prost_types::Duration::try_from(process.began.elapsed()).ok(),
-        end_time: Some(at.into()),
-        stdout_bytes: process.stdout.end(),
-        stderr_bytes: process.stderr.end(),
-    };
-    processes.retire(&process);
-    process.exited.send_replace(Some(exited));
-}
-
-/// Whether the output closed after all, because what delayed it was a reader and not a grandchild.
-async fn wait_for_slow_reader(gate: &Gate, process: &Process) -> bool {
-    loop {
-        let before = (process.stdout.end(), process.stderr.end());
-        gate.sleep(HELD_OPEN).await;
-        if process.stdout.is_closed() && process.stderr.is_closed() {
-            return true;
-        }
-        let held_back = process.stdout.is_held_back() || process.stderr.is_held_back();
-        let moved = before != (process.stdout.end(), process.stderr.end());
-        if !held_back && !moved {
-            return false;
-        }
-    }
-}
-
-async fn seen(ended: &mut watch::Receiver<Option<(Ended, SystemTime)>>) -> (Ended, SystemTime) {
-    loop {
-        if let Some(how) = ended.borrow_and_update().clone() {
-            return how;
-        }
-        if ended.changed().await.is_err() {
-            // The sender lives as long as the process is known.
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-/// Returns when the deadline has passed and everything was killed; never without one. Time in which the process was frozen is not counted:
-/// a deadline bounds how long it may work, and a session that slept for days must not wake to processes that are late already.
-async fn enforce(gate: &Gate, process: &Process, deadline: Option<Duration>) {
-    let Some(deadline) = deadline else {
-        return std::future::pending().await;
-    };
-    gate.sleep(deadline).await;
-    process.deadline_passed.send_replace(true);
-    let group = Pid::from_raw(process.pid);
-    // A group that is gone has nothing left to end.
-    let _ = killpg(group, Signal::SIGTERM);
-    gate.sleep(GRACE).await;
-    let _ = killpg(group, Signal::SIGKILL);
-}
-
-/// Moves bytes from a pipe to the ring until the pipe ends, or `stop`.
-async fn drain(pipe: Option<pipe::Receiver>, output: Arc<Output>, stop: Arc<Notify>) {
-    let read = async {
-        let Some(mut pipe) = pipe else { return };
-        loop {
-            output.room().await;
-            let mut chunk = bytes::BytesMut::with_capacity(READ_CHUNK);
-            match pipe.read_buf(&mut chunk).await {
-                Ok(0) => return,
-                Ok(_) => output.push(chunk.freeze()),
-                Err(error) => {
-                    eprintln!("envd: reading output: {error}");
-                    return;
-                }
-            }
-        }
-    };
-    tokio::select! {
-        () = read => {}
-        () = stop.notified() => {}
-    }
-    output.close();
 }

@@ -25,7 +25,12 @@ pub(crate) async fn run(processes: Processes) {
 fn collect(processes: &Processes) {
     // A start in progress is let finish, so that its child is known before it is collected.
     let known = processes.hold();
+    let mut has_orphans = false;
     while let Ok(Some(ended)) = spawn::wait4(-1) {
-        known.note_end(ended);
+        has_orphans |= !known.note_end(ended);
+    }
+    drop(known);
+    if has_orphans {
+        processes.sweep();
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     identity::{self, Guest},
     network,
     process::Processes,
-    spawn::{self, Plan},
+    spawn::{self, Plan, Stdio},
 };
 
 /// A disk that takes longer is stuck, on the host's side.
@@ -117,7 +117,7 @@ fn warm(guest: &Guest) -> Result<(), String> {
     let Some(user) = guest.user("") else {
         return Ok(());
     };
-    let entrance = freezer.entrance().map_err(|error| error.to_string())?;
+    let group = freezer.group("warm").map_err(|error| error.to_string())?;
     let plan = Plan {
         program: Path::new(&user.shell),
         name: &user.shell,
@@ -125,11 +125,15 @@ fn warm(guest: &Guest) -> Result<(), String> {
         cwd: Path::new("/"),
         env: &[],
         user: &user,
-        stdin: false,
-        cgroup: Some(entrance),
+        stdio: Stdio::Pipes { stdin: false },
+        group: Some(&group),
     };
     match spawn::spawn(plan) {
-        Ok(_collected_by_the_reaper) => freezer.empty(WARM_LIMIT),
+        Ok(_collected_by_the_reaper) => {
+            freezer.empty(WARM_LIMIT)?;
+            group.remove();
+            Ok(())
+        }
         Err(error) => {
             eprintln!("envd: {} cannot be started: {error}", user.shell);
             Ok(())

@@ -2,29 +2,44 @@
 #![allow(unsafe_code)] // pre_exec: what a child does to itself between fork and exec
 
 use std::{
-    fs::File,
     io,
-    os::unix::process::CommandExt as _,
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{self, Child, Command},
 };
 
 use nix::unistd::{Gid, Uid, chdir, setgid, setgroups, setsid, setuid, write};
 
-use crate::users::User;
+use crate::{group::Group, terminal, users::User};
+
+/// What a process has for stdin, stdout and stderr.
+#[derive(Debug)]
+pub(crate) enum Stdio {
+    /// Pipes; for stdin if asked.
+    Pipes {
+        /// Whether stdin is one, or empty.
+        stdin: bool,
+    },
+    /// A terminal, which it controls.
+    Terminal(OwnedFd),
+}
 
 /// What to start, checked and made whole.
 #[derive(Debug)]
 pub(crate) struct Plan<'a> {
     pub(crate) program: &'a Path,
+    /// What it is called by itself; a login shell's begins with a dash.
     pub(crate) name: &'a str,
     pub(crate) arguments: &'a [String],
     pub(crate) cwd: &'a Path,
     pub(crate) env: &'a [(String, String)],
     pub(crate) user: &'a User,
-    pub(crate) stdin: bool,
+    pub(crate) stdio: Stdio,
     /// The cgroup it has to be in before its program runs.
-    pub(crate) cgroup: Option<File>,
+    pub(crate) group: Option<&'a Group>,
 }
 
 /// Starts it. The caller holds the reaper off until it knows the PID.
@@ -35,24 +50,42 @@ pub(crate) fn spawn(plan: Plan<'_>) -> io::Result<Child> {
         .args(plan.arguments)
         .env_clear()
         .envs(plan.env.iter().map(|(name, value)| (name, value)));
-    command
-        .stdin(if plan.stdin {
-            Stdio::piped()
-        } else {
-            Stdio::null()
-        })
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    let has_terminal = matches!(plan.stdio, Stdio::Terminal(_));
+    match plan.stdio {
+        Stdio::Pipes { stdin } => {
+            command
+                .stdin(if stdin {
+                    process::Stdio::piped()
+                } else {
+                    process::Stdio::null()
+                })
+                .stdout(process::Stdio::piped())
+                .stderr(process::Stdio::piped());
+        }
+        Stdio::Terminal(theirs) => {
+            command
+                .stdin(theirs.try_clone()?)
+                .stdout(theirs.try_clone()?)
+                .stderr(theirs);
+        }
+    }
     let (cwd, user) = (plan.cwd.to_owned(), plan.user.clone());
     let groups: Vec<Gid> = user.groups.iter().copied().map(Gid::from_raw).collect();
-    let (am_root, cgroup) = (Uid::effective().is_root(), plan.cgroup);
+    let am_root = Uid::effective().is_root();
+    let entrance = plan
+        .group
+        .map(|group| group.entrance().try_clone())
+        .transpose()?;
     // SAFETY: only system calls between fork and exec, on values made before the fork; none of them allocates.
     unsafe {
         command.pre_exec(move || {
             setsid()?;
+            if has_terminal {
+                terminal::take_control()?;
+            }
             restore_oom_score();
-            if let Some(cgroup) = &cgroup {
-                write(cgroup, b"0")?;
+            if let Some(entrance) = &entrance {
+                write(entrance.as_fd(), b"0")?;
             }
             if am_root {
                 setgroups(&groups)?;

@@ -5,22 +5,26 @@ use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use proto::envd::v1::{
-    AttachRequest, CloseInputRequest, OutputStream, ProcessEvent, ProcessExited, SendInputRequest,
-    SignalRequest, StartRequest, StdinMode, process_event, process_exited,
+    AttachRequest, Backpressure, CloseInputRequest, OutputKept, OutputStream, ProcessEvent,
+    ProcessExited, ProcessInfo, ProcessServiceListRequest, ResizeRequest, ResourceLimits,
+    SendInputRequest, SignalRequest, SignalTarget, StartRequest, StdinMode, TerminalSize,
+    WaitRequest, process_event, process_exited,
 };
 use rand::RngExt as _;
+use tokio::time::Instant;
 use tonic::{Code, Streaming};
 
 use crate::{Error, Sandbox};
 
-const RETRIES: u32 = 30;
+/// How long a stream that broke is tried to be taken up again.
+const PATIENCE: Duration = Duration::from_secs(30);
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 
 /// What to run.
 #[derive(Debug, Clone, Default)]
 pub struct Command {
-    /// Program and arguments.
+    /// Program and arguments; none, with a terminal, is the user's login shell.
     pub argv: Vec<String>,
     /// Working directory.
     pub cwd: String,
@@ -34,6 +38,14 @@ pub struct Command {
     pub deadline: Option<Duration>,
     /// Its ID; a random one by default.
     pub process_id: Option<String>,
+    /// It has a terminal of this size.
+    pub terminal: Option<TerminalSize>,
+    /// What it and all it starts may take.
+    pub limits: Option<ResourceLimits>,
+    /// Whom it waits for when it writes faster than it is read; by default nobody, and who is too slow is told what it lost.
+    pub backpressure: Backpressure,
+    /// How much of its output is kept.
+    pub output_kept: Option<OutputKept>,
 }
 
 impl Command {
@@ -101,6 +113,7 @@ pub struct Process {
     stdout_seen: u64,
     stderr_seen: u64,
     over: bool,
+    patience: Duration,
 }
 
 impl std::fmt::Debug for Process {
@@ -132,6 +145,10 @@ impl Sandbox {
             deadline: command
                 .deadline
                 .and_then(|deadline| prost_types::Duration::try_from(deadline).ok()),
+            terminal: command.terminal,
+            limits: command.limits,
+            backpressure: command.backpressure.into(),
+            output_kept: command.output_kept,
             ..StartRequest::default()
         };
         let stream = self.processes().start(request).await?.into_inner();
@@ -142,16 +159,104 @@ impl Sandbox {
             stdout_seen: 0,
             stderr_seen: 0,
             over: false,
+            patience: PATIENCE,
         })
     }
 
-    /// Runs a command to its end.
+    /// A process that was started before, from these offsets of its stdout (or terminal) and stderr on.
+    pub async fn attach(&self, id: &str, stdout: u64, stderr: u64) -> Result<Process, Error> {
+        let stream = attach(self, id, stdout, stderr).await?;
+        Ok(Process {
+            sandbox: self.clone(),
+            id: id.to_owned(),
+            source: Source::Attach(stream),
+            stdout_seen: stdout,
+            stderr_seen: stderr,
+            over: false,
+            patience: PATIENCE,
+        })
+    }
+
+    /// A process that was started before, from what it writes from now on.
+    pub async fn attach_from_now(&self, id: &str) -> Result<Process, Error> {
+        let request = AttachRequest {
+            process_id: id.to_owned(),
+            from_now: true,
+            ..AttachRequest::default()
+        };
+        let stream = self.processes().attach(request).await?.into_inner();
+        Ok(Process {
+            sandbox: self.clone(),
+            id: id.to_owned(),
+            source: Source::Attach(stream),
+            stdout_seen: 0,
+            stderr_seen: 0,
+            over: false,
+            patience: PATIENCE,
+        })
+    }
+
+    /// Running processes, and finished ones still remembered if they are wanted.
+    pub async fn process_list(&self, include_finished: bool) -> Result<Vec<ProcessInfo>, Error> {
+        let mut processes = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = ProcessServiceListRequest {
+                include_finished,
+                page_size: 0,
+                page_token,
+            };
+            let page = self.processes().list(request).await?.into_inner();
+            processes.extend(page.processes);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                return Ok(processes);
+            }
+        }
+    }
+
+    /// Waits for the end of a process.
+    pub async fn wait(&self, id: &str) -> Result<Exit, Error> {
+        let process_id = id.to_owned();
+        let answer = self.processes().wait(WaitRequest { process_id }).await?;
+        let exited = answer.into_inner().exited;
+        exited.map(Exit).ok_or(Error::Incomplete("exit"))
+    }
+
+    /// The input and signals of a process that was started before.
+    pub fn process(&self, id: &str) -> Remote {
+        Remote {
+            sandbox: self.clone(),
+            id: id.to_owned(),
+        }
+    }
+
+    /// Runs a command to its end. It waits for us if it writes faster than we read.
     pub async fn run<S: Into<String>>(
         &self,
         argv: impl IntoIterator<Item = S>,
     ) -> Result<Output, Error> {
-        self.start(Command::new(argv)).await?.output().await
+        let command = Command {
+            backpressure: Backpressure::WhileAttached,
+            ..Command::new(argv)
+        };
+        self.start(command).await?.output().await
     }
+}
+
+async fn attach(
+    sandbox: &Sandbox,
+    id: &str,
+    stdout_offset: u64,
+    stderr_offset: u64,
+) -> Result<Streaming<proto::envd::v1::AttachResponse>, Error> {
+    let request = AttachRequest {
+        process_id: id.to_owned(),
+        stdout_offset,
+        stderr_offset,
+        from_now: false,
+    };
+    Ok(sandbox.processes().attach(request).await?.into_inner())
 }
 
 impl Process {
@@ -160,13 +265,22 @@ impl Process {
         &self.id
     }
 
+    /// How long it is tried to take a stream up again that broke. Default: 30 s.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
+    /// Offsets of the next byte of stdout (or the terminal) and stderr.
+    pub fn offsets(&self) -> (u64, u64) {
+        (self.stdout_seen, self.stderr_seen)
+    }
+
     /// The next event; `None` after the exit.
     pub async fn next(&mut self) -> Result<Option<Event>, Error> {
         if self.over {
             return Ok(None);
         }
-        let mut wait = FIRST_WAIT;
-        for attempt in 0..=RETRIES {
+        loop {
             let event = match &mut self.source {
                 Source::Start(stream) => stream
                     .message()
@@ -188,30 +302,31 @@ impl Process {
                 )),
                 Err(status) => Error::from(status),
             };
-            if !broken.is_interruption() || attempt == RETRIES {
+            if !broken.is_interruption() {
                 return Err(broken);
             }
-            loop {
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(LONGEST_WAIT);
-                match self.attach().await {
-                    Ok(()) => break,
-                    Err(error) if error.is_interruption() && wait < LONGEST_WAIT => {}
-                    Err(error) => return Err(error),
-                }
-            }
+            self.take_up_again().await?;
         }
-        Err(Error::Incomplete("progress"))
     }
 
-    async fn attach(&mut self) -> Result<(), Error> {
-        let request = AttachRequest {
-            process_id: self.id.clone(),
-            stdout_offset: self.stdout_seen,
-            stderr_offset: self.stderr_seen,
-            from_now: false,
-        };
-        self.source = Source::Attach(self.sandbox.processes().attach(request).await?.into_inner());
+    async fn take_up_again(&mut self) -> Result<(), Error> {
+        let end = Instant::now() + self.patience;
+        let mut wait = FIRST_WAIT;
+        loop {
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(LONGEST_WAIT);
+            match self.reattach().await {
+                Err(error) if error.is_interruption() && Instant::now() < end => {}
+                done => return done,
+            }
+        }
+    }
+
+    /// Takes the stream up again where it stopped, such as after a pause of the session had ended it.
+    pub async fn reattach(&mut self) -> Result<(), Error> {
+        let (stdout, stderr) = self.offsets();
+        let stream = attach(&self.sandbox, &self.id, stdout, stderr).await?;
+        self.source = Source::Attach(stream);
         Ok(())
     }
 
@@ -226,6 +341,8 @@ impl Process {
                 } else {
                     &mut self.stdout_seen
                 };
+                // Of one attached from now on, the first bytes say where that is.
+                *seen = (*seen).max(if *seen == 0 { output.offset } else { 0 });
                 let old = usize::try_from(seen.saturating_sub(output.offset)).unwrap_or(usize::MAX);
                 let fresh = output.data.get(old..).filter(|fresh| !fresh.is_empty())?;
                 let fresh = output.data.slice_ref(fresh);
@@ -280,20 +397,50 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// Writes to its stdin at an offset; sending the same bytes again is harmless. Returns the next offset.
+    /// Writes to its stdin at an offset; sending the same bytes again is harmless, so that a call that broke is made again. Returns the
+    /// next offset.
     pub async fn send_input(&self, offset: u64, data: Bytes) -> Result<u64, Error> {
+        let end = Instant::now() + PATIENCE;
+        let mut wait = FIRST_WAIT;
+        loop {
+            let request = SendInputRequest {
+                process_id: self.id.clone(),
+                data: data.clone(),
+                offset: Some(offset),
+            };
+            match self.sandbox.processes().send_input(request).await {
+                Ok(answer) => return Ok(answer.into_inner().next_offset),
+                Err(status) => {
+                    let error = Error::from(status);
+                    if !error.is_interruption() || Instant::now() >= end {
+                        return Err(error);
+                    }
+                }
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(LONGEST_WAIT);
+        }
+    }
+
+    /// Writes to its stdin after all that was written before, once.
+    pub async fn append_input(&self, data: Bytes) -> Result<u64, Error> {
         let request = SendInputRequest {
             process_id: self.id.clone(),
             data,
-            offset: Some(offset),
+            offset: None,
         };
-        Ok(self
-            .sandbox
-            .processes()
-            .send_input(request)
-            .await?
-            .into_inner()
-            .next_offset)
+        let answer = self.sandbox.processes().send_input(request).await?;
+        Ok(answer.into_inner().next_offset)
+    }
+
+    /// Changes the size of its terminal.
+    pub async fn resize(&self, size: TerminalSize) -> Result<(), Error> {
+        let request = ResizeRequest {
+            process_id: self.id.clone(),
+            size: Some(size),
+        };
+        self.sandbox.processes().resize(request).await?;
+        Ok(())
     }
 
     /// Closes its stdin. A process that has ended needs no closing.
@@ -314,10 +461,15 @@ impl Remote {
 
     /// Sends it a signal.
     pub async fn signal(&self, signal: i32) -> Result<(), Error> {
+        self.signal_to(signal, SignalTarget::Process).await
+    }
+
+    /// Sends a signal to it, its process group, or it and all it started.
+    pub async fn signal_to(&self, signal: i32, target: SignalTarget) -> Result<(), Error> {
         let request = SignalRequest {
             process_id: self.id.clone(),
             signal,
-            target: 0,
+            target: target.into(),
         };
         self.sandbox.processes().signal(request).await?;
         Ok(())

@@ -15,9 +15,9 @@ use tonic::{Code, Request, Response, Status};
 
 use super::Answers;
 use crate::{
-    errors::{invalid, not_yet, refuse},
-    output::{Found, Output, TooLate},
-    process::{Process, Processes},
+    errors::{invalid, refuse},
+    output::{Found, TooLate},
+    process::{Places, Process, Processes},
 };
 
 const IN_FLIGHT: usize = 4;
@@ -28,22 +28,13 @@ pub(crate) struct Api {
     pub(crate) processes: Processes,
 }
 
-/// Where a reader stands in both streams, and whether the process waits for it.
+/// Where a reader stands in both streams.
 struct Reader {
-    process: Arc<Process>,
+    places: Places,
     stdout: u64,
     stderr: u64,
-    primary: bool,
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        // A reader that left holds nothing back.
-        if self.primary {
-            self.process.stdout.set_primary(None);
-            self.process.stderr.set_primary(None);
-        }
-    }
+    /// What its stdout is.
+    first: OutputStream,
 }
 
 fn too_late(late: TooLate, stream: &str) -> Status {
@@ -69,7 +60,7 @@ impl Reader {
     }
 
     async fn run(mut self, to: &mpsc::Sender<Result<ProcessEvent, Status>>) {
-        let process = Arc::clone(&self.process);
+        let process = Arc::clone(&self.places.process);
         let started = ProcessStarted {
             process_id: process.id.clone(),
             pid: process.pid.unsigned_abs(),
@@ -81,8 +72,8 @@ impl Reader {
             // Registered before looking, so that nothing written in between is missed.
             let (more_out, more_err) = (process.stdout.growth(), process.stderr.growth());
             let exited = *exit.borrow_and_update();
-            let out = self.look(OutputStream::Stdout, &process.stdout);
-            let err = self.look(OutputStream::Stderr, &process.stderr);
+            let out = self.look(self.first, &process);
+            let err = self.look(OutputStream::Stderr, &process);
             match (out, err, exited) {
                 (Err(status), _, _) | (_, Err(status), _) => {
                     // The stream ends with it either way.
@@ -112,32 +103,49 @@ impl Reader {
         }
     }
 
-    fn look(&self, stream: OutputStream, output: &Output) -> Result<Option<ProcessOutput>, Status> {
-        let (offset, name) = match stream {
-            OutputStream::Stderr => (self.stderr, "stderr"),
-            _ => (self.stdout, "stdout"),
+    fn look(
+        &self,
+        stream: OutputStream,
+        process: &Process,
+    ) -> Result<Option<ProcessOutput>, Status> {
+        let (offset, output, name) = match stream {
+            OutputStream::Stderr => (self.stderr, &process.stderr, "stderr"),
+            _ => (self.stdout, &process.stdout, "stdout"),
         };
         match output.read(offset).map_err(|late| too_late(late, name))? {
-            Found::Bytes(data) => Ok(Some(ProcessOutput {
+            Found::Bytes(data, time) => Ok(Some(ProcessOutput {
                 stream: stream.into(),
                 offset,
                 data,
-                time: Some(std::time::SystemTime::now().into()),
+                time: Some(time.into()),
             })),
             Found::Nothing | Found::End => Ok(None),
         }
     }
 
     fn advance(&mut self, stream: OutputStream, to: u64) {
-        let output = if stream == OutputStream::Stderr {
-            self.stderr = to;
-            &self.process.stderr
+        let is_stderr = stream == OutputStream::Stderr;
+        *(if is_stderr {
+            &mut self.stderr
         } else {
-            self.stdout = to;
-            &self.process.stdout
+            &mut self.stdout
+        }) = to;
+        self.places.advance(is_stderr, to);
+    }
+}
+
+impl Reader {
+    fn new(places: Places, stdout: u64, stderr: u64) -> Self {
+        let first = if places.process.has_terminal() {
+            OutputStream::Terminal
+        } else {
+            OutputStream::Stdout
         };
-        if self.primary {
-            output.set_primary(Some(to));
+        Self {
+            places,
+            stdout,
+            stderr,
+            first,
         }
     }
 }
@@ -154,13 +162,7 @@ impl ProcessService for Api {
         &self,
         request: Request<StartRequest>,
     ) -> Result<Response<Self::StartStream>, Status> {
-        let (process, is_new) = self.processes.start(request.into_inner())?;
-        let reader = Reader {
-            process,
-            stdout: 0,
-            stderr: 0,
-            primary: is_new,
-        };
+        let reader = Reader::new(self.processes.start(request.into_inner())?, 0, 0);
         let events = reader
             .stream()
             .map(|event| event.map(|event| StartResponse { event: Some(event) }));
@@ -186,12 +188,7 @@ impl ProcessService for Api {
         ] {
             output.read(offset).map_err(|late| too_late(late, name))?;
         }
-        let reader = Reader {
-            process,
-            stdout,
-            stderr,
-            primary: false,
-        };
+        let reader = Reader::new(Places::enter(process, stdout, stderr), stdout, stderr);
         let events = reader
             .stream()
             .map(|event| event.map(|event| AttachResponse { event: Some(event) }));
@@ -218,12 +215,18 @@ impl ProcessService for Api {
         self.processes
             .get(&request.get_ref().process_id)?
             .close_input()
-            .await;
+            .await?;
         Ok(Response::new(CloseInputResponse {}))
     }
 
-    async fn resize(&self, _: Request<ResizeRequest>) -> Result<Response<ResizeResponse>, Status> {
-        Err(not_yet("Resize"))
+    async fn resize(
+        &self,
+        request: Request<ResizeRequest>,
+    ) -> Result<Response<ResizeResponse>, Status> {
+        let request = request.into_inner();
+        let size = request.size.ok_or_else(|| invalid("size", "is required"))?;
+        self.processes.get(&request.process_id)?.resize(size)?;
+        Ok(Response::new(ResizeResponse {}))
     }
 
     async fn signal(
@@ -231,10 +234,11 @@ impl ProcessService for Api {
         request: Request<SignalRequest>,
     ) -> Result<Response<SignalResponse>, Status> {
         let request = request.into_inner();
-        let group = request.target() == SignalTarget::Group;
+        let target = SignalTarget::try_from(request.target)
+            .map_err(|_| invalid("target", "is none of the known ones"))?;
         self.processes
             .get(&request.process_id)?
-            .signal(request.signal, group)?;
+            .signal(request.signal, target)?;
         Ok(Response::new(SignalResponse {}))
     }
 

@@ -5,13 +5,14 @@ use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt as _, time::Du
 use bytes::Bytes;
 use futures::{StreamExt as _, future::join_all, stream};
 use proto::envd::v1::{
-    AttachRequest, CloseInputRequest, ProcessInfo, ProcessServiceListRequest, SendInputRequest,
-    SignalRequest, SignalTarget, StartRequest, StdinMode,
+    AttachRequest, CloseInputRequest, OutputKept, ProcessInfo, ProcessServiceListRequest,
+    ResourceLimits, SendInputRequest, SignalRequest, SignalTarget, StartRequest, StdinMode,
+    TerminalSize,
 };
 use tonic::{Code, Status};
 
 use crate::world::{
-    ADA, Events, NOBODY, TEAM, World, argv, code, configuration, field, sh, soon, why,
+    ADA, Events, NOBODY, TEAM, World, argv, code, configuration, field, sh, soon, until, why,
 };
 
 const TERM: i32 = 15;
@@ -235,6 +236,91 @@ async fn a_signal_is_for_the_process_or_for_its_group() {
     }
 }
 
+/// A process that has left its parent's group and session, and says its PID.
+const DAEMON: &str =
+    "setsid sh -c 'echo $$; exec sleep 600 >/dev/null 2>&1 </dev/null' & wait $!; exit 3";
+
+async fn daemon(leader: &mut Events) -> String {
+    while !leader.seen().stdout.ends_with(b"\n") {
+        leader.step().await.unwrap();
+    }
+    String::from_utf8(leader.seen().stdout.clone())
+        .unwrap()
+        .trim()
+        .to_owned()
+}
+
+#[tokio::test]
+async fn what_a_process_started_is_found_wherever_it_went() {
+    let world = World::freezable().await;
+    soon(world.system().configure(configuration()))
+        .await
+        .unwrap();
+    // It outlives its parent, which is said, and is signalled though its parent has ended.
+    let script = DAEMON
+        .replace("wait $!; ", "until [ -s pid ]; do sleep 0.01; done; ")
+        .replace("echo $$;", "echo $$ | tee pid;");
+    let mut leader = world.start(named("leader", sh(&script))).await;
+    let pid = daemon(&mut leader).await;
+    let finished = leader.finish().await;
+    assert_eq!(
+        (finished.code(), finished.exited().left_running),
+        (Some(3), true)
+    );
+    world.printed(&format!("kill -0 {pid}")).await;
+    world
+        .signal("leader", TERM, SignalTarget::All)
+        .await
+        .unwrap();
+    world.until_so(&format!("! kill -0 {pid}")).await;
+    until(|| {
+        !world
+            .cgroup("user")
+            .read_dir()
+            .unwrap()
+            .any(|it| it.unwrap().path().is_dir())
+    })
+    .await;
+    let status = world
+        .signal("leader", TERM, SignalTarget::All)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        why(&status),
+        (Code::FailedPrecondition, "PROCESS_ENDED".into())
+    );
+    // A deadline finds it too.
+    let limited = StartRequest {
+        deadline: Some(prost_types::Duration {
+            seconds: 2,
+            nanos: 0,
+        }),
+        ..sh(DAEMON)
+    };
+    let mut leader = world.start(named("late", limited)).await;
+    let pid = daemon(&mut leader).await;
+    assert!(leader.finish().await.exited().deadline_exceeded);
+    world.until_so(&format!("! kill -0 {pid}")).await;
+}
+
+#[tokio::test]
+async fn limits_that_cannot_be_set_are_refused_not_forgotten() {
+    let world = World::new().await;
+    let request = StartRequest {
+        limits: Some(ResourceLimits {
+            pids: 5,
+            ..ResourceLimits::default()
+        }),
+        ..argv(&["true"])
+    };
+    let status = world.try_start(request).await.err().unwrap();
+    assert_eq!(
+        why(&status),
+        (Code::FailedPrecondition, "LIMITS_UNAVAILABLE".into())
+    );
+    assert_eq!(world.list(true).await, []);
+}
+
 // Refusals
 
 #[tokio::test]
@@ -316,6 +402,25 @@ async fn a_request_that_makes_no_sense_names_its_field() {
         argv: vec!["true".into()],
         ..sh("true")
     };
+    let sized = |rows, cols| StartRequest {
+        terminal: Some(TerminalSize { rows, cols }),
+        ..argv(&["true"])
+    };
+    let limited = |memory_bytes, pids| StartRequest {
+        limits: Some(ResourceLimits {
+            memory_bytes,
+            pids,
+            cpu_millis: 0,
+        }),
+        ..argv(&["true"])
+    };
+    let kept = |memory_bytes, file_bytes| StartRequest {
+        output_kept: Some(OutputKept {
+            memory_bytes,
+            file_bytes,
+        }),
+        ..argv(&["true"])
+    };
     let deadline = StartRequest {
         deadline: Some(prost_types::Duration {
             seconds: -1,
@@ -338,6 +443,18 @@ async fn a_request_that_makes_no_sense_names_its_field() {
         (with_env("A", "\0"), "env"),
         (cwd, "cwd"),
         (deadline, "deadline"),
+        (sized(0, 80), "terminal.rows"),
+        (sized(24, 4097), "terminal.cols"),
+        (limited(1, 0), "limits.memory_bytes"),
+        (kept(Some(1), None), "output_kept.memory_bytes"),
+        (kept(None, Some(u64::MAX)), "output_kept.file_bytes"),
+        (
+            StartRequest {
+                backpressure: 77,
+                ..argv(&["true"])
+            },
+            "backpressure",
+        ),
         (named("a/b", argv(&["true"])), "process_id"),
         (named(&"a".repeat(129), argv(&["true"])), "process_id"),
     ] {

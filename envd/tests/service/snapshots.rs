@@ -80,6 +80,7 @@ async fn every_process_is_born_into_the_cgroup_and_its_children_with_it() {
     let user = world.cgroup("user");
     let (root, user) = (user.parent().unwrap().file_name(), user.file_name());
     let expected = [root, user].map(|part| part.unwrap().to_str().unwrap());
+    let mut own = Vec::new();
     for script in [
         "cat /proc/self/cgroup",
         "sh -c 'sh -c \"cat /proc/self/cgroup\"'",
@@ -89,8 +90,17 @@ async fn every_process_is_born_into_the_cgroup_and_its_children_with_it() {
             .lines()
             .find(|line| line.starts_with("0::"))
             .unwrap();
-        assert!(line.ends_with(&expected.join("/")), "{line}");
+        let (above, name) = line.rsplit_once('/').unwrap();
+        assert!(above.ends_with(&expected.join("/")), "{line}");
+        own.push(name.to_owned());
     }
+    assert_ne!(own[0], own[1], "each has one of its own");
+    until(|| {
+        fs::read_dir(world.cgroup("user"))
+            .unwrap()
+            .all(|entry| !entry.unwrap().path().is_dir())
+    })
+    .await;
 }
 
 #[tokio::test]

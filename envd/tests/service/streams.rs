@@ -3,17 +3,27 @@
 use std::time::Duration;
 
 use futures::future::join_all;
-use proto::envd::v1::{AttachRequest, SignalTarget};
+use proto::envd::v1::{
+    AttachRequest, Backpressure, OutputKept, SignalTarget, StartRequest, process_event::Event,
+};
 use tonic::Code;
 
 use crate::{
     processes::{KILL, from, named, piped},
-    world::{Events, World, argv, code, field, noise, sh, why},
+    world::{Events, World, argv, code, field, noise, sh, soon, why},
 };
 
 /// Output kept per stream, at least; and what one read may add to it.
 const RING: usize = 1 << 20;
 const READ: usize = 64 << 10;
+
+/// Waits for those that read it.
+fn waiting(request: StartRequest) -> StartRequest {
+    StartRequest {
+        backpressure: Backpressure::WhileAttached.into(),
+        ..request
+    }
+}
 
 /// What `seq` prints.
 fn counted(to: u32) -> Vec<u8> {
@@ -112,12 +122,14 @@ async fn attaching_from_now_gives_what_is_written_from_now_on() {
 async fn a_lost_offset_is_refused_with_the_earliest_there_is() {
     let world = World::new().await;
     let size = 3 << 20;
-    let all = world
-        .run(named(
-            "much",
-            sh(&format!("yes 0123456789abcdef | head -c {size}")),
-        ))
-        .await;
+    let request = StartRequest {
+        output_kept: Some(OutputKept {
+            file_bytes: Some(0),
+            ..OutputKept::default()
+        }),
+        ..sh(&format!("yes 0123456789abcdef | head -c {size}"))
+    };
+    let all = world.run(waiting(named("much", request))).await;
     let status = world.attach(from("much", 0)).await.err().unwrap();
     assert_eq!(why(&status), (Code::OutOfRange, "OUTPUT_GONE".into()));
     let mut words = status.message().split(|c: char| !c.is_ascii_digit());
@@ -190,7 +202,7 @@ async fn a_slow_first_reader_loses_nothing_of_fifty_megabytes() {
          syswrite STDOUT, substr($line, $at % 17, $c); $at += $c; $n -= $c }}"
     );
     let mut reader = world
-        .start(named("much", argv(&["perl", "-e", &script])))
+        .start(waiting(named("much", argv(&["perl", "-e", &script]))))
         .await;
     let id = reader.id().to_owned();
     // It fills whatever is between it and us, and then waits.
@@ -226,12 +238,12 @@ async fn a_reader_that_vanishes_neither_ends_nor_blocks_its_process() {
     let mut world = World::new().await;
     let script = "head -c 20000000 /dev/zero; echo $? > end";
     // At once; when the process already waits for it; with the whole connection.
-    drop(world.start(named("a", sh(script))).await);
-    let mut stuck = world.start(named("b", sh(script))).await;
+    drop(world.start(waiting(named("a", sh(script)))).await);
+    let mut stuck = world.start(waiting(named("b", sh(script)))).await;
     stuck.read(1).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     drop(stuck);
-    let mut cut = world.start(named("c", sh(script))).await;
+    let mut cut = world.start(waiting(named("c", sh(script)))).await;
     cut.read(1).await;
     world.reconnect().await;
     for id in ["a", "b", "c"] {
@@ -246,23 +258,113 @@ async fn a_reader_that_vanishes_neither_ends_nor_blocks_its_process() {
 }
 
 #[tokio::test]
-async fn a_second_reader_that_is_slow_holds_nobody_up() {
+async fn readers_that_are_slow_hold_nobody_up_and_are_told_what_they_lost() {
     let world = World::new().await;
-    let first = world
-        .start(piped("much", sh("read go; head -c 20000000 /dev/zero")))
-        .await;
-    let mut second = world.attach(from("much", 0)).await.unwrap();
-    world.send("much", b"\n", None).await.unwrap();
-    assert_eq!(first.finish().await.stdout.len(), 20_000_000);
-    // It is told, once it reads.
-    let lost = loop {
-        match second.step().await {
-            Ok(true) => {}
-            Ok(false) => panic!("it cannot have got all"),
-            Err(status) => break status,
-        }
+    let request = StartRequest {
+        output_kept: Some(OutputKept {
+            file_bytes: Some(0),
+            ..OutputKept::default()
+        }),
+        ..sh("read go; head -c 40000000 /dev/zero")
     };
-    assert_eq!(why(&lost), (Code::OutOfRange, "OUTPUT_GONE".into()));
+    let first = world.start(piped("much", request)).await;
+    let second = world.attach(from("much", 0)).await.unwrap();
+    world.send("much", b"\n", None).await.unwrap();
+    assert_eq!(world.wait("much").await.unwrap().stdout_bytes, 40_000_000);
+    for mut reader in [first, second] {
+        let lost = loop {
+            match reader.step().await {
+                Ok(true) => {}
+                Ok(false) => panic!("it cannot have got all"),
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(why(&lost), (Code::OutOfRange, "OUTPUT_GONE".into()));
+    }
+}
+
+#[tokio::test]
+async fn what_nobody_reads_meanwhile_is_kept_beyond_memory() {
+    let world = World::new().await;
+    let script = "my $line = join('', map { chr(65 + $_ % 57) } 0..11_999); for my $n (1..2_000) { syswrite STDOUT, substr($line, $n, 9_000) . $n }";
+    drop(
+        world
+            .start(named("much", argv(&["perl", "-e", script])))
+            .await,
+    );
+    let exited = world.wait("much").await.unwrap();
+    assert!(exited.stdout_bytes > 18_000_000);
+    let kept = world.attach(from("much", 0)).await.unwrap().finish().await;
+    let line: Vec<u8> = (0..12_000_u32).map(|n| (65 + n % 57) as u8).collect();
+    let mut wanted = Vec::new();
+    for n in 1..=2_000 {
+        wanted.extend_from_slice(&line[n..n + 9_000]);
+        wanted.extend_from_slice(n.to_string().as_bytes());
+    }
+    assert!(kept.stdout == wanted);
+}
+
+#[tokio::test]
+async fn a_process_that_was_asked_to_waits_for_its_reader_to_come_back() {
+    let mut world = World::new().await;
+    let size = 100_000_000;
+    let request = StartRequest {
+        backpressure: Backpressure::Always.into(),
+        output_kept: Some(OutputKept {
+            memory_bytes: None,
+            // Less than all of it, and more than what is on its way.
+            file_bytes: Some(32 << 20),
+        }),
+        ..argv(&["head", "-c", &size.to_string(), "/dev/zero"])
+    };
+    let mut reader = world.start(named("much", request)).await;
+    let mut seen = 0;
+    for round in 0..8 {
+        reader.read(1 + round * 1_000_000).await;
+        seen += reader.seen().stdout.len();
+        world.reconnect().await;
+        assert!(
+            world
+                .list(false)
+                .await
+                .iter()
+                .any(|it| it.process_id == "much"),
+            "it waits, though nobody is there"
+        );
+        reader = world.attach(from("much", seen)).await.unwrap();
+    }
+    let finished = reader.finish().await;
+    assert_eq!(seen + finished.stdout.len(), size);
+    assert_eq!(finished.exited().stdout_bytes, size as u64);
+}
+
+#[tokio::test]
+async fn output_says_when_it_was_written() {
+    let world = World::new().await;
+    let before = prost_types::Timestamp::from(std::time::SystemTime::now());
+    world.run(named("early", sh("echo early"))).await;
+    let after = prost_types::Timestamp::from(std::time::SystemTime::now());
+    let mut stream = world
+        .processes()
+        .attach(from("early", 0))
+        .await
+        .unwrap()
+        .into_inner();
+    loop {
+        let event = soon(stream.message())
+            .await
+            .unwrap()
+            .unwrap()
+            .event
+            .unwrap()
+            .event;
+        if let Some(Event::Output(output)) = event {
+            let time = output.time.unwrap();
+            let key = |time: &prost_types::Timestamp| (time.seconds, time.nanos);
+            assert!(key(&before) <= key(&time) && key(&time) <= key(&after));
+            break;
+        }
+    }
 }
 
 // Input

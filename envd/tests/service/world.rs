@@ -256,13 +256,17 @@ impl Drop for Cgroup {
         let _ = fs::write(self.0.join("cgroup.kill"), "1");
         let limit = std::time::Instant::now() + LIMIT;
         let mut folders = vec![self.0.clone()];
-        folders.extend(
-            fs::read_dir(&self.0)
-                .into_iter()
-                .flatten()
-                .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-                .filter(|path| path.is_dir()),
-        );
+        let mut at = 0;
+        while let Some(folder) = folders.get(at).cloned() {
+            at += 1;
+            folders.extend(
+                fs::read_dir(folder)
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+                    .filter(|path| path.is_dir()),
+            );
+        }
         for folder in folders.into_iter().rev() {
             // What was killed takes a moment to be gone.
             while fs::remove_dir(&folder).is_err_and(|error| {
@@ -383,9 +387,9 @@ impl Events {
             Event::Exited(exited) => self.finished.exited = Some(exited),
             Event::Output(output) => {
                 let (which, bytes) = match output.stream() {
-                    OutputStream::Stdout => (0, &mut self.finished.stdout),
+                    OutputStream::Stdout | OutputStream::Terminal => (0, &mut self.finished.stdout),
                     OutputStream::Stderr => (1, &mut self.finished.stderr),
-                    other => panic!("{other:?} without a terminal"),
+                    other @ OutputStream::Unspecified => panic!("{other:?}"),
                 };
                 let next = &mut self.finished.next[which];
                 assert_eq!(

@@ -1,0 +1,278 @@
+//! Processes under fire: not a byte is lost or seen twice, and every end says what it was.
+//!
+//! Longer runs, by hand: `SANDMESH_E2E_TORTURE_MIB=1024 SANDMESH_E2E_CUTS=200 SANDMESH_E2E_PAUSES=10 SANDMESH_E2E_KILLS=10` and
+//! `SANDMESH_E2E_PROCESSES=1000`.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::time::{Duration, Instant};
+
+use e2e::{Mesh, how_many, small};
+use proto::envd::v1::{Backpressure, ResourceLimits};
+use proto::session::v1::{Resources, Session};
+use sdk::{Command, Event, NewSession, Process, Sandbox};
+use sha2::{Digest as _, Sha256};
+
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// Writes so many MiB of noise to both streams and then, to a file, what they were.
+const NOISE: &str = "
+import hashlib, os, sys
+hashes = [hashlib.sha256(), hashlib.sha256()]
+for n in range(int(sys.argv[1])):
+    for at in (0, 1):
+        piece = os.urandom(1 << 20)
+        hashes[at].update(piece)
+        with os.fdopen(os.dup(at + 1), 'wb') as stream:
+            stream.write(piece)
+open('/tmp/hashes', 'w').write(' '.join(h.hexdigest() for h in hashes))
+";
+
+async fn larger(mesh: &Mesh, memory_bytes: u64) -> Session {
+    let resources = small().resources.map(|resources| Resources {
+        memory_bytes,
+        ..resources
+    });
+    let session = NewSession {
+        resources,
+        ..small()
+    };
+    mesh.client().create(session).await.unwrap()
+}
+
+async fn output(sandbox: &Sandbox, script: &str) -> String {
+    let output = sandbox.run(["sh", "-c", script]).await.unwrap();
+    assert_eq!(output.exit.code(), 0, "{script}: {output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// What has come of two streams.
+#[derive(Default)]
+struct Received {
+    hashes: [Sha256; 2],
+    bytes: [u64; 2],
+}
+
+impl Received {
+    fn take(&mut self, stream: usize, bytes: &[u8]) {
+        self.hashes[stream].update(bytes);
+        self.bytes[stream] += bytes.len() as u64;
+    }
+
+    fn all(&self) -> u64 {
+        self.bytes.iter().sum()
+    }
+}
+
+/// Takes it up again where it stopped, for as long as a part that was killed may need.
+async fn again(sandbox: &Sandbox, received: &Received) -> Process {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let [stdout, stderr] = received.bytes;
+        match sandbox.attach("noise", stdout, stderr).await {
+            Ok(process) => return process,
+            Err(error) => assert!(Instant::now() < end, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_byte_is_lost_or_doubled_whatever_is_cut() {
+    let size = how_many("SANDMESH_E2E_TORTURE_MIB", 24);
+    let cuts = how_many("SANDMESH_E2E_CUTS", 12);
+    let (pauses, kills) = (
+        how_many("SANDMESH_E2E_PAUSES", 1),
+        how_many("SANDMESH_E2E_KILLS", 1),
+    );
+    let mesh = Mesh::start(&["--separate"]);
+    let client = mesh.client();
+    let session = larger(&mesh, 256 << 20).await;
+    let sandbox = client.sandbox(&session).unwrap();
+    let mut process = sandbox
+        .start(Command {
+            process_id: Some("noise".into()),
+            backpressure: Backpressure::Always,
+            ..Command::new(["python3", "-c", NOISE, &size.to_string()])
+        })
+        .await
+        .unwrap();
+    let total = 2 * (size << 20);
+    let mut received = Received::default();
+    let mut exit = None;
+    let (mut cut, mut paused, mut killed) = (0, 0, 0);
+    while exit.is_none() {
+        match process.next().await {
+            Ok(Some(Event::Stdout(bytes))) => received.take(0, &bytes),
+            Ok(Some(Event::Stderr(bytes))) => received.take(1, &bytes),
+            Ok(Some(Event::Started { .. })) => {}
+            Ok(Some(Event::Exited(ended))) => exit = Some(ended),
+            Ok(None) => panic!("no exit"),
+            Err(error) => {
+                println!("at {}: {error}", received.all());
+                process = again(&sandbox, &received).await;
+            }
+        }
+        // Each happens as often as asked, spread over all of it.
+        let due = |times: u64, done: u64| {
+            done < times && received.all() * (times + 1) >= total * (done + 1)
+        };
+        if due(cuts, cut) {
+            cut += 1;
+            drop(process);
+            process = again(&sandbox, &received).await;
+        }
+        if due(pauses, paused) {
+            paused += 1;
+            client.pause(&session.session_id).await.unwrap();
+            client.resume(&session.session_id, None).await.unwrap();
+        }
+        if due(kills, killed) {
+            killed += 1;
+            mesh.crash(if killed % 2 == 1 { "node" } else { "envoy" });
+        }
+    }
+    assert_eq!((cut, paused, killed), (cuts, pauses, kills));
+    let exit = exit.unwrap();
+    assert_eq!(exit.code(), 0);
+    assert_eq!(received.all(), total);
+    assert_eq!([exit.0.stdout_bytes, exit.0.stderr_bytes], received.bytes);
+    let hashes = received.hashes.map(|hash| hex::encode(hash.finalize()));
+    assert_eq!(hashes.join(" "), output(&sandbox, "cat /tmp/hashes").await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_processes_at_once_are_each_complete() {
+    let count = how_many("SANDMESH_E2E_PROCESSES", 100);
+    let mesh = Mesh::start(&[]);
+    let session = larger(&mesh, 1 << 30).await;
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    let memory = "awk '/VmRSS/ { print $2 }' /proc/1/status";
+    let before = output(&sandbox, memory).await;
+    let began = Instant::now();
+    let script = "i=0; while [ $i -lt 100 ]; do i=$((i+1)); echo \"$0 $i\"; done";
+    let runs = (0..count).map(|number| {
+        let sandbox = sandbox.clone();
+        tokio::spawn(async move {
+            let name = format!("p{number}");
+            let output = sandbox.run(["sh", "-c", script, &name]).await.unwrap();
+            assert_eq!(output.exit.code(), 0);
+            let said = String::from_utf8(output.stdout).unwrap();
+            let wanted = (1..=100).map(|line| format!("{name} {line}"));
+            assert!(said.lines().eq(wanted), "{said}");
+        })
+    });
+    for run in runs.collect::<Vec<_>>() {
+        run.await.unwrap();
+    }
+    println!(
+        "{count} processes in {:?}; envd's memory {before} KiB before, {} after",
+        began.elapsed(),
+        output(&sandbox, memory).await
+    );
+    let zombies = "ps -eo stat= | grep -c '^Z' || true";
+    assert_eq!(output(&sandbox, zombies).await, "0");
+    let left = "ls -d /sys/fs/cgroup/user/*/ 2>/dev/null | wc -l";
+    // The one that counts is in one.
+    assert_eq!(output(&sandbox, left).await, "1");
+}
+
+/// Python that takes so many MiB.
+fn takes(mib: u32) -> [String; 3] {
+    [
+        "python3".into(),
+        "-c".into(),
+        format!("b = bytearray({mib} << 20); print(len(b))"),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_end_says_what_it_was() {
+    let mesh = Mesh::start(&[]);
+    let session = mesh.session().await;
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    let limited = |limits: ResourceLimits, argv: [String; 3]| Command {
+        limits: Some(limits),
+        ..Command::new(argv)
+    };
+    let run = async |command: Command| {
+        sandbox
+            .start(command)
+            .await
+            .unwrap()
+            .output()
+            .await
+            .unwrap()
+    };
+    let memory = ResourceLimits {
+        memory_bytes: 32 << 20,
+        ..ResourceLimits::default()
+    };
+
+    // More than it may have, and all else goes on.
+    let killed = run(limited(memory, takes(200))).await;
+    assert_eq!((killed.exit.code(), killed.exit.0.oom_killed), (137, true));
+    let parent = [
+        "sh".into(),
+        "-c".into(),
+        format!("{}; exit 5", "python3 -c 'b = bytearray(200 << 20)'"),
+    ];
+    let survived = run(limited(memory, parent)).await;
+    assert_eq!((survived.exit.code(), survived.exit.0.oom_kills), (5, 1));
+    let fits = run(limited(memory, takes(8))).await;
+    assert_eq!((fits.exit.code(), fits.exit.0.oom_killed), (0, false));
+    assert!(fits.exit.0.peak_memory_bytes > 8 << 20 && fits.exit.0.peak_memory_bytes <= 32 << 20);
+
+    // More than the guest has.
+    let killed = run(Command::new(takes(500))).await;
+    assert_eq!((killed.exit.code(), killed.exit.0.oom_killed), (137, true));
+
+    // A process that starts more and more of itself.
+    let bomb = [
+        "sh".into(),
+        "-c".into(),
+        "bomb() { bomb | bomb & }; bomb; sleep 2; echo survived".into(),
+    ];
+    let pids = ResourceLimits {
+        pids: 30,
+        ..ResourceLimits::default()
+    };
+    let bombed = Command {
+        process_id: Some("bomb".into()),
+        deadline: Some(Duration::from_secs(20)),
+        ..limited(pids, bomb)
+    };
+    run(bombed).await;
+    // What is left of it is found and ended.
+    let _ = sandbox
+        .process("bomb")
+        .signal_to(9, proto::envd::v1::SignalTarget::All)
+        .await;
+    assert_eq!(output(&sandbox, "echo here").await, "here");
+
+    // A full disk is the program's to hear of.
+    let full = run(Command::new([
+        "sh",
+        "-c",
+        "head -c 2G /dev/zero > ~/big; echo $?",
+    ]))
+    .await;
+    assert_eq!(full.stdout, b"1\n");
+    assert!(String::from_utf8_lossy(&full.stderr).contains("No space left on device"));
+    assert_eq!(output(&sandbox, "rm ~/big; echo here").await, "here");
+
+    // What it started and left, and how much all of it took.
+    let left = run(Command::new([
+        "sh",
+        "-c",
+        "(setsid sleep 1000 >/dev/null 2>&1 &)",
+    ]))
+    .await;
+    assert!(left.exit.0.left_running);
+    let busy = run(Command::new([
+        "sh",
+        "-c",
+        "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done",
+    ]))
+    .await;
+    assert!(busy.exit.0.cpu_time.unwrap().nanos > 0);
+}

@@ -1,0 +1,195 @@
+//! A process from its start to its end: what it writes, how long it may work, how it ended.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{Arc, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use bytes::BytesMut;
+use nix::sys::signal::Signal;
+use proto::envd::v1::{ProcessExited, process_exited};
+use tokio::{
+    io::AsyncReadExt as _,
+    net::unix::pipe,
+    sync::{Notify, watch},
+};
+
+use super::{Process, Processes};
+use crate::{gate::Gate, group::Group, output::Output, spawn::Ended, terminal::Terminal};
+
+const READ_CHUNK: usize = 64 << 10;
+/// How long output may stay open after the process has ended, because a grandchild holds it.
+const HELD_OPEN: Duration = Duration::from_secs(1);
+/// Between SIGTERM and SIGKILL when a deadline has passed.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Sees a process through: its output, its deadline, its end.
+pub(super) async fn supervise(
+    processes: Processes,
+    process: Arc<Process>,
+    stdout: Source,
+    stderr: Source,
+) {
+    let stop = Arc::new(Notify::new());
+    let pump = |source: Source, output: &Arc<Output>| {
+        tokio::spawn(drain(source, Arc::clone(output), Arc::clone(&stop)))
+    };
+    let pumps = [pump(stdout, &process.stdout), pump(stderr, &process.stderr)];
+    let deadline = process
+        .request
+        .deadline
+        .and_then(|deadline| Duration::try_from(deadline).ok());
+    let mut ended = process.ended.subscribe();
+    let (how, at) = tokio::select! {
+        how = seen(&mut ended) => how,
+        () = enforce(&processes.guest.gate, &process, deadline) => seen(&mut ended).await,
+    };
+    let closed = async {
+        for output in [&process.stdout, &process.stderr] {
+            loop {
+                let growth = output.growth();
+                if output.is_closed() {
+                    break;
+                }
+                growth.await;
+            }
+        }
+    };
+    // A reader that holds the output back is waited for; a grandchild that holds it open is not, for long.
+    let gate = &processes.guest.gate;
+    let held_open = tokio::select! {
+        () = closed => false,
+        () = gate.sleep(HELD_OPEN) => !wait_for_slow_reader(gate, &process).await,
+    };
+    stop.notify_waiters();
+    stop.notify_one();
+    process.stdout.close();
+    process.stderr.close();
+    for pump in pumps {
+        pump.abort();
+    }
+    // A terminal hangs up: what was started from it and is still there hears it.
+    process.stdin.lock().await.sink = None;
+    process
+        .terminal
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    let used = process.group.as_ref().map(Group::used).unwrap_or_default();
+    let status = match (how.code, how.signal) {
+        (Some(code), _) => Some(process_exited::Status::Code(code)),
+        (None, Some(signal)) => Some(process_exited::Status::Signal(signal)),
+        (None, None) => None,
+    };
+    let exited = ProcessExited {
+        status,
+        oom_killed: used.oom_kills > 0,
+        deadline_exceeded: *process.deadline_passed.borrow(),
+        output_held_open: held_open,
+        cpu_time: prost_types::Duration::try_from(Duration::from_micros(
+            used.cpu_micros.unwrap_or(how.cpu_micros),
+        ))
+        .ok(),
+        peak_memory_bytes: used.peak_memory.unwrap_or(how.peak_memory_bytes),
+        wall_time: prost_types::Duration::try_from(process.began.elapsed()).ok(),
+        end_time: Some(at.into()),
+        stdout_bytes: process.stdout.end(),
+        stderr_bytes: process.stderr.end(),
+        oom_kills: used.oom_kills,
+        left_running: process
+            .group
+            .as_ref()
+            .is_some_and(|group| !group.is_empty()),
+    };
+    processes.retire(&process);
+    process.exited.send_replace(Some(exited));
+}
+
+/// Whether the output closed after all, because what delayed it was a reader and not a grandchild.
+async fn wait_for_slow_reader(gate: &Gate, process: &Process) -> bool {
+    loop {
+        let before = (process.stdout.end(), process.stderr.end());
+        gate.sleep(HELD_OPEN).await;
+        if process.stdout.is_closed() && process.stderr.is_closed() {
+            return true;
+        }
+        let held_back = process.stdout.is_held_back() || process.stderr.is_held_back();
+        let moved = before != (process.stdout.end(), process.stderr.end());
+        if !held_back && !moved {
+            return false;
+        }
+    }
+}
+
+async fn seen(ended: &mut watch::Receiver<Option<(Ended, SystemTime)>>) -> (Ended, SystemTime) {
+    loop {
+        if let Some(how) = ended.borrow_and_update().clone() {
+            return how;
+        }
+        if ended.changed().await.is_err() {
+            // The sender lives as long as the process is known.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Returns when the deadline has passed and all was killed that the process had started; never without one. Time in which the process was frozen is not counted:
+/// a deadline bounds how long it may work, and a session that slept for days must not wake to processes that are late already.
+async fn enforce(gate: &Gate, process: &Process, deadline: Option<Duration>) {
+    let Some(deadline) = deadline else {
+        return std::future::pending().await;
+    };
+    gate.sleep(deadline).await;
+    process.deadline_passed.send_replace(true);
+    process.end_all(Signal::SIGTERM);
+    gate.sleep(GRACE).await;
+    process.end_all(Signal::SIGKILL);
+}
+
+/// Where output comes from.
+pub(super) enum Source {
+    Nothing,
+    Pipe(pipe::Receiver),
+    Terminal(Arc<Terminal>),
+}
+
+impl Source {
+    pub(super) fn pipe(end: Option<impl Into<OwnedFd>>) -> Self {
+        end.and_then(|end| pipe::Receiver::from_owned_fd(end.into()).ok())
+            .map_or(Self::Nothing, Self::Pipe)
+    }
+
+    /// At most a chunk more; 0 at the end. Cancel-safe.
+    async fn read(&mut self, into: &mut BytesMut) -> io::Result<usize> {
+        match self {
+            Self::Nothing => Ok(0),
+            Self::Pipe(pipe) => pipe.read_buf(into).await,
+            Self::Terminal(terminal) => terminal.read(into, READ_CHUNK).await,
+        }
+    }
+}
+
+/// Moves bytes to the ring until they end, or `stop`.
+async fn drain(mut source: Source, output: Arc<Output>, stop: Arc<Notify>) {
+    let read = async {
+        loop {
+            output.room().await;
+            let mut chunk = BytesMut::with_capacity(READ_CHUNK);
+            match source.read(&mut chunk).await {
+                Ok(0) => return,
+                Ok(_) => output.push(chunk.freeze()),
+                Err(error) => {
+                    eprintln!("envd: reading output: {error}");
+                    return;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        () = read => {}
+        () = stop.notified() => {}
+    }
+    output.close();
+}
