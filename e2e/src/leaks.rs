@@ -9,7 +9,9 @@ pub fn of_state(state: &str) -> BTreeSet<String> {
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        if command.contains(state) {
+        // A VMM is told no whole path; it works in its session's folder.
+        let works_in = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+        if command.contains(state) || works_in.to_string_lossy().contains(state) {
             found.insert(format!("process {command}"));
         }
     }

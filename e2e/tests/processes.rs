@@ -209,12 +209,12 @@ async fn every_end_says_what_it_was() {
     };
 
     // More than it may have, and all else goes on.
-    let killed = run(limited(memory, takes(200))).await;
+    let killed = run(limited(memory, takes(60))).await;
     assert_eq!((killed.exit.code(), killed.exit.0.oom_killed), (137, true));
     let parent = [
         "sh".into(),
         "-c".into(),
-        format!("{}; exit 5", "python3 -c 'b = bytearray(200 << 20)'"),
+        format!("{}; exit 5", "python3 -c 'b = bytearray(60 << 20)'"),
     ];
     let survived = run(limited(memory, parent)).await;
     assert_eq!((survived.exit.code(), survived.exit.0.oom_kills), (5, 1));
@@ -222,8 +222,9 @@ async fn every_end_says_what_it_was() {
     assert_eq!((fits.exit.code(), fits.exit.0.oom_killed), (0, false));
     assert!(fits.exit.0.peak_memory_bytes > 8 << 20 && fits.exit.0.peak_memory_bytes <= 32 << 20);
 
-    // More than the guest has.
-    let killed = run(Command::new(takes(500))).await;
+    // More than the guest has, bit by bit, so that nothing is refused at once.
+    let all = "b = []\nwhile True: b.append(bytearray(1 << 20))";
+    let killed = run(Command::new(["python3", "-c", all])).await;
     assert_eq!((killed.exit.code(), killed.exit.0.oom_killed), (137, true));
 
     // A process that starts more and more of itself.

@@ -32,8 +32,10 @@ async fn a_shell_is_as_one_by_ssh() {
     assert_eq!(screen.shows("size: "), "25 90");
 
     // Ctrl-C ends what is in front, and only that.
-    screen.enters("clear; sleep 1000");
+    screen.enters("clear; echo sleeping; sleep 1000");
+    screen.shows("sleeping");
     screen.presses("C-c");
+    screen.shows("in>");
     screen.enters("echo \"after: $?\"");
     assert_eq!(screen.shows("after: "), "130");
 
@@ -43,6 +45,8 @@ async fn a_shell_is_as_one_by_ssh() {
     screen.shows("roses – are red");
     screen.presses("Escape");
     screen.enters(":wq");
+    // What is typed too early is for the program that ends.
+    screen.shows("in>");
     screen.enters("clear; sed 's/^/poem: /' poem");
     assert_eq!(screen.shows("poem: "), "roses – are red");
     screen.enters("clear; seq 1 1000 | less");
@@ -50,9 +54,11 @@ async fn a_shell_is_as_one_by_ssh() {
     screen.types("G");
     screen.shows("1000");
     screen.types("q");
+    screen.shows("in>");
     screen.enters("clear; top");
     screen.shows("top - ");
     screen.types("q");
+    screen.shows("in>");
 
     // Much at once, and the end of it in order.
     screen.enters("clear; head -c 10000000 /dev/zero | base64; echo \"over: $?\"");
@@ -90,8 +96,9 @@ async fn a_shell_outlives_the_network_and_draws_nothing_twice() {
     screen.shows("line 5");
     mesh.crash("envoy");
     mesh.crash("node");
-    // A key that is pressed while nobody is there is not lost.
+    // A key that is pressed while nobody may be there is not lost.
     screen.types("echo pressed");
+    screen.shows("line 40");
     let sandbox = mesh.client().sandbox(&session).unwrap();
     let end = std::time::Instant::now() + std::time::Duration::from_mins(1);
     while let Err(error) = sandbox.run(["touch", "/home/user/over"]).await {
@@ -136,24 +143,21 @@ async fn commands_are_run_found_and_ended() {
     screen.enters(&format!("clear; sandmesh exec --detach --id mine {id} -- sh -c 'echo first; (setsid sleep 9999 &) ; sleep 9999' | sed 's/^/id: /'"));
     assert_eq!(screen.shows("id: "), "mine");
     screen.enters(&format!(
-        "clear; sandmesh ps {id} | grep mine | sed 's/  */ /g; s/^/is: /' | cut -c1-12"
+        "clear; sandmesh ps {id} | awk '/mine/ {{ print \"is: \" $1 }}'"
     ));
-    assert_eq!(
-        screen.shows("is: "),
-        "mine ".to_owned() + screen.shows("is: mine ").as_str()
-    );
+    assert_eq!(screen.shows("is: "), "mine");
     screen.enters(&format!(
-        "clear; sandmesh kill -s KILL --all {id} mine; sandmesh attach {id} mine; echo \"code: $?\""
+        "clear; sandmesh kill -s KILL --all {id} mine; sandmesh attach {id} mine; echo \"ended: $?\""
     ));
-    assert_eq!(screen.shows("code: "), "137");
+    assert_eq!(screen.shows("ended: "), "137");
     screen.shows("first");
     screen.enters(&format!(
-        "clear; sandmesh exec {id} -- pgrep -c sleep; echo \"code: $?\""
+        "clear; sandmesh exec {id} -- pgrep -c sleep; echo \"found: $?\""
     ));
-    assert_eq!(screen.shows("code: "), "1");
+    assert_eq!(screen.shows("found: "), "1");
     screen.enters(&format!(
-        "clear; sandmesh exec {id} -- no-such-program; echo \"code: $?\""
+        "clear; sandmesh exec {id} -- no-such-program; echo \"missing: $?\""
     ));
-    assert_eq!(screen.shows("code: "), "125");
+    assert_eq!(screen.shows("missing: "), "125");
     screen.shows("error: no-such-program: command not found (PROGRAM_NOT_FOUND)");
 }

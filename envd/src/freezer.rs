@@ -20,6 +20,10 @@ const USER: &str = "user";
 /// Below it, for processes that had left.
 const STRAYS: &str = "strays";
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// Of the guest's memory, for envd and the kernel alone: as much, or that part of all, if that is more. When users' processes have taken all the
+/// rest, one of them is killed at once; without it, the guest would first throw out every page of a program that it could read again.
+const RESERVE: u64 = 24 << 20;
+const RESERVE_PART: u64 = 32;
 /// A process that waits for a disk freezes when the disk has answered; longer than that and something is wrong.
 const LIMIT: Duration = Duration::from_secs(5);
 /// A process that forks out of the root faster than it is put back.
@@ -56,6 +60,10 @@ impl Freezer {
             for folder in [&self.root, &self.user()] {
                 fs::write(folder.join("cgroup.subtree_control"), wanted.join(" "))?;
             }
+        }
+        if let (Some(all), true) = (memory(), wanted.iter().any(|name| name == "+memory")) {
+            let most = all - RESERVE.max(all / RESERVE_PART).min(all / 2);
+            fs::write(self.user().join("memory.max"), most.to_string())?;
         }
         Ok(())
     }
@@ -153,6 +161,16 @@ impl Freezer {
             "processes leave the cgroup faster than they are put back",
         ))
     }
+}
+
+/// What the guest has in all, in bytes (proc_meminfo(5)).
+fn memory() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    kib.checked_mul(1024)
 }
 
 fn write(path: &Path, text: &str) -> Result<(), String> {

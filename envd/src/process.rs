@@ -584,6 +584,11 @@ impl Process {
         sent.map_err(|error| refuse(Code::FailedPrecondition, "PROCESS_ENDED", error.to_string()))
     }
 
+    /// Whether something it started is there; once it has been collected itself, something that outlives it.
+    fn is_survived(&self) -> bool {
+        self.group.as_ref().is_some_and(|group| !group.is_empty())
+    }
+
     /// Ends it and all it started.
     fn end_all(&self, signal: Signal) {
         // What has ended meanwhile needs no signal.

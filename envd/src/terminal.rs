@@ -66,22 +66,15 @@ impl Terminal {
     pub(crate) async fn read(&self, into: &mut BytesMut, most: usize) -> io::Result<usize> {
         loop {
             let mut ready = self.ours.readable().await?;
-            let outcome = ready.try_io(|ours| {
-                let start = into.len();
-                into.resize(start + most, 0);
-                let space = into.get_mut(start..).unwrap_or_default();
-                let count = read(ours.as_fd(), space);
-                into.truncate(start + *count.as_ref().unwrap_or(&0));
-                match count {
-                    // All other sides are closed.
-                    Err(nix::errno::Errno::EIO) => Ok(0),
-                    count => count.map_err(io::Error::from),
-                }
-            });
-            if let Ok(count) = outcome {
+            if let Ok(count) = ready.try_io(|ours| read_from(ours.get_ref(), into, most)) {
                 return count;
             }
         }
+    }
+
+    /// Reads what the process has written already.
+    pub(crate) fn try_read(&self, into: &mut BytesMut, most: usize) -> io::Result<usize> {
+        read_from(self.ours.get_ref(), into, most)
     }
 
     /// Types; how much of it the terminal took. Cancel-safe.
@@ -101,6 +94,19 @@ impl Terminal {
         // SAFETY: the descriptor is open, and the size outlives the call.
         unsafe { set_size(self.ours.get_ref().as_raw_fd(), &raw const size) }?;
         Ok(())
+    }
+}
+
+fn read_from(ours: &OwnedFd, into: &mut BytesMut, most: usize) -> io::Result<usize> {
+    let start = into.len();
+    into.resize(start + most, 0);
+    let space = into.get_mut(start..).unwrap_or_default();
+    let count = read(ours.as_fd(), space);
+    into.truncate(start + *count.as_ref().unwrap_or(&0));
+    match count {
+        // All other sides are closed.
+        Err(nix::errno::Errno::EIO) => Ok(0),
+        count => count.map_err(io::Error::from),
     }
 }
 

@@ -227,7 +227,7 @@ async fn at_terminal(process: &mut Process, offset: Option<u64>) -> anyhow::Resu
     if let Some(exit) = exit {
         return Ok(told(&exit));
     }
-    eprintln!("sandmesh: left; it goes on as process {}", process.id());
+    eprintln!("\nsandmesh: left; it goes on as process {}", process.id());
     Ok(0)
 }
 
@@ -285,13 +285,16 @@ async fn type_keys(process: Remote, mut offset: Option<u64>, left: Option<Cancel
                 return;
             }
         };
-        let typed = match &left {
-            Some(left) => match escape.look(&typed) {
-                Some(typed) => typed,
-                None => return left.cancel(),
-            },
-            None => typed,
+        let (typed, leaves) = match left {
+            Some(_) => escape.look(&typed),
+            None => (typed, false),
         };
+        if leaves
+            && typed.is_empty()
+            && let Some(left) = &left
+        {
+            return left.cancel();
+        }
         if typed.is_empty() {
             continue;
         }
@@ -304,6 +307,9 @@ async fn type_keys(process: Remote, mut offset: Option<u64>, left: Option<Cancel
             (Ok(next), Some(at)) => *at = next,
             (Ok(_), None) => {}
             (Err(_), _) => return,
+        }
+        if leaves && let Some(left) = &left {
+            return left.cancel();
         }
     }
 }
@@ -325,14 +331,14 @@ impl Default for Escape {
 }
 
 impl Escape {
-    /// What of the keys is to be passed on; `None` to leave.
-    fn look(&mut self, typed: &[u8]) -> Option<Bytes> {
+    /// What of the keys is to be passed on, and whether the user leaves then.
+    fn look(&mut self, typed: &[u8]) -> (Bytes, bool) {
         let mut passed = BytesMut::with_capacity(typed.len() + 1);
         for key in typed {
             if self.after_tilde {
                 self.after_tilde = false;
                 match key {
-                    b'.' => return None,
+                    b'.' => return (passed.freeze(), true),
                     b'~' => {}
                     _ => passed.extend_from_slice(b"~"),
                 }
@@ -344,7 +350,7 @@ impl Escape {
             passed.extend_from_slice(&[*key]);
             self.at_line_start = matches!(key, b'\r' | b'\n');
         }
-        Some(passed.freeze())
+        (passed.freeze(), false)
     }
 }
 
@@ -386,14 +392,20 @@ mod tests {
             let mut escape = Escape::default();
             let mut passed = Vec::new();
             for keys in typed {
-                passed.extend_from_slice(&escape.look(keys.as_bytes())?);
+                let (keys, leaves) = escape.look(keys.as_bytes());
+                passed.extend_from_slice(&keys);
+                if leaves {
+                    passed.extend_from_slice(b" and left");
+                    break;
+                }
             }
-            Some(String::from_utf8(passed).unwrap())
+            String::from_utf8(passed).unwrap()
         };
-        assert_eq!(looked(&["~."]), None);
-        assert_eq!(looked(&["ls\r", "~", "."]), None);
-        assert_eq!(looked(&["ls ~.\r"]).unwrap(), "ls ~.\r");
-        assert_eq!(looked(&["~", "~."]).unwrap(), "~.");
-        assert_eq!(looked(&["~/bin/x\r"]).unwrap(), "~/bin/x\r");
+        assert_eq!(looked(&["~."]), " and left");
+        assert_eq!(looked(&["ls\r", "~", "."]), "ls\r and left");
+        assert_eq!(looked(&["ls\r~."]), "ls\r and left");
+        assert_eq!(looked(&["ls ~.\r"]), "ls ~.\r");
+        assert_eq!(looked(&["~", "~."]), "~.");
+        assert_eq!(looked(&["~/bin/x\r"]), "~/bin/x\r");
     }
 }

@@ -4,7 +4,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     sync::{Arc, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::BytesMut;
@@ -20,8 +20,17 @@ use super::{Process, Processes};
 use crate::{gate::Gate, group::Group, output::Output, spawn::Ended, terminal::Terminal};
 
 const READ_CHUNK: usize = 64 << 10;
+/// The kernel gives no more of a terminal at once (drivers/tty/n_tty.c, `N_TTY_BUF_SIZE`).
+const TERMINAL_CHUNK: usize = 4 << 10;
 /// How long output may stay open after the process has ended, because a grandchild holds it.
 const HELD_OPEN: Duration = Duration::from_secs(1);
+/// How often that is waited for once more while something still comes, and no reader holds it back.
+const HELD_OPEN_TIMES: u32 = 4;
+/// What a pipe can hold at most, unless root in the guest allows more (`pipe-max-size` of proc_sys_fs(5)).
+const LARGEST_PIPE: u64 = 1 << 20;
+/// Less than this is a small write, and no two of them are moved sooner after each other than that.
+const SMALL: usize = 16 << 10;
+const PACE: Duration = Duration::from_millis(2);
 /// Between SIGTERM and SIGKILL when a deadline has passed.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -46,6 +55,14 @@ pub(super) async fn supervise(
         how = seen(&mut ended) => how,
         () = enforce(&processes.guest.gate, &process, deadline) => seen(&mut ended).await,
     };
+    if *process.deadline_passed.borrow() && process.is_survived() {
+        // What outlives it has the time that it would have had.
+        let (processes, process) = (processes.clone(), Arc::clone(&process));
+        tokio::spawn(async move {
+            processes.guest.gate.sleep(GRACE).await;
+            process.end_all(Signal::SIGKILL);
+        });
+    }
     let closed = async {
         for output in [&process.stdout, &process.stderr] {
             loop {
@@ -57,11 +74,12 @@ pub(super) async fn supervise(
             }
         }
     };
-    // A reader that holds the output back is waited for; a grandchild that holds it open is not, for long.
+    // A reader that holds the output back is waited for; a grandchild that holds it open, or goes on writing, is not, for long.
     let gate = &processes.guest.gate;
+    let at_exit = written(&process);
     let held_open = tokio::select! {
         () = closed => false,
-        () = gate.sleep(HELD_OPEN) => !wait_for_slow_reader(gate, &process).await,
+        () = gate.sleep(HELD_OPEN) => !wait_for_slow_reader(gate, &process, at_exit).await,
     };
     stop.notify_waiters();
     stop.notify_one();
@@ -98,27 +116,38 @@ pub(super) async fn supervise(
         stdout_bytes: process.stdout.end(),
         stderr_bytes: process.stderr.end(),
         oom_kills: used.oom_kills,
-        left_running: process
-            .group
-            .as_ref()
-            .is_some_and(|group| !group.is_empty()),
+        left_running: process.is_survived(),
     };
     processes.retire(&process);
     process.exited.send_replace(Some(exited));
 }
 
-/// Whether the output closed after all, because what delayed it was a reader and not a grandchild.
-async fn wait_for_slow_reader(gate: &Gate, process: &Process) -> bool {
+fn written(process: &Process) -> [u64; 2] {
+    [process.stdout.end(), process.stderr.end()]
+}
+
+/// Whether the output closed after all, because what delayed it was a reader and not a grandchild. What came after all that a pipe can
+/// have held at the exit is a grandchild's.
+async fn wait_for_slow_reader(gate: &Gate, process: &Process, at_exit: [u64; 2]) -> bool {
+    let mut patience = HELD_OPEN_TIMES;
     loop {
-        let before = (process.stdout.end(), process.stderr.end());
+        let before = written(process);
+        let grown = before.iter().zip(at_exit).map(|(now, then)| now - then);
+        if grown.max() > Some(LARGEST_PIPE) {
+            return false;
+        }
         gate.sleep(HELD_OPEN).await;
         if process.stdout.is_closed() && process.stderr.is_closed() {
             return true;
         }
         let held_back = process.stdout.is_held_back() || process.stderr.is_held_back();
-        let moved = before != (process.stdout.end(), process.stderr.end());
-        if !held_back && !moved {
+        let moved = before != written(process);
+        if held_back {
+            patience = HELD_OPEN_TIMES;
+        } else if !moved || patience == 0 {
             return false;
+        } else {
+            patience -= 1;
         }
     }
 }
@@ -166,30 +195,59 @@ impl Source {
         match self {
             Self::Nothing => Ok(0),
             Self::Pipe(pipe) => pipe.read_buf(into).await,
-            Self::Terminal(terminal) => terminal.read(into, READ_CHUNK).await,
+            Self::Terminal(terminal) => terminal.read(into, TERMINAL_CHUNK).await,
+        }
+    }
+
+    /// What is there already, up to a chunk in all. That there is no more, or will be, shows at the next read.
+    fn read_on(&mut self, into: &mut BytesMut) {
+        while into.len() < READ_CHUNK {
+            let read = match self {
+                Self::Nothing => return,
+                Self::Pipe(pipe) => pipe.try_read_buf(into),
+                Self::Terminal(terminal) => terminal.try_read(into, TERMINAL_CHUNK),
+            };
+            if !matches!(read, Ok(count) if count > 0) {
+                return;
+            }
         }
     }
 }
 
-/// Moves bytes to the ring until they end, or `stop`.
+/// Moves bytes to the ring until they end, or `stop`. Small writes that follow each other closely, as those of a program that writes line
+/// by line to a terminal, are moved together: each on its own would cost its reader a message.
 async fn drain(mut source: Source, output: Arc<Output>, stop: Arc<Notify>) {
+    let mut chunk = BytesMut::new();
     let read = async {
+        let mut moved: Option<Instant> = None;
         loop {
             output.room().await;
-            let mut chunk = BytesMut::with_capacity(READ_CHUNK);
+            chunk.reserve(READ_CHUNK);
             match source.read(&mut chunk).await {
                 Ok(0) => return,
-                Ok(_) => output.push(chunk.freeze()),
+                Ok(_) => {}
                 Err(error) => {
                     eprintln!("envd: reading output: {error}");
                     return;
                 }
             }
+            if chunk.len() < SMALL
+                && let Some(moved) = moved
+                && let Some(early) = PACE.checked_sub(moved.elapsed())
+            {
+                tokio::time::sleep(early).await;
+                source.read_on(&mut chunk);
+            }
+            moved = Some(Instant::now());
+            output.push(chunk.split().freeze());
         }
     };
     tokio::select! {
         () = read => {}
         () = stop.notified() => {}
+    }
+    if !chunk.is_empty() {
+        output.push(chunk.freeze());
     }
     output.close();
 }

@@ -171,6 +171,17 @@ async fn a_grandchild_that_keeps_the_output_open_delays_the_exit_a_moment_only()
 }
 
 #[tokio::test]
+async fn a_grandchild_that_never_stops_writing_does_not_keep_the_exit_back() {
+    let world = World::new().await;
+    // Much at once, or little by little.
+    for writer in ["yes", "while :; do echo y; sleep 0.1; done"] {
+        let finished = world.run(sh(&format!("{{ {writer}; }} & exit 3"))).await;
+        assert_eq!(finished.code(), Some(3));
+        assert!(finished.exited().output_held_open);
+    }
+}
+
+#[tokio::test]
 async fn a_deadline_ends_a_process_and_kill_follows_for_one_that_ignores_it() {
     let world = World::new().await;
     // Long enough for a shell to get going on a busy machine.
@@ -300,6 +311,20 @@ async fn what_a_process_started_is_found_wherever_it_went() {
     let mut leader = world.start(named("late", limited)).await;
     let pid = daemon(&mut leader).await;
     assert!(leader.finish().await.exited().deadline_exceeded);
+    world.until_so(&format!("! kill -0 {pid}")).await;
+    // Also what does not heed the first signal, and outlives its parent, which does.
+    let limited = StartRequest {
+        deadline: Some(prost_types::Duration {
+            seconds: 2,
+            nanos: 0,
+        }),
+        ..sh(&DAEMON
+            .replace("sh -c 'echo", "sh -c 'trap \"\" TERM; echo")
+            .replace("exec sleep 600", "while :; do sleep 0.1; done"))
+    };
+    let mut leader = world.start(named("deaf", limited)).await;
+    let pid = daemon(&mut leader).await;
+    assert!(leader.finish().await.exited().left_running);
     world.until_so(&format!("! kill -0 {pid}")).await;
 }
 
