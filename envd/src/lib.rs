@@ -34,6 +34,7 @@ mod ports;
 mod process;
 mod reap;
 mod snapshot;
+mod sock_diag;
 mod spans;
 mod spawn;
 mod users;
