@@ -29,13 +29,13 @@ use crate::{
     errors::{invalid, refuse},
     freezer::Freezer,
     gate::Gate,
-    network,
+    logs, network,
     users::{self, User},
 };
 
 const LEAST_ENTROPY: usize = 32;
 const MOST_ENTROPY: usize = 512;
-const API_LEVEL: u32 = 1;
+const API_LEVEL: u32 = 2;
 const LARGEST_ENV: usize = 1 << 20;
 
 /// The guest, closed until it is configured.
@@ -178,8 +178,9 @@ impl Guest {
             let network = request.network.clone().unwrap_or_default();
             self.set_network(network).await.map_err(failed("network"))?;
         }
+        let session_id = request.session_id;
         let identity = Identity {
-            session_id: request.session_id,
+            session_id: session_id.clone(),
             hostname: request.hostname,
             env: request.env.into_iter().collect(),
             default_user: request.default_user,
@@ -189,6 +190,7 @@ impl Guest {
             freezer.thaw().map_err(failed("thaw"))?;
         }
         self.gate.open();
+        logs::info(format_args!("open, as the guest of session {session_id}"));
         Ok(())
     }
 }

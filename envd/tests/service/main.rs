@@ -9,4 +9,5 @@ mod processes;
 mod rights;
 mod snapshots;
 mod streams;
+mod system;
 mod world;
