@@ -59,6 +59,7 @@ struct Identity {
     hostname: String,
     env: BTreeMap<String, String>,
     default_user: String,
+    template: String,
 }
 
 impl Guest {
@@ -123,6 +124,10 @@ impl Guest {
                 .as_ref()
                 .map(|identity| identity.session_id.clone())
                 .unwrap_or_default(),
+            template: identity
+                .as_ref()
+                .map(|identity| identity.template.clone())
+                .unwrap_or_default(),
             hostname: identity
                 .map(|identity| identity.hostname)
                 .unwrap_or_default(),
@@ -178,19 +183,19 @@ impl Guest {
             let network = request.network.clone().unwrap_or_default();
             self.set_network(network).await.map_err(failed("network"))?;
         }
-        let session_id = request.session_id;
         let identity = Identity {
-            session_id: session_id.clone(),
+            session_id: request.session_id,
             hostname: request.hostname,
             env: request.env.into_iter().collect(),
             default_user: request.default_user,
+            template: request.template,
         };
         *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Some(identity);
         if let Some(freezer) = &self.freezer {
             freezer.thaw().map_err(failed("thaw"))?;
         }
         self.gate.open();
-        logs::info(format_args!("open, as the guest of session {session_id}"));
+        logs::info("the gate is open");
         Ok(())
     }
 }

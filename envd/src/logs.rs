@@ -62,7 +62,8 @@ pub(crate) struct OomKill {
     pub(crate) command: String,
 }
 
-/// Tells of every process that the kernel ends for want of memory, from now on.
+/// Tells of every process that the kernel ends for want of memory, from now on. The kernel says so after it has sent SIGKILL, so it may be
+/// heard here only after the process was collected.
 #[cfg_attr(not(test), allow(dead_code))] // for what is said of a process' end
 pub(crate) fn oom() -> broadcast::Receiver<OomKill> {
     KILLED.subscribe()

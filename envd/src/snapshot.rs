@@ -41,7 +41,7 @@ pub(crate) async fn prepare(
     let stopped = stop(&guest, processes, network).await;
     // One that was closed before stays so: its processes wait for Configure.
     match &stopped {
-        Ok(_) => logs::info("closed for a snapshot"),
+        Ok(_) => logs::info("the gate is closed for a snapshot"),
         Err(why) => logs::warn(format_args!("not ready for a snapshot: {}", why.message())),
     }
     if let Err(why) = &stopped

@@ -170,8 +170,11 @@ async fn a_bad_configure_names_its_field_and_leaves_the_guest_closed() {
 #[tokio::test]
 async fn a_configured_guest_says_whose_it_is() {
     let name = nix::unistd::gethostname().unwrap();
-    let world = World::new().await;
+    let mut request = configuration();
+    request.template = "base@7".into();
+    let world = World::configured(request).await;
     let info = info(&world).await;
+    assert_eq!(info.template, "base@7");
     assert_eq!(
         (info.session_id.as_str(), info.hostname.as_str()),
         (SESSION, "sandbox-aaaaa")

@@ -212,7 +212,10 @@ async fn a_message_is_told_as_it_is_said() {
         .iter()
         .map(|message| String::from_utf8(message.data.clone()).unwrap())
         .collect();
-    assert!(said[0].contains("snapshot") && said[1].contains("session"));
+    assert_eq!(
+        said,
+        ["the gate is closed for a snapshot", "the gate is open"]
+    );
 }
 
 #[tokio::test]
