@@ -4,10 +4,13 @@ pub(crate) mod checkpoint;
 pub(crate) mod cp;
 pub(crate) mod exec;
 pub(crate) mod key;
+pub(crate) mod logs;
 pub(crate) mod node;
+pub(crate) mod ports;
 pub(crate) mod process;
 pub(crate) mod session;
 pub(crate) mod template;
+pub(crate) mod top;
 pub(crate) mod url;
 
 use std::time::Duration;

@@ -80,6 +80,13 @@ impl Context {
         Ok(sdk::Client::connect(&endpoint, &key)?)
     }
 
+    /// What runs inside a session.
+    pub(crate) async fn sandbox(&self, session: &str) -> anyhow::Result<sdk::Sandbox> {
+        let client = self.client()?;
+        let session = client.get(session).await?;
+        Ok(client.sandbox(&session)?)
+    }
+
     /// A channel to a part of the deployment on this machine, with the mesh token: whoever may read the state folder.
     pub(crate) fn operator(&self, part: &str) -> anyhow::Result<MeshChannel> {
         let record = Record::read(&self.options.state)?;

@@ -59,6 +59,14 @@ enum Command {
     Cp(commands::cp::Options),
     /// Print the address of a port of a session
     Url(commands::url::Options),
+    /// Say who listens on which port of a session, or wait for one
+    Ports(commands::ports::Options),
+    /// Make a port of a session one of this machine, for any protocol over TCP
+    PortForward(commands::ports::Forward),
+    /// Print what the kernel of a session and its daemon have said
+    Logs(commands::logs::Options),
+    /// Show what a session uses, as it sees it itself
+    Top(commands::top::Options),
     /// Templates
     #[command(subcommand)]
     Template(commands::template::Command),
@@ -123,6 +131,10 @@ async fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Kill(options) => commands::process::kill(&context, &options).await?,
         Command::Cp(options) => commands::cp::run(&context, &options).await?,
         Command::Url(options) => commands::url::run(&context, &options).await?,
+        Command::Ports(options) => commands::ports::run(&context, options).await?,
+        Command::PortForward(options) => commands::ports::forward(&context, options).await?,
+        Command::Logs(options) => commands::logs::run(&context, &options).await?,
+        Command::Top(options) => commands::top::run(&context, &options).await?,
         Command::Template(command) => commands::template::run(&context, command).await?,
         Command::Node(command) => commands::node::run(&context, command).await?,
         Command::Serve { service, arguments } => serve::run(&service, arguments).await?,

@@ -98,6 +98,19 @@ pub(crate) fn bytes(count: u64) -> String {
     format!("{text} {}", UNITS.get(unit).unwrap_or(&"B"))
 }
 
+/// What came out of a sandbox, without what would make a terminal do something. Tabs stay.
+pub(crate) fn plain(text: &str) -> String {
+    let is_harmless = |c: char| c == '\t' || !c.is_control();
+    text.chars().fold(String::new(), |mut plain, c| {
+        if is_harmless(c) {
+            plain.push(c);
+        } else {
+            plain.extend(c.escape_default());
+        }
+        plain
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

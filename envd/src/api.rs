@@ -9,7 +9,7 @@ use proto::envd::v1::{
 };
 use tonic::{Request, Status, service::Interceptor};
 
-use crate::{identity::Guest, process::Processes, spans::Spans};
+use crate::{identity::Guest, ports::Ports, process::Processes, spans::Spans};
 
 mod filesystem;
 mod port;
@@ -37,8 +37,8 @@ pub(crate) fn filesystem(guest: Arc<Guest>) -> FilesystemServiceServer<filesyste
     FilesystemServiceServer::new(filesystem::Api { guest })
 }
 
-pub(crate) fn port() -> PortServiceServer<port::Api> {
-    PortServiceServer::new(port::Api)
+pub(crate) fn port(ports: Ports) -> PortServiceServer<port::Api> {
+    PortServiceServer::new(port::Api { ports })
 }
 
 pub(crate) fn system(

@@ -18,7 +18,7 @@ use nix::{
     unistd::{chdir, chroot},
 };
 
-use crate::Failure;
+use crate::{Failure, logs};
 
 const MODULES: &str = "/modules";
 /// The hierarchy is envd's to divide.
@@ -234,6 +234,8 @@ fn report_free_memory() {
     if let Err(error) = fs::write(parameter, REPORTED_ORDER)
         && error.kind() != io::ErrorKind::NotFound
     {
-        eprintln!("envd: free memory is reported in large pieces only: {error}");
+        logs::warn(format_args!(
+            "free memory is reported in large pieces only: {error}"
+        ));
     }
 }

@@ -11,7 +11,20 @@ const LONGEST_MESSAGE: usize = 1024;
 
 /// A status with a stable word.
 pub(crate) fn refuse(code: Code, reason: &str, message: impl Into<String>) -> Status {
-    let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new());
+    refuse_with(code, reason, message, &[])
+}
+
+/// A status with a stable word, and facts for programs.
+pub(crate) fn refuse_with(
+    code: Code,
+    reason: &str,
+    message: impl Into<String>,
+    facts: &[(&str, String)],
+) -> Status {
+    let facts = facts
+        .iter()
+        .map(|(name, fact)| ((*name).to_owned(), fact.clone()));
+    let details = ErrorDetails::with_error_info(reason, DOMAIN, facts.collect::<HashMap<_, _>>());
     Status::with_error_details(code, short(message.into()), details)
 }
 

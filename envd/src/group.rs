@@ -22,7 +22,6 @@ const PASSES: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Group {
     folder: PathBuf,
-    procs: File,
 }
 
 /// What all in it took together. What the kernel does not count is not there.
@@ -41,15 +40,14 @@ impl Group {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
-        let procs = OpenOptions::new()
-            .write(true)
-            .open(folder.join("cgroup.procs"))?;
-        Ok(Self { folder, procs })
+        Ok(Self { folder })
     }
 
     /// The file into which a new process writes `0` to be in.
-    pub(crate) fn entrance(&self) -> &File {
-        &self.procs
+    pub(crate) fn entrance(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .write(true)
+            .open(self.folder.join("cgroup.procs"))
     }
 
     /// Sets what may be taken.

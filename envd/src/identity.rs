@@ -30,13 +30,13 @@ use crate::{
     freezer::Freezer,
     gate::Gate,
     group::Group,
-    network,
+    logs, network,
     users::{self, User},
 };
 
 const LEAST_ENTROPY: usize = 32;
 const MOST_ENTROPY: usize = 512;
-const API_LEVEL: u32 = 1;
+const API_LEVEL: u32 = 2;
 const LARGEST_ENV: usize = 1 << 20;
 
 /// The guest, closed until it is configured.
@@ -60,6 +60,7 @@ struct Identity {
     hostname: String,
     env: BTreeMap<String, String>,
     default_user: String,
+    template: String,
 }
 
 impl Guest {
@@ -125,6 +126,10 @@ impl Guest {
                 .as_ref()
                 .map(|identity| identity.session_id.clone())
                 .unwrap_or_default(),
+            template: identity
+                .as_ref()
+                .map(|identity| identity.template.clone())
+                .unwrap_or_default(),
             hostname: identity
                 .map(|identity| identity.hostname)
                 .unwrap_or_default(),
@@ -185,12 +190,14 @@ impl Guest {
             hostname: request.hostname,
             env: request.env.into_iter().collect(),
             default_user: request.default_user,
+            template: request.template,
         };
         *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Some(identity);
         if let Some(freezer) = &self.freezer {
             freezer.thaw().map_err(failed("thaw"))?;
         }
         self.gate.open();
+        logs::info("the gate is open");
         Ok(())
     }
 }

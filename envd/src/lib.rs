@@ -2,8 +2,9 @@
 //!
 //! [`boot`] turns a bare kernel into a system: modules, disks, overlay. Then the services in [`api`] are served over the guest
 //! link, one HTTP/2 connection per epoch. [`process`] runs commands and keeps their output ([`output`]), [`reap`] is PID 1's duty to
-//! collect what has ended, [`group`] a cgroup for each, [`terminal`] what a shell has for stdin and stdout, [`users`] knows who is who, [`files`] acts as them, [`ports`] reads who listens, [`spans`] tells the node how
-//! calls went.
+//! collect what has ended, [`group`] a cgroup for each, [`terminal`] what a shell has for stdin and stdout, [`users`] knows who is who,
+//! [`files`] acts as them, [`ports`] knows who listens, [`usage`] what the guest uses, [`logs`] what its kernel and envd have said; [`spans`]
+//! tells the node how calls went.
 //!
 //! [`identity`] makes the guest a session's, with its [`network`] and without the [`connections`] of whoever it was before; [`snapshot`]
 //! gets it ready to be kept or copied, with the [`freezer`]. The [`gate`] is between them: nothing but health, reflection and the node's own
@@ -29,19 +30,23 @@ mod freezer;
 mod gate;
 mod group;
 mod identity;
+mod logs;
 mod network;
 mod output;
 mod ports;
 mod process;
 mod reap;
 mod snapshot;
+mod sock_diag;
 mod spans;
 mod spawn;
 mod terminal;
+mod usage;
 mod users;
 
 use freezer::Freezer;
 use identity::Guest;
+use ports::Ports;
 use process::Processes;
 use spans::{Spans, Trace};
 
@@ -56,12 +61,14 @@ type Failure = Box<dyn Error + Send + Sync>;
 /// Brings the guest up as PID 1 and serves until it is powered off.
 pub fn init() -> Result<(), Failure> {
     let device = boot::bring_up()?;
+    spawn::raise_own_limits();
     runtime()?.block_on(async {
         let freezer = Freezer::new(boot::CGROUPS.into())
             .map_err(|error| format!("the cgroup of users' processes: {error}"))?;
         let guest = Arc::new(Guest::new(true, Some(freezer)));
         let processes = Processes::new(Arc::clone(&guest));
         tokio::spawn(reap::run(processes.clone()));
+        tokio::spawn(logs::kmsg::follow());
         match device {
             boot::LinkDevice::Port(port) => {
                 serve(Vport::open(&port)?, guest, processes, Spans::default()).await;
@@ -85,6 +92,7 @@ pub fn serve_on_socket(socket: &Path, cgroup: Option<&Path>) -> Result<(), Failu
         let guest = Arc::new(Guest::new(false, freezer.transpose()?));
         let processes = Processes::new(Arc::clone(&guest));
         tokio::spawn(reap::run(processes.clone()));
+        tokio::spawn(logs::kmsg::follow());
         serve(channel, guest, processes, Spans::default()).await;
         Ok(())
     })
@@ -100,12 +108,14 @@ fn runtime() -> io::Result<tokio::runtime::Runtime> {
 /// Serves one epoch after the other; an older one ends when its host is gone.
 async fn serve<C: Channel>(channel: C, guest: Arc<Guest>, processes: Processes, spans: Spans) {
     let mut listener = Listener::new(channel);
+    let ports = Ports::new(Arc::clone(&guest));
     loop {
         let link = listener.accept().await;
         let (guest, processes, spans) = (Arc::clone(&guest), processes.clone(), spans.clone());
+        let ports = ports.clone();
         tokio::spawn(async move {
-            if let Err(error) = serve_link(link, guest, processes, spans).await {
-                eprintln!("envd: an epoch ended: {error}");
+            if let Err(error) = serve_link(link, guest, processes, ports, spans).await {
+                logs::warn(format_args!("an epoch ended: {error}"));
             }
         });
     }
@@ -115,6 +125,7 @@ async fn serve_link(
     link: Link,
     guest: Arc<Guest>,
     processes: Processes,
+    ports: Ports,
     spans: Spans,
 ) -> Result<(), Failure> {
     let (reporter, health) = tonic_health::server::health_reporter();
@@ -149,7 +160,7 @@ async fn serve_link(
             gate.clone(),
         ))
         .add_service(tonic::service::interceptor::InterceptedService::new(
-            api::port(),
+            api::port(ports),
             gate,
         ))
         .serve_with_incoming(OneConnection(Some(Epoch(link))))

@@ -26,6 +26,8 @@ use bytes::{Bytes, BytesMut};
 use proto::envd::v1::Backpressure;
 use tokio::sync::Notify;
 
+use crate::logs;
+
 /// Where output goes that is too much for memory: on the guest's disk, where the guest has one.
 const SPILL: &str = "/var/tmp";
 /// Smaller writes are gathered, so that many of them cost neither a piece of memory each nor a long search.
@@ -166,7 +168,7 @@ impl Ring {
             self.memory += length;
             if let Err(error) = self.spill.write(self.keeping.file, at, &chunk) {
                 // The guest's disk is full, or there is none: what does not fit into memory is gone.
-                eprintln!("envd: output is not kept: {error}");
+                logs::warn(format_args!("output is not kept: {error}"));
                 self.spill = Spill::default();
             }
             self.start = match self.spill.pieces.front() {
@@ -405,7 +407,7 @@ impl Output {
             return match read {
                 Ok((bytes, time)) => Ok(Found::Bytes(bytes, time)),
                 Err(error) => {
-                    eprintln!("envd: output cannot be read back: {error}");
+                    logs::warn(format_args!("output cannot be read back: {error}"));
                     ring.spill = Spill::default();
                     ring.start = ring.memory;
                     Err(TooLate {

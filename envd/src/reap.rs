@@ -2,14 +2,14 @@
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{process::Processes, spawn};
+use crate::{logs, process::Processes, spawn};
 
 /// Collects until the guest is powered off.
 pub(crate) async fn run(processes: Processes) {
     let mut children = match signal(SignalKind::child()) {
         Ok(children) => children,
         Err(error) => {
-            eprintln!("envd: no SIGCHLD: {error}");
+            logs::warn(format_args!("no SIGCHLD: {error}"));
             return;
         }
     };

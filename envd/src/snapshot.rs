@@ -17,7 +17,7 @@ use crate::{
     errors::refuse,
     freezer::Freezer,
     identity::{self, Guest},
-    network,
+    logs, network,
     process::Processes,
     spawn::{self, Plan, Stdio},
 };
@@ -40,6 +40,10 @@ pub(crate) async fn prepare(
     let was_open = guest.gate.close();
     let stopped = stop(&guest, processes, network).await;
     // One that was closed before stays so: its processes wait for Configure.
+    match &stopped {
+        Ok(_) => logs::info("the gate is closed for a snapshot"),
+        Err(why) => logs::warn(format_args!("not ready for a snapshot: {}", why.message())),
+    }
     if let Err(why) = &stopped
         && was_open
     {
@@ -135,7 +139,7 @@ fn warm(guest: &Guest) -> Result<(), String> {
             Ok(())
         }
         Err(error) => {
-            eprintln!("envd: {} cannot be started: {error}", user.shell);
+            logs::warn(format_args!("{} cannot be started: {error}", user.shell));
             Ok(())
         }
     }

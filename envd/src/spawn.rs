@@ -11,9 +11,15 @@ use std::{
     process::{self, Child, Command},
 };
 
-use nix::unistd::{Gid, Uid, chdir, setgid, setgroups, setsid, setuid, write};
+use nix::{
+    sys::resource::{Resource, getrlimit, setrlimit},
+    unistd::{Gid, Uid, chdir, setgid, setgroups, setsid, setuid, write},
+};
 
-use crate::{group::Group, terminal, users::User};
+use crate::{group::Group, logs, terminal, users::User};
+
+/// Files a process may have open, as at a login, and how far it may raise that (getrlimit(2)).
+const OPEN_FILES: (u64, u64) = (1024, 1 << 19);
 
 /// What a process has for stdin, stdout and stderr.
 #[derive(Debug)]
@@ -72,10 +78,9 @@ pub(crate) fn spawn(plan: Plan<'_>) -> io::Result<Child> {
     let (cwd, user) = (plan.cwd.to_owned(), plan.user.clone());
     let groups: Vec<Gid> = user.groups.iter().copied().map(Gid::from_raw).collect();
     let am_root = Uid::effective().is_root();
-    let entrance = plan
-        .group
-        .map(|group| group.entrance().try_clone())
-        .transpose()?;
+    let entrance = plan.group.map(Group::entrance).transpose()?;
+    let (_, own) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let (soft, hard) = (OPEN_FILES.0.min(own), OPEN_FILES.1.min(own));
     // SAFETY: only system calls between fork and exec, on values made before the fork; none of them allocates.
     unsafe {
         command.pre_exec(move || {
@@ -84,6 +89,7 @@ pub(crate) fn spawn(plan: Plan<'_>) -> io::Result<Child> {
                 terminal::take_control()?;
             }
             restore_oom_score();
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
             if let Some(entrance) = &entrance {
                 write(entrance.as_fd(), b"0")?;
             }
@@ -98,6 +104,14 @@ pub(crate) fn spawn(plan: Plan<'_>) -> io::Result<Child> {
         });
     }
     command.spawn()
+}
+
+/// Lets envd have as many files open as it keeps outputs of processes. What it starts has the usual number.
+pub(crate) fn raise_own_limits() {
+    let (_, hard) = OPEN_FILES;
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        logs::warn(format_args!("the limit of open files: {error}"));
+    }
 }
 
 /// envd itself is protected from the out-of-memory killer; what it starts is not (proc_pid_oom_score_adj(5)).

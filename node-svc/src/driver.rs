@@ -563,6 +563,12 @@ impl Driver {
             session_id: self.session.id.clone(),
             env: self.request.env.clone().into_iter().collect(),
             nameservers: self.shop.nameservers.clone(),
+            template: self
+                .request
+                .template
+                .as_ref()
+                .map(|template| format!("{}@{}", template.name, template.version))
+                .unwrap_or_default(),
             // The journal's checksum was right, so it is what was written.
             machine_id: HEXLOWER
                 .decode(self.entry.machine_id.as_bytes())

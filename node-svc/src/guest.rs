@@ -56,6 +56,8 @@ pub struct Identity {
     pub env: BTreeMap<String, String>,
     /// Its name servers.
     pub nameservers: Vec<String>,
+    /// Its template, as "name@version"; empty for nobody's.
+    pub template: String,
     /// 16 bytes for /etc/machine-id.
     pub machine_id: Vec<u8>,
 }
@@ -131,6 +133,7 @@ impl GuestClient {
             machine_id: identity.machine_id.clone(),
             default_user: String::new(),
             reset_connections: connections == Connections::Reset,
+            template: identity.template.clone(),
         });
         request.set_timeout(CONFIGURE_TIMEOUT);
         match tokio::time::timeout(CONFIGURE_TIMEOUT, self.system().configure(request)).await {

@@ -146,6 +146,7 @@ async fn configure(guest: &GuestClient) {
         session_id: SessionId::parse("abcde01234567890123456789").unwrap(),
         env: [].into(),
         nameservers: Vec::new(),
+        template: String::new(),
         machine_id: vec![7; 16],
     };
     guest.configure(&identity, Connections::Keep).await.unwrap();

@@ -13,10 +13,15 @@
 mod client;
 mod error;
 mod files;
+mod ports;
 mod process;
+mod resumed;
 mod sandbox;
+mod system;
 
 pub use client::{Changes, Client, NewFork, NewSession};
 pub use error::Error;
+pub use ports::PortWatch;
 pub use process::{Command, Event, Exit, Output, Process, Remote};
 pub use sandbox::Sandbox;
+pub use system::{Logs, Metrics};

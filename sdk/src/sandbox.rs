@@ -1,16 +1,12 @@
 //! One session's inside.
 
 use proto::envd::v1::{
-    GetInfoRequest, GuestInfo, Listener, PortServiceListRequest,
     filesystem_service_client::FilesystemServiceClient, port_service_client::PortServiceClient,
     process_service_client::ProcessServiceClient, system_service_client::SystemServiceClient,
 };
 use tonic::transport::Channel;
 
-use crate::{
-    Error,
-    client::{Authorized, Headers},
-};
+use crate::client::{Authorized, Headers};
 
 const LARGEST_MESSAGE: usize = 8 << 20;
 
@@ -46,21 +42,5 @@ impl Sandbox {
     /// The whole system API.
     pub fn system(&self) -> SystemServiceClient<Authorized> {
         SystemServiceClient::with_interceptor(self.channel.clone(), self.headers.clone())
-    }
-
-    /// What the guest is.
-    pub async fn info(&self) -> Result<GuestInfo, Error> {
-        let answer = self.system().get_info(GetInfoRequest {}).await?;
-        answer.into_inner().info.ok_or(Error::Incomplete("info"))
-    }
-
-    /// Who listens on which port.
-    pub async fn ports(&self) -> Result<Vec<Listener>, Error> {
-        Ok(self
-            .port_service()
-            .list(PortServiceListRequest {})
-            .await?
-            .into_inner()
-            .listeners)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures::stream;
+use futures::{StreamExt as _, stream};
 use nix::sys::{
     reboot::{RebootMode, reboot},
     signal::Signal,
@@ -17,14 +17,19 @@ use tonic::{Code, Request, Response, Status};
 
 use super::Answers;
 use crate::{
-    errors::{not_yet, refuse},
+    errors::{invalid, refuse, refuse_with},
     identity::Guest,
+    logs,
     process::Processes,
     snapshot,
     spans::Spans,
+    usage,
 };
 
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+const INTERVAL: Duration = Duration::from_secs(1);
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+const LONGEST_INTERVAL: Duration = Duration::from_hours(1);
 
 pub(crate) struct Api {
     pub(crate) processes: Processes,
@@ -73,18 +78,42 @@ impl SystemService for Api {
 
     async fn stream_metrics(
         &self,
-        _: Request<StreamMetricsRequest>,
+        request: Request<StreamMetricsRequest>,
     ) -> Result<Response<Self::StreamMetricsStream>, Status> {
-        Err(not_yet("StreamMetrics"))
+        self.guest.gate.admit()?;
+        let interval = parse_interval(request.get_ref().interval)?;
+        let guest = Arc::clone(&self.guest);
+        let measured = stream::unfold((guest, true), move |(guest, is_first)| async move {
+            if !is_first {
+                guest.gate.sleep(interval).await;
+            }
+            let used = usage::measure().await;
+            let used = used.map_err(|error| refuse(Code::Internal, "METRICS_FAILED", error));
+            Some((used, (guest, false)))
+        });
+        Ok(Response::new(Box::pin(measured)))
     }
 
     type StreamLogsStream = Answers<StreamLogsResponse>;
 
     async fn stream_logs(
         &self,
-        _: Request<StreamLogsRequest>,
+        request: Request<StreamLogsRequest>,
     ) -> Result<Response<Self::StreamLogsStream>, Status> {
-        Err(not_yet("StreamLogs"))
+        self.guest.gate.admit()?;
+        let StreamLogsRequest {
+            after_sequence,
+            follow,
+        } = *request.get_ref();
+        let messages = logs::read(after_sequence, follow.unwrap_or(true)).map_err(|last| {
+            refuse_with(
+                Code::OutOfRange,
+                "LOG_SEQUENCE_UNKNOWN",
+                format!("there is no message {after_sequence} yet, the last is {last}"),
+                &[("lastSequence", last.to_string())],
+            )
+        })?;
+        Ok(Response::new(Box::pin(messages.map(Ok))))
     }
 
     type StreamSpansStream = Answers<StreamSpansResponse>;
@@ -123,9 +152,17 @@ impl SystemService for Api {
             if std::process::id() == 1
                 && let Err(error) = reboot(RebootMode::RB_POWER_OFF)
             {
-                eprintln!("envd: power off: {error}");
+                logs::warn(format_args!("power off: {error}"));
             }
         });
         Ok(Response::new(ShutdownResponse {}))
     }
+}
+
+fn parse_interval(interval: Option<prost_types::Duration>) -> Result<Duration, Status> {
+    let interval = interval.map_or(Ok(INTERVAL), Duration::try_from);
+    interval
+        .ok()
+        .filter(|interval| (SHORTEST_INTERVAL..=LONGEST_INTERVAL).contains(interval))
+        .ok_or_else(|| invalid("interval", "must be from 100 ms to 1 hour"))
 }

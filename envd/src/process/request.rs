@@ -248,8 +248,10 @@ pub(super) fn spawn_error(name: &str, user: &User, cwd: &Path, error: &io::Error
             "argv",
             "arguments and environment are too long for the kernel",
         ),
-        _ if error.raw_os_error() == Some(nix::libc::EAGAIN)
-            || error.raw_os_error() == Some(nix::libc::ENOMEM) =>
+        _ if matches!(
+            error.raw_os_error(),
+            Some(nix::libc::EAGAIN | nix::libc::ENOMEM | nix::libc::EMFILE | nix::libc::ENFILE)
+        ) =>
         {
             refuse(
                 Code::ResourceExhausted,

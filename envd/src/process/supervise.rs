@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{Process, Processes};
-use crate::{gate::Gate, group::Group, output::Output, spawn::Ended, terminal::Terminal};
+use crate::{gate::Gate, group::Group, logs, output::Output, spawn::Ended, terminal::Terminal};
 
 const READ_CHUNK: usize = 64 << 10;
 /// The kernel gives no more of a terminal at once (drivers/tty/n_tty.c, `N_TTY_BUF_SIZE`).
@@ -227,7 +227,7 @@ async fn drain(mut source: Source, output: Arc<Output>, stop: Arc<Notify>) {
                 Ok(0) => return,
                 Ok(_) => {}
                 Err(error) => {
-                    eprintln!("envd: reading output: {error}");
+                    logs::warn(format_args!("reading output: {error}"));
                     return;
                 }
             }

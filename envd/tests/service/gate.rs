@@ -6,7 +6,8 @@ use proto::envd::v1::{
     FilesystemServiceWatchRequest, ForwardRequest, GetInfoRequest, GuestInfo, MakeDirectoryRequest,
     MoveRequest, PortServiceListRequest, PortServiceWatchRequest, ProcessServiceListRequest,
     ReadRequest, RemoveRequest, ResizeRequest, SendInputRequest, ShutdownRequest, SignalRequest,
-    StatRequest, WaitRequest, WriteRequest,
+    StatRequest, StreamLogsRequest, StreamMetricsRequest, WaitForPortRequest, WaitRequest,
+    WriteRequest,
 };
 use tonic::{Code, Status};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -34,7 +35,7 @@ macro_rules! refused {
 }
 
 #[tokio::test]
-async fn nothing_of_processes_files_or_ports_is_answered_before_configure() {
+async fn nothing_of_processes_files_ports_use_or_logs_is_answered_before_configure() {
     let world = World::closed().await;
     let path = world.text("open/there");
     let make = MakeDirectoryRequest {
@@ -67,7 +68,13 @@ async fn nothing_of_processes_files_or_ports_is_answered_before_configure() {
         world.ports(),
         list(PortServiceListRequest::default()),
         watch(PortServiceWatchRequest::default()),
+        wait_for_port(WaitForPortRequest::default()),
         forward(stream::iter([ForwardRequest::default()])),
+    );
+    refused!(
+        world.system(),
+        stream_metrics(StreamMetricsRequest::default()),
+        stream_logs(StreamLogsRequest::default()),
     );
     assert!(!world.path("open/there").exists());
 }
@@ -163,8 +170,11 @@ async fn a_bad_configure_names_its_field_and_leaves_the_guest_closed() {
 #[tokio::test]
 async fn a_configured_guest_says_whose_it_is() {
     let name = nix::unistd::gethostname().unwrap();
-    let world = World::new().await;
+    let mut request = configuration();
+    request.template = "base@7".into();
+    let world = World::configured(request).await;
     let info = info(&world).await;
+    assert_eq!(info.template, "base@7");
     assert_eq!(
         (info.session_id.as_str(), info.hostname.as_str()),
         (SESSION, "sandbox-aaaaa")

@@ -9,5 +9,6 @@ mod processes;
 mod rights;
 mod snapshots;
 mod streams;
+mod system;
 mod terminals;
 mod world;

@@ -1,21 +1,25 @@
 //! Ports: who listens, and connections to them.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use bytes::Bytes;
 use futures::stream;
 use proto::envd::v1::{
-    ForwardRequest, ForwardResponse, Listener, PortServiceListRequest, StartRequest, StdinMode,
+    ForwardRequest, ForwardResponse, Listener, PortServiceListRequest, PortServiceWatchRequest,
+    PortServiceWatchResponse, PrepareSnapshotRequest, StartRequest, StdinMode, WaitForPortRequest,
+    WaitForPortResponse,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::mpsc,
+    time::Instant,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
+use tonic_types::StatusExt as _;
 
-use crate::world::{World, argv, field, noise, soon, why};
+use crate::world::{World, argv, configuration, field, noise, soon, why};
 
 async fn listeners(world: &World) -> Vec<Listener> {
     let answer = soon(world.ports().list(PortServiceListRequest {})).await;
@@ -296,4 +300,246 @@ async fn a_server_on_ipv6_loopback_alone_is_reached_too() {
     soon(socket.read_exact(&mut read)).await.unwrap();
     assert_eq!(&read, b"six");
     drop(forward);
+}
+
+/// What is told of listeners. Other tests listen as well, so each asks for its own port.
+struct Watch(Streaming<PortServiceWatchResponse>);
+
+impl Watch {
+    /// With what is told first.
+    async fn open(world: &World) -> (Self, PortServiceWatchResponse) {
+        let answers = soon(world.ports().watch(PortServiceWatchRequest {})).await;
+        let mut watch = Self(answers.unwrap().into_inner());
+        let first = watch.next().await;
+        assert!(first.closed.is_empty());
+        (watch, first)
+    }
+
+    async fn next(&mut self) -> PortServiceWatchResponse {
+        soon(self.0.message()).await.unwrap().unwrap()
+    }
+
+    async fn opened(&mut self, port: u32) -> Listener {
+        loop {
+            let changes = self.next().await;
+            assert!(!changes.closed.iter().any(|closed| closed.port == port));
+            if let Some(opened) = on(port, changes.opened) {
+                return opened;
+            }
+        }
+    }
+
+    async fn closed(&mut self, port: u32) -> Listener {
+        loop {
+            let changes = self.next().await;
+            assert!(!changes.opened.iter().any(|opened| opened.port == port));
+            if let Some(closed) = on(port, changes.closed) {
+                return closed;
+            }
+        }
+    }
+}
+
+fn on(port: u32, listeners: Vec<Listener>) -> Option<Listener> {
+    let mut found = listeners
+        .into_iter()
+        .filter(|listener| listener.port == port);
+    let one = found.next();
+    assert!(found.next().is_none(), "told twice");
+    one
+}
+
+#[tokio::test]
+async fn listeners_are_told_as_they_open_and_close_in_less_than_200_ms() {
+    let world = World::new().await;
+    let (mut watch, _) = Watch::open(&world).await;
+    let (mut open, mut close) = (Vec::new(), Vec::new());
+    for address in ["127.0.0.1", "::1", "0.0.0.0", "::"].repeat(3) {
+        let listener = TcpListener::bind((address, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port().into();
+        let began = Instant::now();
+        let told = watch.opened(port).await;
+        open.push(began.elapsed());
+        assert_eq!((told.address.as_str(), told.port), (address, port));
+        // One that is told of already is what new watchers begin with.
+        let (_, first) = Watch::open(&world).await;
+        assert_eq!(on(port, first.opened), Some(told.clone()));
+        drop(listener);
+        let began = Instant::now();
+        assert_eq!(watch.closed(port).await, told);
+        close.push(began.elapsed());
+    }
+    // A machine that is busy otherwise is late at times, but not mostly.
+    for mut times in [open, close] {
+        times.sort();
+        let median = times[times.len() / 2];
+        assert!(median < Duration::from_millis(200), "{times:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_watched_listener_has_its_process_and_goes_with_it() {
+    let world = World::new().await;
+    let (mut watch, _) = Watch::open(&world).await;
+    let script = "use IO::Socket::INET; $| = 1; \
+        my $s = IO::Socket::INET->new(Listen => 1, LocalAddr => '127.0.0.1', LocalPort => 0); \
+        print $s->sockport, \"\\n\"; sleep 1000";
+    let mut perl = world.start(argv(&["perl", "-e", script])).await;
+    while !perl.seen().stdout.ends_with(b"\n") {
+        assert!(perl.step().await.unwrap(), "{:?}", perl.seen());
+    }
+    let port = str::from_utf8(&perl.seen().stdout).unwrap().trim().parse();
+    let port = port.unwrap();
+    let told = watch.opened(port).await;
+    assert_eq!(
+        (told.pid, told.command.as_str()),
+        (perl.started.pid, "perl")
+    );
+    let kill = proto::envd::v1::SignalRequest {
+        process_id: perl.id().into(),
+        signal: 9,
+        target: 0,
+    };
+    soon(world.processes().signal(kill)).await.unwrap();
+    assert_eq!(watch.closed(port).await, told);
+}
+
+#[tokio::test]
+async fn a_watch_goes_on_over_a_snapshot_and_over_another_watchers_end() {
+    let mut world = World::new().await;
+    let (mut watch, _) = Watch::open(&world).await;
+    let (other, _) = Watch::open(&world).await;
+    drop(other);
+    let (listener, before) = listen().await;
+    watch.opened(before).await;
+    let prepare = PrepareSnapshotRequest::default();
+    soon(world.system().prepare_snapshot(prepare))
+        .await
+        .unwrap();
+    drop(listener);
+    let (_listener, after) = listen().await;
+    soon(world.system().configure(configuration()))
+        .await
+        .unwrap();
+    let changes = loop {
+        let changes = watch.next().await;
+        if changes.closed.iter().any(|closed| closed.port == before) {
+            break changes;
+        }
+    };
+    assert!(on(after, changes.opened).is_some());
+    world.reconnect().await;
+    let (_, first) = Watch::open(&world).await;
+    assert!(on(after, first.opened).is_some());
+}
+
+async fn wait(
+    world: &World,
+    port: u32,
+    http_path: &str,
+    timeout: Option<Duration>,
+) -> Result<WaitForPortResponse, Status> {
+    let request = WaitForPortRequest {
+        port,
+        http_path: http_path.into(),
+        timeout: timeout.map(|timeout| timeout.try_into().unwrap()),
+    };
+    let answer = soon(world.ports().wait_for_port(request)).await?;
+    Ok(answer.into_inner())
+}
+
+#[tokio::test]
+async fn a_port_that_is_there_is_not_waited_for_and_one_that_comes_is() {
+    let world = World::new().await;
+    for address in ["127.0.0.1", "::1", "0.0.0.0", "::"] {
+        let any = std::net::SocketAddr::new(address.parse().unwrap(), 0);
+        let socket = if any.is_ipv4() {
+            TcpSocket::new_v4()
+        } else {
+            TcpSocket::new_v6()
+        };
+        let socket = socket.unwrap();
+        socket.bind(any).unwrap();
+        let port = socket.local_addr().unwrap().port().into();
+        let mut waiting = pin!(wait(&world, port, "", None));
+        let early = tokio::time::timeout(Duration::from_millis(300), &mut waiting).await;
+        assert!(early.is_err(), "{early:?}");
+        let _listener = socket.listen(1).unwrap();
+        let told = waiting.await.unwrap();
+        let listener = told.listener.unwrap();
+        assert_eq!(
+            (listener.address.as_str(), listener.port, told.http_status),
+            (address, port, 0)
+        );
+        let again = wait(&world, port, "", Some(Duration::from_millis(1))).await;
+        assert_eq!(again.unwrap().listener, Some(listener));
+    }
+}
+
+#[tokio::test]
+async fn a_wait_in_vain_names_the_port_and_what_was_answered() {
+    let world = World::new().await;
+    let patience = Duration::from_millis(300);
+    let unopened = TcpSocket::new_v4().unwrap();
+    unopened.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let unopened = unopened.local_addr().unwrap().port().into();
+    let (listener, open) = listen().await;
+    let served = tokio::spawn(async move {
+        loop {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(socket.read_u8().await.unwrap());
+            }
+            let answer = if head.starts_with(b"GET /good ") {
+                "HTTP/1.1 204 No Content\r\n\r\n"
+            } else {
+                "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"
+            };
+            socket.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    for (port, path, words) in [
+        (unopened, "", "nobody listens"),
+        (unopened, "/good", "nobody listens"),
+        (open, "/bad", "GET /bad was answered with 503"),
+    ] {
+        let began = Instant::now();
+        let status = wait(&world, port, path, Some(patience)).await.unwrap_err();
+        assert!(began.elapsed() >= patience);
+        assert_eq!(why(&status), (Code::DeadlineExceeded, "PORT_CLOSED".into()));
+        assert!(status.message().contains(words), "{status:?}");
+        let facts = status.get_details_error_info().unwrap().metadata;
+        assert_eq!(facts["port"], port.to_string());
+    }
+    let ready = wait(&world, open, "/good", None).await.unwrap();
+    assert_eq!(ready.http_status, 204);
+    served.abort();
+}
+
+#[tokio::test]
+async fn a_bad_wait_is_refused_and_its_field_named() {
+    let world = World::new().await;
+    let long = format!("/{}", "x".repeat(2048));
+    for (named, port, path) in [
+        ("port", 0, ""),
+        ("port", 65536, ""),
+        ("http_path", 80, "health"),
+        ("http_path", 80, "http://elsewhere/"),
+        ("http_path", 80, "/a b"),
+        ("http_path", 80, "/a\r\nx: y"),
+        ("http_path", 80, &long),
+    ] {
+        let status = wait(&world, port, path, None).await.unwrap_err();
+        assert_eq!(field(&status), named, "{port} {path}");
+    }
+    for (seconds, nanos) in [(0, 0), (-1, 0), (600, 1), (i64::MAX, 0)] {
+        let request = WaitForPortRequest {
+            port: 80,
+            timeout: Some(prost_types::Duration { seconds, nanos }),
+            ..WaitForPortRequest::default()
+        };
+        let status = soon(world.ports().wait_for_port(request)).await;
+        assert_eq!(field(&status.unwrap_err()), "timeout");
+    }
 }

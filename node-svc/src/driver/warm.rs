@@ -312,6 +312,7 @@ impl Workshop {
             session_id: SessionId::random(&HomeTag::random()),
             env: BTreeMap::new(),
             nameservers: self.nameservers.clone(),
+            template: String::new(),
             machine_id: rand::random::<[u8; 16]>().to_vec(),
         };
         guest

@@ -46,23 +46,7 @@ pub(super) async fn carry(
 ) -> Result<Response<Body>, Refusal> {
     token::check_stream(session, request.headers())?;
     let path = request.uri().path().to_owned();
-    if NODE_ONLY.contains(&path.as_str()) {
-        let failure = Failure::new(
-            Code::PermissionDenied,
-            Reason::NOT_ALLOWED,
-            format!("only the node may call {path}"),
-        );
-        return Err(Refusal::new(failure, 403));
-    }
-    if !ALLOWED.iter().any(|prefix| path.starts_with(prefix)) {
-        let message = format!(
-            "{path} is not served inside a sandbox; calls of the control plane carry no {SESSION_HEADER}"
-        );
-        return Err(Refusal::new(
-            Failure::new(Code::Unimplemented, Reason::new("METHOD_UNKNOWN"), message),
-            404,
-        ));
-    }
+    check_path(&path)?;
     let headers = request.headers_mut();
     for name in [
         header::AUTHORIZATION.as_str(),
@@ -103,6 +87,28 @@ pub(super) async fn carry(
         },
         () = reach.over.cancelled() => Err(over(reach)),
     }
+}
+
+/// Refuses what a client may not call in a guest.
+fn check_path(path: &str) -> Result<(), Refusal> {
+    if NODE_ONLY.contains(&path) {
+        let failure = Failure::new(
+            Code::PermissionDenied,
+            Reason::NOT_ALLOWED,
+            format!("only the node may call {path}"),
+        );
+        return Err(Refusal::new(failure, 403));
+    }
+    if !ALLOWED.iter().any(|prefix| path.starts_with(prefix)) {
+        let message = format!(
+            "{path} is not served inside a sandbox; calls of the control plane carry no {SESSION_HEADER}"
+        );
+        return Err(Refusal::new(
+            Failure::new(Code::Unimplemented, Reason::new("METHOD_UNKNOWN"), message),
+            404,
+        ));
+    }
+    Ok(())
 }
 
 fn over(reach: &Reach) -> Refusal {
@@ -208,5 +214,31 @@ impl http_body::Body for Carried {
 
     fn is_end_stream(&self) -> bool {
         self.is_done || self.body.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_may_call_all_of_a_guest_but_what_the_node_alone_may() {
+        let pool = proto::ENVD_DESCRIPTORS;
+        let files = <prost_types::FileDescriptorSet as prost::Message>::decode(pool).unwrap();
+        let mut refused = Vec::new();
+        for file in &files.file {
+            for service in &file.service {
+                for method in &service.method {
+                    let (package, service) = (file.package(), service.name());
+                    let path = format!("/{package}.{service}/{}", method.name());
+                    if check_path(&path).is_err() {
+                        refused.push(path);
+                    }
+                }
+            }
+        }
+        refused.sort();
+        assert_eq!(refused, NODE_ONLY);
+        assert!(check_path("/sandmesh.session.v1.SessionService/GetSession").is_err());
     }
 }

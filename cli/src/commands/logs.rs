@@ -1,0 +1,64 @@
+//! `sandmesh logs`: what the kernel of a sandbox and its daemon have said.
+
+use std::io::Write as _;
+
+use proto::envd::v1::StreamLogsResponse;
+
+use crate::{context::Context, output};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Which session.
+    session: String,
+    /// Go on with what comes.
+    #[arg(short, long)]
+    follow: bool,
+    /// Only after the message with this number.
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    after: u64,
+}
+
+pub(crate) async fn run(context: &Context, options: &Options) -> anyhow::Result<()> {
+    let sandbox = context.sandbox(&options.session).await?;
+    let mut logs = sandbox.logs(options.after, options.follow);
+    while let Some(message) = logs.next().await? {
+        if message.dropped > 0 {
+            eprintln!("sandmesh: {} messages are lost here", message.dropped);
+        }
+        output::print(
+            context.format(),
+            "sandmesh.envd.v1.StreamLogsResponse",
+            message,
+            |message| println!("{}", line(&message)),
+        )?;
+        std::io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+fn line(message: &StreamLogsResponse) -> String {
+    let time = output::time(message.time);
+    let text = String::from_utf8_lossy(&message.data);
+    let line = format!("{time} {:<6} {text}", message.source);
+    output::plain(&line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_a_line_whatever_is_in_it() {
+        let message = StreamLogsResponse {
+            sequence: 7,
+            time: Some(prost_types::Timestamp {
+                seconds: 1_700_000_000,
+                nanos: 5,
+            }),
+            source: "envd".into(),
+            data: b"tab\there, \x1b]0;title\x07, \xff and\nanother".to_vec(),
+            ..StreamLogsResponse::default()
+        };
+        insta::assert_snapshot!(line(&message), @r"2023-11-14T22:13:20Z envd   tab	here, \u{1b}]0;title\u{7}, � and\nanother");
+    }
+}

@@ -1,0 +1,350 @@
+//! What the guest's kernel ([`kmsg`]) and envd have said, kept in memory for whoever asks (`SystemService.StreamLogs`).
+//!
+//! Every message has a number. Old ones make room for new ones, and those the kernel itself has dropped have numbers too, so a reader sees by
+//! the numbers how many it will never see; it is told. The messages go with the guest's memory: a fork has its parent's, a rollback goes back.
+//!
+//! envd says what it has to say by [`warn`] (to the console as well, which the node keeps the end of) or [`info`].
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    io::Write as _,
+    sync::{LazyLock, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use futures::{Stream, stream};
+use proto::envd::v1::StreamLogsResponse;
+use tokio::sync::{broadcast, watch};
+
+pub(crate) mod kmsg;
+
+/// In bytes, what it takes to keep them included.
+const KEPT: usize = 2 << 20;
+/// What is longer loses its end.
+const LONGEST: usize = 8 << 10;
+/// Kills that a subscriber may be behind.
+const KILLS: usize = 256;
+
+const WARNING: u8 = 4;
+const INFORMATION: u8 = 6;
+
+static LOGS: LazyLock<Logs> = LazyLock::new(|| Logs::new(KEPT));
+static KILLED: LazyLock<broadcast::Sender<OomKill>> =
+    LazyLock::new(|| broadcast::Sender::new(KILLS));
+
+/// Says something on the console and in the logs: what should not be so.
+pub(crate) fn warn(message: impl fmt::Display) {
+    // A console that takes nothing changes nothing.
+    let _ = writeln!(std::io::stderr(), "envd: {message}");
+    LOGS.put(
+        Source::Envd,
+        WARNING,
+        SystemTime::now(),
+        message.to_string(),
+    );
+}
+
+/// Says something in the logs.
+pub(crate) fn info(message: impl fmt::Display) {
+    LOGS.put(
+        Source::Envd,
+        INFORMATION,
+        SystemTime::now(),
+        message.to_string(),
+    );
+}
+
+/// A process the kernel has ended because there was no memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct OomKill {
+    pub(crate) pid: u32,
+    pub(crate) command: String,
+}
+
+/// Tells of every process that the kernel ends for want of memory, from now on. The kernel says so after it has sent SIGKILL, so it may be
+/// heard here only after the process was collected.
+#[cfg_attr(not(test), allow(dead_code))] // for what is said of a process' end
+pub(crate) fn oom() -> broadcast::Receiver<OomKill> {
+    KILLED.subscribe()
+}
+
+/// Messages after one, oldest first; with `follow` also those to come. Fails if there has not been that one yet, and says which was last.
+pub(crate) fn read(
+    after: u64,
+    follow: bool,
+) -> Result<impl Stream<Item = StreamLogsResponse> + Send + use<>, u64> {
+    LOGS.read(after, follow)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Kernel,
+    /// A program of the guest, through the kernel's log.
+    User,
+    Envd,
+}
+
+impl Source {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::User => "user",
+            Self::Envd => "envd",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    sequence: u64,
+    time: SystemTime,
+    source: Source,
+    severity: u8,
+    text: Box<[u8]>,
+}
+
+impl Entry {
+    fn size(&self) -> usize {
+        size_of::<Self>() + self.text.len()
+    }
+
+    /// For a reader who has seen all up to a number.
+    fn answer(&self, seen: u64) -> StreamLogsResponse {
+        StreamLogsResponse {
+            sequence: self.sequence,
+            time: Some(self.time.into()),
+            source: self.source.name().into(),
+            data: self.text.to_vec(),
+            dropped: self.sequence - seen - 1,
+            severity: self.severity.into(),
+        }
+    }
+}
+
+/// The newest messages, by their numbers.
+#[derive(Debug)]
+struct Ring {
+    entries: VecDeque<Entry>,
+    size: usize,
+    most: usize,
+    last: u64,
+}
+
+impl Ring {
+    fn new(most: usize) -> Self {
+        Self {
+            entries: VecDeque::new(),
+            size: 0,
+            most,
+            last: 0,
+        }
+    }
+
+    fn put(&mut self, source: Source, severity: u8, time: SystemTime, mut text: Vec<u8>) {
+        text.truncate(LONGEST);
+        self.last += 1;
+        let entry = Entry {
+            sequence: self.last,
+            time,
+            source,
+            severity,
+            text: text.into(),
+        };
+        self.size += entry.size();
+        self.entries.push_back(entry);
+        while self.size > self.most
+            && let Some(oldest) = self.entries.pop_front()
+        {
+            self.size -= oldest.size();
+        }
+    }
+
+    /// So many were lost before they came here.
+    fn skip(&mut self, lost: u64) {
+        self.last += lost;
+    }
+
+    fn after(&self, sequence: u64) -> Option<&Entry> {
+        let index = self
+            .entries
+            .partition_point(|entry| entry.sequence <= sequence);
+        self.entries.get(index)
+    }
+}
+
+#[derive(Debug)]
+struct Logs {
+    ring: Mutex<Ring>,
+    /// The last number.
+    last: watch::Sender<u64>,
+}
+
+impl Logs {
+    fn new(most: usize) -> Self {
+        Self {
+            ring: Mutex::new(Ring::new(most)),
+            last: watch::Sender::new(0),
+        }
+    }
+
+    fn ring(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, source: Source, severity: u8, time: SystemTime, text: impl Into<Vec<u8>>) {
+        let mut ring = self.ring();
+        ring.put(source, severity, time, text.into());
+        // While it is held, so that numbers are told in their order.
+        self.last.send_replace(ring.last);
+    }
+
+    fn skip(&self, lost: u64) {
+        self.ring().skip(lost);
+    }
+
+    fn read(
+        &self,
+        after: u64,
+        follow: bool,
+    ) -> Result<impl Stream<Item = StreamLogsResponse> + Send + use<'_>, u64> {
+        let last = self.ring().last;
+        if after > last {
+            return Err(last);
+        }
+        let news = self.last.subscribe();
+        Ok(stream::unfold(
+            (after, news),
+            move |(seen, mut news)| async move {
+                loop {
+                    news.borrow_and_update();
+                    let next = self.ring().after(seen).map(|entry| entry.answer(seen));
+                    match next {
+                        Some(answer) if follow || answer.sequence <= last => {
+                            let seen = answer.sequence;
+                            return Some((answer, (seen, news)));
+                        }
+                        _ if !follow => return None,
+                        _ => news.changed().await.ok()?,
+                    }
+                }
+            },
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures::{FutureExt as _, StreamExt as _};
+
+    use super::*;
+
+    fn say(logs: &Logs, text: &str) {
+        logs.put(Source::Envd, INFORMATION, SystemTime::now(), text);
+    }
+
+    fn told(answer: &StreamLogsResponse) -> (u64, &str, u64) {
+        let text = std::str::from_utf8(&answer.data).unwrap();
+        (answer.sequence, text, answer.dropped)
+    }
+
+    async fn all(logs: &Logs, after: u64) -> Vec<(u64, String, u64)> {
+        let answers = logs.read(after, false).unwrap();
+        answers
+            .map(|answer| {
+                let (sequence, text, dropped) = told(&answer);
+                (sequence, text.to_owned(), dropped)
+            })
+            .collect()
+            .await
+    }
+
+    #[tokio::test]
+    async fn a_reader_gets_what_is_there_and_then_what_comes() {
+        let logs = Logs::new(KEPT);
+        say(&logs, "one");
+        say(&logs, "two");
+        let mut reader = std::pin::pin!(logs.read(0, true).unwrap());
+        for expected in [(1, "one", 0), (2, "two", 0)] {
+            assert_eq!(told(&reader.next().await.unwrap()), expected);
+        }
+        assert!(reader.next().now_or_never().is_none());
+        say(&logs, "three");
+        assert_eq!(told(&reader.next().await.unwrap()), (3, "three", 0));
+        assert_eq!(all(&logs, 2).await, [(3, "three".into(), 0)]);
+        assert_eq!(all(&logs, 3).await, []);
+    }
+
+    #[tokio::test]
+    async fn what_was_dropped_is_counted_wherever_it_was_dropped() {
+        let logs = Logs::new(10 * (size_of::<Entry>() + 5));
+        let mut slow = std::pin::pin!(logs.read(0, true).unwrap());
+        for number in 1..=15 {
+            say(&logs, &format!("{number:05}"));
+        }
+        assert_eq!(told(&slow.next().await.unwrap()), (6, "00006", 5));
+        assert_eq!(told(&slow.next().await.unwrap()), (7, "00007", 0));
+        // By the kernel, before it came here; and here, while the reader was slow.
+        logs.skip(4);
+        for number in 20..=24 {
+            say(&logs, &format!("{number:05}"));
+        }
+        assert_eq!(told(&slow.next().await.unwrap()), (11, "00011", 3));
+        for number in 12..=15 {
+            assert_eq!(slow.next().await.unwrap().sequence, number);
+        }
+        assert_eq!(told(&slow.next().await.unwrap()), (20, "00020", 4));
+        assert_eq!(all(&logs, 0).await.len(), 10);
+        assert_eq!(all(&logs, 17).await[0], (20, "00020".into(), 2));
+    }
+
+    #[tokio::test]
+    async fn a_number_that_has_not_been_is_refused() {
+        let logs = Logs::new(KEPT);
+        assert!(logs.read(0, true).is_ok());
+        assert_eq!(logs.read(1, true).err(), Some(0));
+        say(&logs, "one");
+        assert!(logs.read(1, true).is_ok());
+        assert_eq!(logs.read(2, false).err(), Some(1));
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_does_not_follow_ends_though_more_comes() {
+        let logs = Logs::new(KEPT);
+        say(&logs, "one");
+        let mut reader = std::pin::pin!(logs.read(0, false).unwrap());
+        say(&logs, "two");
+        assert_eq!(reader.next().await.unwrap().sequence, 1);
+        assert!(reader.next().await.is_none());
+    }
+
+    #[test]
+    fn memory_is_bounded_whatever_is_said() {
+        let mut ring = Ring::new(64 << 10);
+        for size in [0, 1, 100 << 10, 100].into_iter().cycle().take(2000) {
+            ring.put(Source::User, 6, SystemTime::now(), vec![b'x'; size]);
+            let held: usize = ring.entries.iter().map(Entry::size).sum();
+            assert!(held == ring.size && held <= 64 << 10);
+        }
+        assert_eq!(ring.last, 2000);
+        assert!(ring.entries.len() > 3);
+    }
+
+    #[tokio::test]
+    async fn what_envd_says_is_in_the_logs() {
+        let before = LOGS.ring().last;
+        warn("something odd");
+        let mut reader = std::pin::pin!(read(before, true).unwrap());
+        let answer = loop {
+            let answer = tokio::time::timeout(Duration::from_mins(1), reader.next());
+            let answer = answer.await.unwrap().unwrap();
+            // Other tests speak, too.
+            if answer.data == b"something odd" {
+                break answer;
+            }
+        };
+        assert_eq!((answer.source.as_str(), answer.severity), ("envd", 4));
+    }
+}
