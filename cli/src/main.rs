@@ -108,6 +108,8 @@ fn main() -> ExitCode {
     runtime.shutdown_background();
     match outcome {
         Ok(code) => ExitCode::from(code),
+        // As a program that SIGPIPE has ended.
+        Err(error) if output::is_unread(&error) => ExitCode::from(141),
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::from(OWN_FAILURE)

@@ -1,6 +1,11 @@
 //! What is printed: tables for people, protobuf's JSON form for programs.
 
-use std::{borrow::Cow, io::IsTerminal as _, sync::LazyLock, time::Duration};
+use std::{
+    borrow::Cow,
+    io::{self, IsTerminal as _, Write as _},
+    sync::LazyLock,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use comfy_table::{Table, TableStyle};
@@ -39,10 +44,23 @@ pub(crate) fn print<M: prost::Message>(
     table: impl FnOnce(M),
 ) -> anyhow::Result<()> {
     match format {
-        Format::Json => println!("{}", json(name, &answer)?),
+        Format::Json => line(&json(name, &answer)?)?,
         Format::Table => table(answer),
     }
     Ok(())
+}
+
+/// Prints a line at once.
+pub(crate) fn line(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{text}")?;
+    stdout.flush()
+}
+
+/// Whether it is only that whoever read our output has gone.
+pub(crate) fn is_unread(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Prints columns.

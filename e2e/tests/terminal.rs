@@ -1,7 +1,10 @@
 //! What a person does at a terminal, and what the screen shows: `sandmesh shell`, `exec -t`, `attach`, with programs that use one.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::net::TcpListener;
+
 use e2e::{Mesh, Screen};
+use sdk::Command;
 
 /// Ends of lines are marked by the shell itself, so that what was typed is not taken for what was said.
 const PROMPT: &str = "PS1='in> '; PS2=''";
@@ -160,4 +163,46 @@ async fn commands_are_run_found_and_ended() {
     ));
     assert_eq!(screen.shows("missing: "), "125");
     screen.shows("error: no-such-program: command not found (PROGRAM_NOT_FOUND)");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ports_logs_and_use_are_seen_as_they_change() {
+    let mesh = Mesh::start(&[]);
+    let session = mesh.session().await;
+    let id = &session.session_id;
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    let watching = Screen::open(&mesh, 100, 30);
+    watching.enters(&format!("sandmesh ports --watch {id}"));
+    let screen = Screen::open(&mesh, 160, 30);
+    let local = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let forward = format!("sandmesh port-forward {id} {}:8000", local.port());
+    let forwarding = Screen::open(&mesh, 160, 30);
+    forwarding.enters(&forward);
+    forwarding.shows(&local.to_string());
+    let server = "cd /; exec python3 -m http.server --bind 127.0.0.1 8000";
+    let process = sandbox
+        .start(Command::new(["sh", "-c", server]))
+        .await
+        .unwrap();
+    watching.shows("+ 127.0.0.1 8000 ");
+    screen.enters(&format!(
+        "sandmesh ports {id} --wait 8000 --http /etc/ && echo 'up: yes'"
+    ));
+    screen.shows("up: yes");
+    let page = format!("curl -s http://{local}/etc/ | grep -c passwd | sed 's/^/page: /'");
+    screen.enters(&format!("clear; {page}"));
+    assert!(screen.shows("page: ").parse::<u32>().unwrap() > 0);
+    process.remote().signal(9).await.unwrap();
+    watching.shows("- 127.0.0.1 8000 ");
+    screen.enters(&format!(
+        "clear; sandmesh logs {id} | grep -c 'Linux version' | sed 's/^/kernel: /'"
+    ));
+    assert_eq!(screen.shows("kernel: "), "1");
+    screen.enters(&format!(
+        "clear; sandmesh top {id} -o json | grep -c memoryUsedBytes | sed 's/^/use: /'"
+    ));
+    assert_eq!(screen.shows("use: "), "1");
 }

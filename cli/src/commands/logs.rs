@@ -1,10 +1,11 @@
 //! `sandmesh logs`: what the kernel of a sandbox and its daemon have said.
 
-use std::io::Write as _;
-
 use proto::envd::v1::StreamLogsResponse;
 
-use crate::{context::Context, output};
+use crate::{
+    context::Context,
+    output::{self, Format},
+};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -25,13 +26,13 @@ pub(crate) async fn run(context: &Context, options: &Options) -> anyhow::Result<
         if message.dropped > 0 {
             eprintln!("sandmesh: {} messages are lost here", message.dropped);
         }
-        output::print(
-            context.format(),
-            "sandmesh.envd.v1.StreamLogsResponse",
-            message,
-            |message| println!("{}", line(&message)),
-        )?;
-        std::io::stdout().flush()?;
+        match context.format() {
+            Format::Table => output::line(&line(&message))?,
+            json @ Format::Json => {
+                let name = "sandmesh.envd.v1.StreamLogsResponse";
+                output::print(json, name, message, |_| {})?;
+            }
+        }
     }
     Ok(())
 }

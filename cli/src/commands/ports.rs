@@ -1,7 +1,6 @@
 //! `sandmesh ports` and `sandmesh port-forward`.
 
 use std::{
-    io::Write as _,
     net::{Ipv4Addr, SocketAddr},
     time::Duration,
 };
@@ -58,13 +57,18 @@ pub(crate) async fn run(context: &Context, options: Options) -> anyhow::Result<(
     }
     let mut watch = sandbox.watch_ports();
     loop {
-        output::print(
-            context.format(),
-            "sandmesh.envd.v1.PortServiceWatchResponse",
-            watch.next().await?,
-            |changes| print!("{}", lines(&changes)),
-        )?;
-        std::io::stdout().flush()?;
+        let changes = watch.next().await?;
+        match context.format() {
+            Format::Table => {
+                for line in lines(&changes) {
+                    output::line(&line)?;
+                }
+            }
+            json @ Format::Json => {
+                let name = "sandmesh.envd.v1.PortServiceWatchResponse";
+                output::print(json, name, changes, |_| {})?;
+            }
+        }
     }
 }
 
@@ -93,14 +97,15 @@ fn pid(listener: &Listener) -> String {
 }
 
 /// A line for each: + for a new one, - for one that is gone.
-fn lines(changes: &PortServiceWatchResponse) -> String {
+fn lines(changes: &PortServiceWatchResponse) -> Vec<String> {
     let gone = changes.closed.iter().map(|listener| ('-', listener));
     let new = changes.opened.iter().map(|listener| ('+', listener));
-    gone.chain(new).fold(String::new(), |lines, (sign, one)| {
-        let address = output::plain(&one.address);
-        let line = format!("{sign} {address} {} {} {}", one.port, pid(one), one.command);
-        format!("{lines}{}\n", output::plain(line.trim_end()))
-    })
+    let line = |(sign, one): (char, &Listener)| {
+        let (pid, command) = (pid(one), &one.command);
+        let line = format!("{sign} {} {} {pid} {command}", one.address, one.port);
+        output::plain(line.trim_end())
+    };
+    gone.chain(new).map(line).collect()
 }
 
 #[derive(Debug, clap::Args)]
@@ -148,10 +153,14 @@ pub(crate) async fn forward(context: &Context, options: Forward) -> anyhow::Resu
         .with_context(|| format!("listening on {asked}"))?;
     let here = listener.local_addr()?;
     match context.format() {
-        Format::Json => println!("{}", serde_json::json!({"address": here, "port": remote})),
-        Format::Table => println!("{here} is port {remote} of {}", options.session),
+        Format::Json => {
+            let told = serde_json::json!({"address": here, "port": remote});
+            output::line(&told.to_string())?;
+        }
+        Format::Table => {
+            output::line(&format!("{here} is port {remote} of {}", options.session))?;
+        }
     }
-    std::io::stdout().flush()?;
     let failed = move |_, error| eprintln!("sandmesh: port {remote}: {error}");
     sandbox.forward_all(remote, listener, failed).await;
     Ok(())
@@ -186,7 +195,7 @@ mod tests {
             opened: vec![listener(80, 7, "a\u{1b}[2Jb\nc"), listener(81, 0, "")],
             closed: vec![listener(82, 9, "nc")],
         };
-        insta::assert_snapshot!(lines(&changes), @r"
+        insta::assert_snapshot!(lines(&changes).join("\n"), @r"
         - 127.0.0.1 82 9 nc
         + 127.0.0.1 80 7 a\u{1b}[2Jb\nc
         + 127.0.0.1 81

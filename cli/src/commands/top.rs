@@ -2,7 +2,7 @@
 
 use std::{
     fmt::Write as _,
-    io::{IsTerminal as _, Write as _},
+    io::IsTerminal as _,
     time::{Duration, SystemTime},
 };
 
@@ -43,11 +43,9 @@ pub(crate) async fn run(context: &Context, options: &Options) -> anyhow::Result<
         let now = metrics.next().await?;
         let table = table(&before, &now);
         if !is_live {
-            print!("{table}");
-            return Ok(());
+            return Ok(output::line(table.trim_end())?);
         }
-        print!("{REDRAW}{}\n\n{table}", options.session);
-        std::io::stdout().flush()?;
+        output::line(&format!("{REDRAW}{}\n\n{table}", options.session))?;
         before = now;
     }
 }

@@ -41,7 +41,7 @@ impl PortService for Api {
         &self,
         _: Request<PortServiceListRequest>,
     ) -> Result<Response<PortServiceListResponse>, Status> {
-        let listeners = ports::look(Arc::default()).await.map_err(blind)?;
+        let listeners = ports::look(&Listeners::new()).await.map_err(blind)?;
         let listeners = listeners.into_values().collect();
         Ok(Response::new(PortServiceListResponse { listeners }))
     }
