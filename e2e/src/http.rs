@@ -3,10 +3,13 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures::stream;
 use http::{HeaderMap, Request, StatusCode};
-use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, Full, StreamBody, combinators::BoxBody};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde_json::Value;
+use tokio::{sync::watch, time::timeout};
 
 const LIMIT: Duration = Duration::from_mins(2);
 const FIRST_WAIT: Duration = Duration::from_millis(50);
@@ -49,14 +52,8 @@ pub fn whole(bytes: Bytes) -> Body {
 
 /// Gets a path of a host by way of the edge.
 pub async fn get(edge: &str, host: &str, path: &str, headers: &[(&str, &str)]) -> Answer {
-    send(
-        edge,
-        Request::get(format!("http://{edge}{path}")),
-        host,
-        headers,
-        Body::default(),
-    )
-    .await
+    let request = Request::get(format!("http://{edge}{path}"));
+    send(edge, request, host, headers, Body::default(), LIMIT).await
 }
 
 /// Posts a body to a path of a host by way of the edge.
@@ -67,14 +64,35 @@ pub async fn post(
     headers: &[(&str, &str)],
     body: Body,
 ) -> Answer {
-    send(
-        edge,
-        Request::post(format!("http://{edge}{path}")),
-        host,
-        headers,
-        body,
-    )
-    .await
+    let request = Request::post(format!("http://{edge}{path}"));
+    send(edge, request, host, headers, body, LIMIT).await
+}
+
+/// Posts a body of so many times the same bytes. It may take as long as it needs while it goes on.
+pub async fn post_many(edge: &str, host: &str, path: &str, part: Bytes, count: u64) -> Answer {
+    let (progress, mut seen) = watch::channel(0_u64);
+    let parts = stream::iter((0..count).map(move |number| {
+        progress.send_replace(number);
+        Ok(Frame::data(part.clone()))
+    }));
+    let request = Request::post(format!("http://{edge}{path}"));
+    let body = StreamBody::new(parts).boxed();
+    let answer = send(edge, request, host, &[], body, Duration::MAX);
+    let stalled = async {
+        loop {
+            match timeout(LIMIT, seen.changed()).await {
+                Ok(Ok(())) => {}
+                // All was sent: its answer is waited for as any is.
+                Ok(Err(_)) => break tokio::time::sleep(LIMIT).await,
+                Err(_) => break,
+            }
+        }
+        *seen.borrow()
+    };
+    tokio::select! {
+        answer = answer => answer,
+        number = stalled => panic!("POST {path} of {host} at {edge} stands still after {number} of {count} parts"),
+    }
 }
 
 async fn send(
@@ -83,6 +101,7 @@ async fn send(
     host: &str,
     headers: &[(&str, &str)],
     body: Body,
+    limit: Duration,
 ) -> Answer {
     let client = Client::builder(TokioExecutor::new())
         .set_host(false)
@@ -113,8 +132,8 @@ async fn send(
             body: body.to_bytes(),
         }
     };
-    let answer = tokio::time::timeout(LIMIT, exchange).await;
-    answer.unwrap_or_else(|_| panic!("{what}: no whole answer in {LIMIT:?}"))
+    let answer = timeout(limit, exchange).await;
+    answer.unwrap_or_else(|_| panic!("{what}: no whole answer in {limit:?}"))
 }
 
 /// Gets again until the port is open, less and less often: an emulated guest has better things to do.

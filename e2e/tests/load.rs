@@ -9,8 +9,6 @@ use std::{
 
 use bytes::Bytes;
 use e2e::{Mesh, guest, http, leaks, wait_for};
-use futures::stream;
-use http_body_util::{BodyExt as _, StreamBody};
 use proto::envd::v1::{ProcessServiceListRequest, StartRequest};
 use sdk::Command;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -61,15 +59,7 @@ async fn a_gibibyte_passes_in_constant_memory_and_vanished_clients_leave_nothing
     let before: Vec<u64> = path.iter().map(|(_, pid)| forget_peak(*pid)).collect();
     let part = Bytes::from(vec![7; 256 << 10]);
     let count = GIBIBYTE / part.len() as u64;
-    let parts = stream::iter((0..count).map(move |_| Ok(http_body::Frame::data(part.clone()))));
-    let answer = http::post(
-        mesh.edge(),
-        &name,
-        "/count",
-        &[],
-        StreamBody::new(parts).boxed(),
-    )
-    .await;
+    let answer = http::post_many(mesh.edge(), &name, "/count", part, count).await;
     assert_eq!(
         (answer.status.as_u16(), answer.body.as_ref()),
         (200, GIBIBYTE.to_string().as_bytes())

@@ -56,15 +56,6 @@ pub(crate) fn invalid(field: &str, description: impl Into<String>) -> Status {
     )
 }
 
-/// `UNIMPLEMENTED` for what a later version brings.
-pub(crate) fn not_yet(what: &str) -> Status {
-    refuse(
-        Code::Unimplemented,
-        "NOT_YET_AVAILABLE",
-        format!("{what} is not available in this version"),
-    )
-}
-
 /// What the kernel said about a path.
 pub(crate) fn path_error(path: &str, error: &io::Error) -> Status {
     let (code, reason) = match error.kind() {

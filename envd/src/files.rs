@@ -34,8 +34,10 @@ use crate::{
 };
 
 mod setfsuid;
+mod watch;
 
 use setfsuid::Acting;
+pub(crate) use watch::{Look, Watch};
 
 const LONGEST_PATH: usize = 4096;
 /// A page of a directory ends here, however many entries were asked for: a gRPC message has at most 4 MiB by default.

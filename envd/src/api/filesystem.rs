@@ -2,8 +2,9 @@
 
 use std::{
     fs::File,
-    io::{Read as _, Seek as _, SeekFrom, Write as _},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -14,21 +15,27 @@ use proto::envd::v1::{
     StatResponse, WriteRequest, WriteResponse, filesystem_service_server::FilesystemService,
     write_request::Part,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::Answers;
 use crate::{
-    errors::{invalid, not_yet, path_error, refuse},
-    files,
+    errors::{invalid, path_error, refuse},
+    files::{self, Look, Watch},
     identity::Guest,
+    users::User,
 };
 
 const CHUNK: usize = 128 << 10;
 const IN_FLIGHT: usize = 4;
 const PAGE: usize = 1000;
 const LARGEST_PAGE: usize = 10_000;
+/// The kernel allows root 128 inotify instances (fs.inotify.max_user_instances), and root's own programs may want some.
+const MOST_WATCHES: usize = 64;
+static WATCHES: Semaphore = Semaphore::const_new(MOST_WATCHES);
+/// Between looks at what changed. Changes are told within 200 ms.
+const GATHERING: Duration = Duration::from_millis(20);
 
 pub(crate) struct Api {
     pub(crate) guest: Arc<Guest>,
@@ -96,9 +103,10 @@ impl FilesystemService for Api {
         request: Request<MoveRequest>,
     ) -> Result<Response<MoveResponse>, Status> {
         let request = request.into_inner();
-        let (user, source) = files::resolve(&self.guest, &request.user, &request.source, &[])?;
-        let (_, destination) =
-            files::resolve(&self.guest, &request.user, &request.destination, &[])?;
+        let resolve =
+            |path: &str, bytes: &[u8]| files::resolve(&self.guest, &request.user, path, bytes);
+        let (user, source) = resolve(&request.source, &request.source_bytes)?;
+        let (_, destination) = resolve(&request.destination, &request.destination_bytes)?;
         let entry = files::acting_as(user, move || {
             files::rename(&source, &destination, request.replace)
         })
@@ -193,9 +201,73 @@ impl FilesystemService for Api {
 
     async fn watch(
         &self,
-        _: Request<FilesystemServiceWatchRequest>,
+        request: Request<FilesystemServiceWatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        Err(not_yet("FilesystemService.Watch"))
+        let request = request.into_inner();
+        let (user, path) = files::resolve(
+            &self.guest,
+            &request.user,
+            &request.path,
+            &request.path_bytes,
+        )?;
+        let permit = WATCHES.try_acquire().map_err(|_| {
+            let message = format!("this session has {MOST_WATCHES} watches of files already");
+            refuse(Code::ResourceExhausted, "TOO_MANY_WATCHES", message)
+        })?;
+        let begin = move || Watch::begin(path, request.recursive);
+        let watch = files::acting_as(user.clone(), begin).await?;
+        let (to, answers) = mpsc::channel(IN_FLIGHT);
+        tokio::spawn(async move {
+            let _permit = permit;
+            if let Err(status) = follow(watch, user, &to).await {
+                // Nobody listens any more, or they hear why.
+                let _ = to.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+}
+
+/// Sends changes until the reader or what is watched is gone.
+async fn follow(
+    mut watch: Watch,
+    user: User,
+    to: &mpsc::Sender<Result<FilesystemServiceWatchResponse, Status>>,
+) -> Result<(), Status> {
+    let blind = |error: io::Error| {
+        let message = format!("what changes cannot be seen: {error}");
+        refuse(Code::Internal, "INTERNAL", message)
+    };
+    let wakeups = watch.wakeups().map_err(blind)?;
+    loop {
+        let look;
+        (watch, look) = files::acting_as(user.clone(), move || {
+            let look = watch.look()?;
+            Ok((watch, look))
+        })
+        .await?;
+        let Look {
+            changes,
+            has_more,
+            is_over,
+        } = look;
+        for change in changes {
+            if to.send(Ok(change)).await.is_err() {
+                return Ok(());
+            }
+        }
+        if is_over {
+            return Ok(());
+        }
+        if has_more {
+            continue;
+        }
+        // Many writes to one file are then one change.
+        tokio::time::sleep(GATHERING).await;
+        tokio::select! {
+            ready = wakeups.readable() => ready.map_err(blind)?.clear_ready(),
+            () = to.closed() => return Ok(()),
+        }
     }
 }
 
@@ -204,7 +276,7 @@ fn send_file(
     mut offset: u64,
     length: u64,
     to: &mpsc::Sender<Result<ReadResponse, Status>>,
-) -> std::io::Result<()> {
+) -> io::Result<()> {
     file.seek(SeekFrom::Start(offset))?;
     let mut left = length;
     while left > 0 {

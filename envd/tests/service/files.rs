@@ -139,6 +139,7 @@ impl World {
             destination: to.into(),
             user: user.into(),
             replace,
+            ..Default::default()
         };
         Ok(soon(self.files().r#move(request))
             .await?

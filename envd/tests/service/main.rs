@@ -11,4 +11,5 @@ mod snapshots;
 mod streams;
 mod system;
 mod terminals;
+mod watches;
 mod world;
