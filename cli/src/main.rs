@@ -57,6 +57,10 @@ enum Command {
     Kill(commands::process::KillOptions),
     /// Copy a file into or out of a session: ID:path names the sandbox side, - stdin or stdout
     Cp(commands::cp::Options),
+    /// List a folder of a session
+    Ls(commands::files::LsOptions),
+    /// Print what changes at a path of a session
+    Watch(commands::files::WatchOptions),
     /// Print the address of a port of a session
     Url(commands::url::Options),
     /// Say who listens on which port of a session, or wait for one
@@ -132,6 +136,8 @@ async fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Ps(options) => commands::process::ps(&context, &options).await?,
         Command::Kill(options) => commands::process::kill(&context, &options).await?,
         Command::Cp(options) => commands::cp::run(&context, &options).await?,
+        Command::Ls(options) => commands::files::ls(&context, &options).await?,
+        Command::Watch(options) => commands::files::watch(&context, options).await?,
         Command::Url(options) => commands::url::run(&context, &options).await?,
         Command::Ports(options) => commands::ports::run(&context, options).await?,
         Command::PortForward(options) => commands::ports::forward(&context, options).await?,

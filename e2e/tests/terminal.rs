@@ -205,4 +205,13 @@ async fn ports_logs_and_use_are_seen_as_they_change() {
         "clear; sandmesh top {id} -o json | grep -c memoryUsedBytes | sed 's/^/use: /'"
     ));
     assert_eq!(screen.shows("use: "), "1");
+    watching.enters("\u{3}");
+    watching.enters(&format!("clear; sandmesh watch -r {id}:/tmp"));
+    watching.shows("watching   /tmp");
+    let script = "mkdir -p /tmp/a/b; echo mine > /tmp/a/b/c; mv /tmp/a /tmp/d";
+    sandbox.run(["sh", "-c", script]).await.unwrap();
+    watching.shows("created    /tmp/a/b/c");
+    assert_eq!(watching.shows("renamed    /tmp/a/ -> "), "/tmp/d/");
+    screen.enters(&format!("clear; sandmesh ls {id}:/tmp/d/b"));
+    assert!(screen.shows(" -rw-r--r--").ends_with(" c"));
 }

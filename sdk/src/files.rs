@@ -2,7 +2,8 @@
 
 use bytes::Bytes;
 use proto::envd::v1::{
-    Entry, FilesystemServiceListRequest, ReadRequest, StatRequest, WriteHeader, WriteRequest,
+    Entry, FileChange, FilesystemServiceListRequest, FilesystemServiceWatchRequest,
+    FilesystemServiceWatchResponse, ReadRequest, StatRequest, WriteHeader, WriteRequest,
     write_request::Part,
 };
 use tokio::{
@@ -11,7 +12,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::{Error, Sandbox};
+use crate::{Error, Sandbox, resumed::Resumed};
 
 const CHUNK: usize = 256 << 10;
 const IN_FLIGHT: usize = 4;
@@ -47,6 +48,16 @@ impl Sandbox {
             if page_token.is_empty() {
                 return Ok(entries);
             }
+        }
+    }
+
+    /// What changes at a path.
+    pub fn watch_files(&self, request: FilesystemServiceWatchRequest) -> FileWatch {
+        FileWatch {
+            sandbox: self.clone(),
+            request,
+            stream: Resumed::default(),
+            is_told: false,
         }
     }
 
@@ -107,5 +118,39 @@ impl Sandbox {
         let (answer, fed) = tokio::join!(write, feed);
         fed?;
         answer?.into_inner().entry.ok_or(Error::Incomplete("entry"))
+    }
+}
+
+/// Changes of files; taken up again when the connection breaks.
+pub struct FileWatch {
+    sandbox: Sandbox,
+    request: FilesystemServiceWatchRequest,
+    stream: Resumed<FilesystemServiceWatchResponse>,
+    /// Whether the caller knows that the watch stands.
+    is_told: bool,
+}
+
+impl std::fmt::Debug for FileWatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut debug = f.debug_struct("FileWatch");
+        debug
+            .field("request", &self.request)
+            .finish_non_exhaustive()
+    }
+}
+
+impl FileWatch {
+    /// The next change: first that the watch stands. What changed while a connection was broken is told as `FILE_CHANGE_OVERFLOW`. `None` when
+    /// the watched directory is gone.
+    pub async fn next(&mut self) -> Result<Option<FilesystemServiceWatchResponse>, Error> {
+        let (sandbox, request) = (&self.sandbox, &self.request);
+        let open = async || sandbox.filesystem().watch(request.clone()).await;
+        let Some((mut change, _)) = self.stream.next(open).await? else {
+            return Ok(None);
+        };
+        if change.change() == FileChange::Watching && std::mem::replace(&mut self.is_told, true) {
+            change.set_change(FileChange::Overflow);
+        }
+        Ok(Some(change))
     }
 }

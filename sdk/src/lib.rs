@@ -21,6 +21,7 @@ mod system;
 
 pub use client::{Changes, Client, NewFork, NewSession};
 pub use error::Error;
+pub use files::FileWatch;
 pub use ports::PortWatch;
 pub use process::{Command, Event, Exit, Output, Process, Remote};
 pub use sandbox::Sandbox;

@@ -23,13 +23,13 @@ pub(crate) struct Options {
 
 /// One side of a copy.
 #[derive(Debug, PartialEq, Eq)]
-enum Side<'a> {
+pub(crate) enum Side<'a> {
     Local(&'a str),
     Sandbox { id: &'a str, path: &'a str },
     Standard,
 }
 
-fn side(text: &str) -> Side<'_> {
+pub(crate) fn side(text: &str) -> Side<'_> {
     if text == "-" {
         return Side::Standard;
     }

@@ -40,7 +40,7 @@ impl Drop for Acting {
             setfsuid(Uid::from_raw(0));
             setfsgid(Gid::from_raw(0));
             if let Err(error) = set_groups(groups) {
-                eprintln!("envd: groups of a thread: {error}");
+                crate::logs::warn(format_args!("groups of a thread: {error}"));
             }
         }
     }
