@@ -4,27 +4,19 @@
 //! capabilities that would let root pass). Nothing is checked by hand, so nothing can be raced.
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsStr,
     fs::{self, File, Metadata},
     io,
-    os::{
-        fd::OwnedFd,
-        unix::{
-            ffi::{OsStrExt as _, OsStringExt as _},
-            fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
-        },
+    os::unix::{
+        ffi::{OsStrExt as _, OsStringExt as _},
+        fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     },
     path::{Path, PathBuf},
     time::SystemTime,
 };
 
-use nix::{
-    fcntl::{AtFlags, OFlag, openat, renameat},
-    sys::stat::Mode,
-    unistd::{AccessFlags, Gid, Uid, UnlinkatFlags, faccessat, fchown, unlinkat},
-};
 use prost::Message as _;
-use proto::envd::v1::{Entry, FileType, WriteHeader};
+use proto::envd::v1::{Entry, FileType};
 use tonic::{Code, Status};
 
 use crate::{
@@ -35,9 +27,11 @@ use crate::{
 
 mod setfsuid;
 mod watch;
+mod write;
 
 use setfsuid::Acting;
 pub(crate) use watch::{Look, Watch};
+pub(crate) use write::{Draft, uploaded};
 
 const LONGEST_PATH: usize = 4096;
 /// A page of a directory ends here, however many entries were asked for: a gRPC message has at most 4 MiB by default.
@@ -206,79 +200,6 @@ fn regular(path: &Path, metadata: &Metadata) -> Result<(), Status> {
     ))
 }
 
-/// A file being written under another name beside its own; dropped before its end, it leaves nothing.
-///
-/// All of it happens in the directory that was opened at the beginning, whatever its path leads to by the end.
-#[derive(Debug)]
-pub(crate) struct Draft {
-    pub(crate) file: File,
-    folder: OwnedFd,
-    temporary: OsString,
-    name: OsString,
-    path: PathBuf,
-}
-
-/// Begins a write.
-pub(crate) fn begin(path: PathBuf, header: &WriteHeader) -> Result<Draft, Status> {
-    let path = follow(path.clone()).map_err(|error| path_error(&shown(&path), &error))?;
-    let failed = |error: io::Error| path_error(&shown(&path), &error);
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(invalid("path", "names no file"));
-    };
-    if header.make_parents {
-        make_parents(parent).map_err(failed)?;
-    }
-    let folder = File::options()
-        .read(true)
-        .custom_flags(nix::libc::O_PATH | nix::libc::O_DIRECTORY)
-        .open(parent)
-        .map_err(failed)?;
-    let there = match fs::metadata(&path) {
-        Ok(there) => Some(there),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(failed(error)),
-    };
-    if let Some(there) = &there {
-        regular(&path, there)?;
-        // What may not be written may not be replaced either, though the kernel only asks about the directory then.
-        faccessat(&folder, name, AccessFlags::W_OK, AtFlags::AT_EACCESS)
-            .map_err(|error| failed(error.into()))?;
-    }
-    let mut temporary = OsString::from(".");
-    let beginning = name.as_bytes().get(..name.len().min(200));
-    temporary.push(OsStr::from_bytes(beginning.unwrap_or_default()));
-    temporary.push(format!(".{:016x}.part", random()));
-    let file = openat(
-        &folder,
-        temporary.as_os_str(),
-        OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC,
-        Mode::S_IRUSR | Mode::S_IWUSR,
-    )
-    .map_err(|error| failed(error.into()))?;
-    let draft = Draft {
-        file: file.into(),
-        folder: folder.into(),
-        temporary,
-        name: name.to_owned(),
-        path: path.clone(),
-    };
-    if let Some(there) = &there {
-        // Who may write to another's file but not give files away becomes its owner.
-        let (uid, gid) = (Uid::from_raw(there.uid()), Gid::from_raw(there.gid()));
-        let _ = fchown(&draft.file, Some(uid), Some(gid));
-    }
-    let mode = match (header.mode, there) {
-        (Some(mode), _) => mode & 0o7777,
-        (None, Some(there)) => there.mode() & 0o7777,
-        (None, None) => 0o644,
-    };
-    draft
-        .file
-        .set_permissions(fs::Permissions::from_mode(mode))
-        .map_err(failed)?;
-    Ok(draft)
-}
-
 /// Where a write to a link goes, as with a shell's redirection: also when there is nothing yet.
 fn follow(mut path: PathBuf) -> io::Result<PathBuf> {
     for _ in 0..MOST_LINKS {
@@ -289,38 +210,6 @@ fn follow(mut path: PathBuf) -> io::Result<PathBuf> {
         path = path.parent().unwrap_or(Path::new("/")).join(target);
     }
     Err(io::Error::from_raw_os_error(nix::libc::ELOOP))
-}
-
-fn random() -> u64 {
-    use std::hash::{BuildHasher as _, RandomState};
-    RandomState::new().hash_one(SystemTime::now())
-}
-
-impl Draft {
-    /// Makes the file appear under its own name.
-    pub(crate) fn finish(self) -> Result<Entry, Status> {
-        let failed = |error: io::Error| path_error(&shown(&self.path), &error);
-        renameat(
-            &self.folder,
-            self.temporary.as_os_str(),
-            &self.folder,
-            self.name.as_os_str(),
-        )
-        .map_err(|error| failed(error.into()))?;
-        let metadata = self.file.metadata().map_err(failed)?;
-        Ok(entry(&self.path, &metadata))
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        // After `finish` it is gone already.
-        let _ = unlinkat(
-            &self.folder,
-            self.temporary.as_os_str(),
-            UnlinkatFlags::NoRemoveDir,
-        );
-    }
 }
 
 fn make_parents(parent: &Path) -> io::Result<()> {

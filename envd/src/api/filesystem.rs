@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    io::{self, Read as _, Seek as _, SeekFrom},
     sync::Arc,
     time::Duration,
 };
@@ -10,10 +10,10 @@ use std::{
 use bytes::Bytes;
 use proto::envd::v1::{
     FilesystemServiceListRequest, FilesystemServiceListResponse, FilesystemServiceWatchRequest,
-    FilesystemServiceWatchResponse, MakeDirectoryRequest, MakeDirectoryResponse, MoveRequest,
-    MoveResponse, ReadRequest, ReadResponse, RemoveRequest, RemoveResponse, StatRequest,
-    StatResponse, WriteRequest, WriteResponse, filesystem_service_server::FilesystemService,
-    write_request::Part,
+    FilesystemServiceWatchResponse, GetUploadRequest, GetUploadResponse, MakeDirectoryRequest,
+    MakeDirectoryResponse, MoveRequest, MoveResponse, ReadRequest, ReadResponse, RemoveRequest,
+    RemoveResponse, StatRequest, StatResponse, WriteRequest, WriteResponse,
+    filesystem_service_server::FilesystemService, write_request::Part,
 };
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,7 +22,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::Answers;
 use crate::{
     errors::{invalid, path_error, refuse},
-    files::{self, Look, Watch},
+    files::{self, Draft, Look, Watch},
     identity::Guest,
     users::User,
 };
@@ -175,16 +175,24 @@ impl FilesystemService for Api {
         };
         let (user, path) =
             files::resolve(&self.guest, &header.user, &header.path, &header.path_bytes)?;
-        let shown = files::shown(&path);
-        let mut draft = files::acting_as(user.clone(), move || files::begin(path, &header)).await?;
+        let begin = {
+            let user = user.clone();
+            move || Draft::begin(path, &user, &header)
+        };
+        let mut draft = files::acting_as(user.clone(), begin).await?;
+        let mut end = None;
         while let Some(message) = parts.message().await? {
-            let Some(Part::Data(data)) = message.part else {
-                return Err(invalid("header", "must come once"));
+            let data = match message.part {
+                Some(Part::Data(data)) if end.is_none() => data,
+                Some(Part::End(last)) if end.is_none() => {
+                    end = Some(last);
+                    continue;
+                }
+                Some(Part::Header(_)) => return Err(invalid("header", "must come once")),
+                _ => return Err(invalid("end", "must come last")),
             };
-            let shown = shown.clone();
             draft = tokio::task::spawn_blocking(move || {
-                let written = draft.file.write_all(&data);
-                written.map_err(|error| path_error(&shown, &error))?;
+                draft.write(&data)?;
                 Ok::<_, Status>(draft)
             })
             .await
@@ -193,8 +201,24 @@ impl FilesystemService for Api {
         // To tonic a call that was cancelled is one that ended (0.14, codec/decode.rs), but half a file must not appear. hyper looks for
         // a reset each time the call has nothing to answer yet (1.12, proto/h2/server.rs), and drops it then: here.
         tokio::task::yield_now().await;
-        let entry = files::acting_as(user, move || draft.finish()).await?;
+        let entry = files::acting_as(user, move || draft.finish(end.as_ref())).await?;
         Ok(Response::new(WriteResponse { entry: Some(entry) }))
+    }
+
+    async fn get_upload(
+        &self,
+        request: Request<GetUploadRequest>,
+    ) -> Result<Response<GetUploadResponse>, Status> {
+        let request = request.into_inner();
+        let (user, path) = files::resolve(
+            &self.guest,
+            &request.user,
+            &request.path,
+            &request.path_bytes,
+        )?;
+        let look = move || files::uploaded(path, &request.upload_id);
+        let size_bytes = files::acting_as(user, look).await?;
+        Ok(Response::new(GetUploadResponse { size_bytes }))
     }
 
     type WatchStream = Answers<FilesystemServiceWatchResponse>;

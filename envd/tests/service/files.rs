@@ -37,13 +37,13 @@ pub(crate) fn of(user: &str, path: &str) -> WriteHeader {
     }
 }
 
-fn head(header: WriteHeader) -> WriteRequest {
+pub(crate) fn head(header: WriteHeader) -> WriteRequest {
     WriteRequest {
         part: Some(Part::Header(header)),
     }
 }
 
-fn data(bytes: &[u8]) -> WriteRequest {
+pub(crate) fn data(bytes: &[u8]) -> WriteRequest {
     WriteRequest {
         part: Some(Part::Data(Bytes::copy_from_slice(bytes))),
     }

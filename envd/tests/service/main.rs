@@ -11,5 +11,6 @@ mod snapshots;
 mod streams;
 mod system;
 mod terminals;
+mod uploads;
 mod watches;
 mod world;
