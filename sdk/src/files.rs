@@ -1,18 +1,27 @@
 //! Files of the sandbox, streamed with constant memory.
 
+use std::io::SeekFrom;
+
 use bytes::Bytes;
 use proto::envd::v1::{
     Entry, FileChange, FilesystemServiceListRequest, FilesystemServiceWatchRequest,
-    FilesystemServiceWatchResponse, ReadRequest, StatRequest, WriteHeader, WriteRequest,
-    write_request::Part,
+    FilesystemServiceWatchResponse, GetUploadRequest, ReadRequest, StatRequest, WriteEnd,
+    WriteHeader, WriteRequest, write_request::Part,
 };
+use rand::RngExt as _;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    io::{
+        AsyncRead, AsyncReadExt as _, AsyncSeek, AsyncSeekExt as _, AsyncWrite, AsyncWriteExt as _,
+    },
     sync::mpsc,
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
 
-use crate::{Error, Sandbox, resumed::Resumed};
+use crate::{
+    Error, Sandbox,
+    resumed::{RETRIES, Resumed, wait_after},
+};
 
 const CHUNK: usize = 256 << 10;
 const IN_FLIGHT: usize = 4;
@@ -83,21 +92,95 @@ impl Sandbox {
         Ok(count)
     }
 
-    /// Copies a file in; it appears whole or not at all.
+    /// Copies a stream in; the file appears whole or not at all.
     pub async fn write_from(
         &self,
         header: WriteHeader,
         from: &mut (impl AsyncRead + Unpin),
         mut progress: impl FnMut(u64),
     ) -> Result<Entry, Error> {
+        let mut sent = Sent::default();
+        self.send(header, from, &mut sent, &mut progress).await
+    }
+
+    /// Copies a file in; it appears whole or not at all. When the connection breaks, it goes on where it broke off; at the end the checksum of the
+    /// whole is compared. `progress` hears the bytes so far.
+    pub async fn upload(
+        &self,
+        mut header: WriteHeader,
+        from: &mut (impl AsyncRead + AsyncSeek + Unpin),
+        mut progress: impl FnMut(u64),
+    ) -> Result<Entry, Error> {
+        header.upload_id = format!("{:016x}", rand::rng().random::<u64>());
+        let mut sent = Sent::default();
+        let mut failures = 0;
+        loop {
+            let before = sent.count;
+            let failed = match self
+                .send(header.clone(), from, &mut sent, &mut progress)
+                .await
+            {
+                Ok(entry) => return Ok(entry),
+                Err(error) => error,
+            };
+            if sent.count > before {
+                failures = 0;
+            }
+            // A guest may say anything; more than was sent it cannot have.
+            let there = self.go_on(failed, &header, &mut failures).await?;
+            header.offset = there.min(sent.count);
+            sent.position = header.offset;
+            from.seek(SeekFrom::Start(header.offset)).await?;
+        }
+    }
+
+    /// After a failure: from where to go on, once it is known.
+    async fn go_on(
+        &self,
+        mut failed: Error,
+        header: &WriteHeader,
+        failures: &mut u32,
+    ) -> Result<u64, Error> {
+        loop {
+            // The guest may hear later than we that the connection is broken.
+            let is_busy = failed
+                .reason()
+                .is_some_and(|reason| reason == "UPLOAD_BUSY");
+            if !(is_busy || failed.is_interruption()) || *failures == RETRIES {
+                return Err(failed);
+            }
+            tokio::time::sleep(wait_after(*failures)).await;
+            *failures += 1;
+            let request = GetUploadRequest {
+                path: header.path.clone(),
+                path_bytes: header.path_bytes.clone(),
+                user: header.user.clone(),
+                upload_id: header.upload_id.clone(),
+            };
+            match self.filesystem().get_upload(request).await {
+                Ok(answer) => return Ok(answer.into_inner().size_bytes),
+                // Nothing has come, or all has and the answer was lost.
+                Err(status) if status.code() == Code::NotFound => return Ok(0),
+                Err(status) => failed = status.into(),
+            }
+        }
+    }
+
+    async fn send(
+        &self,
+        header: WriteHeader,
+        from: &mut (impl AsyncRead + Unpin),
+        sent: &mut Sent,
+        progress: &mut impl FnMut(u64),
+    ) -> Result<Entry, Error> {
         let (parts, stream) = mpsc::channel(IN_FLIGHT);
         let mut filesystem = self.filesystem();
         let write = filesystem.write(ReceiverStream::new(stream));
+        let is_upload = !header.upload_id.is_empty();
         let feed = async {
             let part = |part| WriteRequest { part: Some(part) };
-            let mut sent = parts.send(part(Part::Header(header))).await;
-            let mut count = 0;
-            while sent.is_ok() {
+            let mut taken = parts.send(part(Part::Header(header))).await;
+            while taken.is_ok() {
                 let mut chunk = Vec::with_capacity(CHUNK);
                 if (&mut *from)
                     .take(CHUNK as u64)
@@ -105,11 +188,16 @@ impl Sandbox {
                     .await?
                     == 0
                 {
+                    let blake3 = sent.hasher.finalize().as_bytes().to_vec();
+                    if is_upload {
+                        // A server that stopped listening says why in its answer.
+                        let _ = parts.send(part(Part::End(WriteEnd { blake3 }))).await;
+                    }
                     break;
                 }
-                count += chunk.len() as u64;
-                sent = parts.send(part(Part::Data(Bytes::from(chunk)))).await;
-                progress(count);
+                sent.add(&chunk);
+                taken = parts.send(part(Part::Data(Bytes::from(chunk)))).await;
+                progress(sent.position);
             }
             drop(parts);
             // A server that stopped listening says why in its answer.
@@ -118,6 +206,26 @@ impl Sandbox {
         let (answer, fed) = tokio::join!(write, feed);
         fed?;
         answer?.into_inner().entry.ok_or(Error::Incomplete("entry"))
+    }
+}
+
+/// What has been sent of a file, each byte hashed once.
+#[derive(Default)]
+struct Sent {
+    hasher: blake3::Hasher,
+    /// Bytes that have been hashed, from the first on.
+    count: u64,
+    position: u64,
+}
+
+impl Sent {
+    fn add(&mut self, chunk: &[u8]) {
+        let known = usize::try_from(self.count - self.position).unwrap_or(usize::MAX);
+        if let Some(new) = chunk.get(known..) {
+            self.hasher.update(new);
+            self.count += new.len() as u64;
+        }
+        self.position += chunk.len() as u64;
     }
 }
 

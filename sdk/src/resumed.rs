@@ -6,9 +6,15 @@ use tonic::{Response, Status, Streaming};
 
 use crate::Error;
 
-const RETRIES: u32 = 30;
+pub(crate) const RETRIES: u32 = 30;
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
+
+/// How long to wait after so many failures in a row before the next attempt.
+pub(crate) fn wait_after(failures: u32) -> Duration {
+    let wait = FIRST_WAIT.saturating_mul(1 << failures.min(10));
+    wait.min(LONGEST_WAIT)
+}
 
 /// What has been opened, if anything is.
 pub(crate) struct Resumed<T> {
@@ -57,9 +63,9 @@ impl<T> Resumed<T> {
             if !failed.is_interruption() || self.failures == RETRIES {
                 return Err(failed);
             }
-            let wait = FIRST_WAIT.saturating_mul(1 << self.failures.min(10));
+            let wait = wait_after(self.failures);
             self.failures += 1;
-            tokio::time::sleep(wait.min(LONGEST_WAIT)).await;
+            tokio::time::sleep(wait).await;
         }
     }
 }

@@ -143,7 +143,7 @@ async fn copy_in(sandbox: &Sandbox, from: Side<'_>, path: &str, user: &str) -> a
             }
             let bar = bar(metadata.len());
             let copied = sandbox
-                .write_from(header, &mut file, |count| bar.set_position(count))
+                .upload(header, &mut file, |count| bar.set_position(count))
                 .await;
             bar.finish_and_clear();
             copied?;
