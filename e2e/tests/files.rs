@@ -3,7 +3,7 @@
 
 use std::{
     fs::File,
-    io::{self, Read as _, Seek as _},
+    io::{Read as _, Seek as _, Write as _},
     time::Duration,
 };
 
@@ -32,11 +32,14 @@ async fn an_upload_and_a_watch_go_on_over_what_breaks() {
     assert_eq!(first.unwrap().change(), FileChange::Watching);
 
     let mut file = tempfile::tempfile().unwrap();
-    let mut noise = File::open("/dev/urandom").unwrap().take(size);
-    io::copy(&mut noise, &mut file).unwrap();
-    file.rewind().unwrap();
+    let mut noise = File::open("/dev/urandom").unwrap();
     let mut hash = Sha256::new();
-    io::copy(&mut file, &mut hash).unwrap();
+    let mut part = vec![0; 1 << 20];
+    for _ in 0..size >> 20 {
+        noise.read_exact(&mut part).unwrap();
+        hash.update(&part);
+        file.write_all(&part).unwrap();
+    }
     file.rewind().unwrap();
     let header = WriteHeader {
         path: "~/noise".into(),
