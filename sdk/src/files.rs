@@ -112,7 +112,10 @@ impl Sandbox {
         mut progress: impl FnMut(u64),
     ) -> Result<Entry, Error> {
         header.upload_id = format!("{:016x}", rand::rng().random::<u64>());
-        let mut sent = Sent::default();
+        let mut sent = Sent {
+            hasher: Some(blake3::Hasher::new()),
+            ..Sent::default()
+        };
         let mut failures = 0;
         loop {
             let before = sent.count;
@@ -176,7 +179,6 @@ impl Sandbox {
         let (parts, stream) = mpsc::channel(IN_FLIGHT);
         let mut filesystem = self.filesystem();
         let write = filesystem.write(ReceiverStream::new(stream));
-        let is_upload = !header.upload_id.is_empty();
         let feed = async {
             let part = |part| WriteRequest { part: Some(part) };
             let mut taken = parts.send(part(Part::Header(header))).await;
@@ -188,8 +190,8 @@ impl Sandbox {
                     .await?
                     == 0
                 {
-                    let blake3 = sent.hasher.finalize().as_bytes().to_vec();
-                    if is_upload {
+                    if let Some(hasher) = &sent.hasher {
+                        let blake3 = hasher.finalize().as_bytes().to_vec();
                         // A server that stopped listening says why in its answer.
                         let _ = parts.send(part(Part::End(WriteEnd { blake3 }))).await;
                     }
@@ -209,11 +211,11 @@ impl Sandbox {
     }
 }
 
-/// What has been sent of a file, each byte hashed once.
+/// What has been sent of a file, each byte hashed once if its end is to be checked.
 #[derive(Default)]
 struct Sent {
-    hasher: blake3::Hasher,
-    /// Bytes that have been hashed, from the first on.
+    hasher: Option<blake3::Hasher>,
+    /// Bytes that have been sent at least once, from the first on.
     count: u64,
     position: u64,
 }
@@ -222,7 +224,9 @@ impl Sent {
     fn add(&mut self, chunk: &[u8]) {
         let known = usize::try_from(self.count - self.position).unwrap_or(usize::MAX);
         if let Some(new) = chunk.get(known..) {
-            self.hasher.update(new);
+            if let Some(hasher) = &mut self.hasher {
+                hasher.update(new);
+            }
             self.count += new.len() as u64;
         }
         self.position += chunk.len() as u64;

@@ -44,21 +44,15 @@ pub(crate) fn side(text: &str) -> Side<'_> {
 pub(crate) async fn run(context: &Context, options: &Options) -> anyhow::Result<()> {
     match (side(&options.source), side(&options.destination)) {
         (Side::Sandbox { id, path }, to) => {
-            let sandbox = sandbox(context, id).await?;
+            let sandbox = context.sandbox(id).await?;
             copy_out(&sandbox, path, to).await
         }
         (from, Side::Sandbox { id, path }) => {
-            let sandbox = sandbox(context, id).await?;
+            let sandbox = context.sandbox(id).await?;
             copy_in(&sandbox, from, path, &options.user).await
         }
         _ => bail!("one side must be in a sandbox: ID:path"),
     }
-}
-
-async fn sandbox(context: &Context, id: &str) -> anyhow::Result<Sandbox> {
-    let client = context.client()?;
-    let session = client.get(id).await?;
-    Ok(client.sandbox(&session)?)
 }
 
 fn bar(total: u64) -> ProgressBar {

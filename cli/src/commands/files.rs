@@ -107,7 +107,7 @@ pub(crate) async fn watch(context: &Context, options: WatchOptions) -> anyhow::R
     let (id, path) = in_sandbox(&options.path)?;
     let request = FilesystemServiceWatchRequest {
         path: path.to_owned(),
-        user: options.user.clone(),
+        user: options.user,
         recursive: options.recursive,
         ..Default::default()
     };

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read as _, Seek as _, SeekFrom},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -41,16 +42,17 @@ pub(crate) struct Api {
     pub(crate) guest: Arc<Guest>,
 }
 
+impl Api {
+    fn resolve(&self, user: &str, path: &str, bytes: &[u8]) -> Result<(User, PathBuf), Status> {
+        files::resolve(&self.guest, user, path, bytes)
+    }
+}
+
 #[tonic::async_trait]
 impl FilesystemService for Api {
     async fn stat(&self, request: Request<StatRequest>) -> Result<Response<StatResponse>, Status> {
         let request = request.into_inner();
-        let (user, path) = files::resolve(
-            &self.guest,
-            &request.user,
-            &request.path,
-            &request.path_bytes,
-        )?;
+        let (user, path) = self.resolve(&request.user, &request.path, &request.path_bytes)?;
         let entry = files::acting_as(user, move || files::stat(&path, request.no_follow)).await?;
         Ok(Response::new(StatResponse { entry: Some(entry) }))
     }
@@ -60,12 +62,7 @@ impl FilesystemService for Api {
         request: Request<FilesystemServiceListRequest>,
     ) -> Result<Response<FilesystemServiceListResponse>, Status> {
         let request = request.into_inner();
-        let (user, path) = files::resolve(
-            &self.guest,
-            &request.user,
-            &request.path,
-            &request.path_bytes,
-        )?;
+        let (user, path) = self.resolve(&request.user, &request.path, &request.path_bytes)?;
         let limit = match usize::try_from(request.page_size).unwrap_or(PAGE) {
             0 => PAGE,
             size => size.min(LARGEST_PAGE),
@@ -87,12 +84,7 @@ impl FilesystemService for Api {
         request: Request<MakeDirectoryRequest>,
     ) -> Result<Response<MakeDirectoryResponse>, Status> {
         let request = request.into_inner();
-        let (user, path) = files::resolve(
-            &self.guest,
-            &request.user,
-            &request.path,
-            &request.path_bytes,
-        )?;
+        let (user, path) = self.resolve(&request.user, &request.path, &request.path_bytes)?;
         let mode = request.mode.unwrap_or(0o755);
         let entry = files::acting_as(user, move || files::make_directory(&path, mode)).await?;
         Ok(Response::new(MakeDirectoryResponse { entry: Some(entry) }))
@@ -103,10 +95,12 @@ impl FilesystemService for Api {
         request: Request<MoveRequest>,
     ) -> Result<Response<MoveResponse>, Status> {
         let request = request.into_inner();
-        let resolve =
-            |path: &str, bytes: &[u8]| files::resolve(&self.guest, &request.user, path, bytes);
-        let (user, source) = resolve(&request.source, &request.source_bytes)?;
-        let (_, destination) = resolve(&request.destination, &request.destination_bytes)?;
+        let (user, source) = self.resolve(&request.user, &request.source, &request.source_bytes)?;
+        let (_, destination) = self.resolve(
+            &request.user,
+            &request.destination,
+            &request.destination_bytes,
+        )?;
         let entry = files::acting_as(user, move || {
             files::rename(&source, &destination, request.replace)
         })
@@ -119,12 +113,7 @@ impl FilesystemService for Api {
         request: Request<RemoveRequest>,
     ) -> Result<Response<RemoveResponse>, Status> {
         let request = request.into_inner();
-        let (user, path) = files::resolve(
-            &self.guest,
-            &request.user,
-            &request.path,
-            &request.path_bytes,
-        )?;
+        let (user, path) = self.resolve(&request.user, &request.path, &request.path_bytes)?;
         files::acting_as(user, move || files::remove(&path, request.recursive)).await?;
         Ok(Response::new(RemoveResponse {}))
     }
@@ -136,12 +125,7 @@ impl FilesystemService for Api {
         request: Request<ReadRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
         let request = request.into_inner();
-        let (user, path) = files::resolve(
-            &self.guest,
-            &request.user,
-            &request.path,
-            &request.path_bytes,
-        )?;
+        let (user, path) = self.resolve(&request.user, &request.path, &request.path_bytes)?;
         let shown = files::shown(&path);
         let (file, entry) = files::acting_as(user, move || files::open(&path)).await?;
         let (to, answers) = mpsc::channel(IN_FLIGHT);
@@ -173,8 +157,7 @@ impl FilesystemService for Api {
         let Some(Part::Header(header)) = first else {
             return Err(invalid("header", "must come first"));
         };
-        let (user, path) =
-            files::resolve(&self.guest, &header.user, &header.path, &header.path_bytes)?;
+        let (user, path) = self.resolve(&header.user, &header.path, &header.path_bytes)?;
         let begin = {
             let user = user.clone();
             move || Draft::begin(path, &user, &header)
@@ -210,12 +193,7 @@ impl FilesystemService for Api {
         request: Request<GetUploadRequest>,
     ) -> Result<Response<GetUploadResponse>, Status> {
         let request = request.into_inner();
-        let (user, path) = files::resolve(
-            &self.guest,
-            &request.user,
-            &request.path,
-            &request.path_bytes,
-        )?;
+        let (user, path) = self.resolve(&request.user, &request.path, &request.path_bytes)?;
         let look = move || files::uploaded(path, &request.upload_id);
         let size_bytes = files::acting_as(user, look).await?;
         Ok(Response::new(GetUploadResponse { size_bytes }))
@@ -228,12 +206,7 @@ impl FilesystemService for Api {
         request: Request<FilesystemServiceWatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let request = request.into_inner();
-        let (user, path) = files::resolve(
-            &self.guest,
-            &request.user,
-            &request.path,
-            &request.path_bytes,
-        )?;
+        let (user, path) = self.resolve(&request.user, &request.path, &request.path_bytes)?;
         let permit = WATCHES.try_acquire().map_err(|_| {
             let message = format!("this session has {MOST_WATCHES} watches of files already");
             refuse(Code::ResourceExhausted, "TOO_MANY_WATCHES", message)

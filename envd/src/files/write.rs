@@ -134,10 +134,8 @@ impl Draft {
     pub(crate) fn finish(mut self, end: Option<&WriteEnd>) -> Result<Entry, Status> {
         let path = self.path.clone();
         let failed = |error: io::Error| path_error(&shown(&path), &error);
-        if let Some(beside) = &self.beside
-            && beside.is_upload
-            && end.is_none()
-        {
+        let is_upload = self.beside.as_ref().is_some_and(|beside| beside.is_upload);
+        if is_upload && end.is_none() {
             let message = format!("{}: the upload ended without its end", shown(&path));
             return Err(refuse(Code::Aborted, "UPLOAD_BROKE_OFF", message));
         }
@@ -145,7 +143,7 @@ impl Draft {
         if !expected.is_empty() {
             self.check(expected)?;
         }
-        if self.beside.as_ref().is_some_and(|beside| beside.is_upload) {
+        if is_upload {
             self.rights.set(&self.file).map_err(failed)?;
         }
         if let Some(time) = self.modify_time {
