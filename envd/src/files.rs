@@ -4,9 +4,9 @@
 //! capabilities that would let root pass). Nothing is checked by hand, so nothing can be raced.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs::{self, File, Metadata},
-    io,
+    io::{self, Read as _, Seek as _, SeekFrom},
     os::unix::{
         ffi::{OsStrExt as _, OsStringExt as _},
         fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
@@ -15,8 +15,9 @@ use std::{
     time::SystemTime,
 };
 
-use prost::Message as _;
+use bytes::Bytes;
 use proto::envd::v1::{Entry, FileType};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::{Code, Status};
 
 use crate::{
@@ -25,17 +26,23 @@ use crate::{
     users::{self, User},
 };
 
+mod archive;
+mod copy;
+mod folder;
+mod list;
 mod setfsuid;
 mod watch;
 mod write;
 
+pub(crate) use archive::{Form, pack, unpack};
+pub(crate) use copy::copy;
+use folder::Folder;
+pub(crate) use list::Listing;
 use setfsuid::Acting;
 pub(crate) use watch::{Look, Watch};
 pub(crate) use write::{Draft, uploaded};
 
 const LONGEST_PATH: usize = 4096;
-/// A page of a directory ends here, however many entries were asked for: a gRPC message has at most 4 MiB by default.
-const LARGEST_LISTING: usize = 2 << 20;
 /// As many as the kernel follows (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
@@ -138,37 +145,52 @@ pub(crate) fn stat(path: &Path, no_follow: bool) -> Result<Entry, Status> {
     ))
 }
 
-/// A page of a directory by name, after a name; and the name to go on from.
-pub(crate) fn list(
-    path: &Path,
-    after: &[u8],
-    limit: usize,
-) -> Result<(Vec<Entry>, Option<Vec<u8>>), Status> {
-    let failed = |error: io::Error| path_error(&shown(path), &error);
-    let mut names = Vec::new();
-    for child in fs::read_dir(path).map_err(failed)? {
-        names.push(child.map_err(failed)?.file_name().into_vec());
+/// Transfers at once: each has a thread, of which there are 512, and a client may leave it waiting.
+const MOST_TRANSFERS: usize = 256;
+static TRANSFERS: Semaphore = Semaphore::const_new(MOST_TRANSFERS);
+/// Chunks of a transfer that wait for their reader.
+pub(crate) const IN_FLIGHT: usize = 4;
+const CHUNK: usize = 128 << 10;
+
+/// The place of a transfer, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Transfer {
+    _permit: SemaphorePermit<'static>,
+}
+
+impl Transfer {
+    /// Takes one, if there is one left.
+    pub(crate) fn begin() -> Result<Self, Status> {
+        let permit = TRANSFERS.try_acquire().map_err(|_| {
+            let message =
+                format!("{MOST_TRANSFERS} files of this session are on their way already");
+            refuse(Code::ResourceExhausted, "TOO_MANY_TRANSFERS", message)
+        })?;
+        Ok(Self { _permit: permit })
     }
-    names.sort_unstable();
-    let mut entries = Vec::new();
-    let mut rest = names
-        .into_iter()
-        .filter(|name| name.as_slice() > after)
-        .peekable();
-    let mut last = None;
-    let mut size = 0;
-    while entries.len() < limit && size < LARGEST_LISTING {
-        let Some(name) = rest.next() else { break };
-        let child = path.join(OsStr::from_bytes(&name));
-        // One that went away in between is not there.
-        if let Ok(metadata) = fs::symlink_metadata(&child) {
-            let entry = entry(&child, &metadata);
-            size += entry.encoded_len();
-            entries.push(entry);
+}
+
+/// Reads a part of a file, or as much of it as there is, until `send` wants no more; it is told each chunk's offset.
+pub(crate) fn each_chunk(
+    mut file: File,
+    mut offset: u64,
+    length: u64,
+    mut send: impl FnMut(u64, Bytes) -> bool,
+) -> io::Result<()> {
+    file.seek(SeekFrom::Start(offset))?;
+    let mut left = length;
+    while left > 0 {
+        let wanted = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        let mut chunk = vec![0; wanted];
+        let count = file.read(&mut chunk)?;
+        chunk.truncate(count);
+        if count == 0 || !send(offset, Bytes::from(chunk)) {
+            break;
         }
-        last = Some(name);
+        offset += count as u64;
+        left -= count as u64;
     }
-    Ok((entries, last.filter(|_| rest.peek().is_some())))
+    Ok(())
 }
 
 /// Opens a file for reading: a regular one only, since a pipe or device might never answer.
@@ -235,6 +257,27 @@ pub(crate) fn make_directory(path: &Path, mode: u32) -> Result<Entry, Status> {
     stat(path, false)
 }
 
+/// Makes a symbolic link; in place of something only if asked.
+pub(crate) fn make_symlink(path: &Path, target: &OsStr, replace: bool) -> Result<Entry, Status> {
+    let failed = |error: io::Error| path_error(&shown(path), &error);
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(invalid("path", "names no file"));
+    };
+    let folder = Folder::open(parent).map_err(failed)?;
+    if replace {
+        let temporary = OsString::from(format!(".{:016x}.part", random()));
+        folder.make_symlink(&temporary, target).map_err(failed)?;
+        if let Err(error) = folder.rename(&temporary, name, true) {
+            // It was made just now, and is of no use.
+            let _ = folder.remove(&temporary);
+            return Err(failed(error));
+        }
+    } else {
+        folder.make_symlink(name, target).map_err(failed)?;
+    }
+    stat(path, true)
+}
+
 /// Renames; onto something only if asked.
 pub(crate) fn rename(source: &Path, destination: &Path, replace: bool) -> Result<Entry, Status> {
     use nix::fcntl::{RenameFlags, renameat2};
@@ -267,4 +310,10 @@ pub(crate) fn remove(path: &Path, recursive: bool) -> Result<(), Status> {
         (true, false) => fs::remove_dir(path),
     };
     removed.map_err(failed)
+}
+
+/// For names that nobody else has taken.
+fn random() -> u64 {
+    use std::hash::{BuildHasher as _, RandomState};
+    RandomState::new().hash_one(SystemTime::now())
 }

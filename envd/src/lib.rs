@@ -3,7 +3,7 @@
 //! [`boot`] turns a bare kernel into a system: modules, disks, overlay. Then the services in [`api`] are served over the guest
 //! link, one HTTP/2 connection per epoch. [`process`] runs commands and keeps their output ([`output`]), [`reap`] is PID 1's duty to
 //! collect what has ended, [`group`] a cgroup for each, [`terminal`] what a shell has for stdin and stdout, [`users`] knows who is who,
-//! [`files`] acts as them, [`ports`] knows who listens, [`usage`] what the guest uses, [`logs`] what its kernel and envd have said; [`spans`]
+//! [`files`] acts as them, for gRPC and, in [`web`], for plain HTTP, [`ports`] knows who listens, [`usage`] what the guest uses, [`logs`] what its kernel and envd have said; [`spans`]
 //! tells the node how calls went.
 //!
 //! [`identity`] makes the guest a session's, with its [`network`] and without the [`connections`] of whoever it was before; [`snapshot`]
@@ -43,6 +43,7 @@ mod spawn;
 mod terminal;
 mod usage;
 mod users;
+mod web;
 
 use freezer::Freezer;
 use identity::Guest;
@@ -147,6 +148,7 @@ async fn serve_link(
         .max_frame_size(FRAME)
         .max_concurrent_streams(MAX_STREAMS)
         .layer(Trace(spans.clone()))
+        .layer(web::Files(Arc::clone(&guest)))
         .add_service(health)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)

@@ -65,7 +65,7 @@ impl Spans {
             spans: self.clone(),
             trace_id,
             parent_span_id,
-            name: request.uri().path().trim_start_matches('/').to_owned(),
+            name: name_of(request.uri().path()).to_owned(),
             started: Instant::now(),
             code: None,
         })
@@ -167,6 +167,15 @@ where
                 }
             })
         })
+    }
+}
+
+/// What a call is named by. Paths of files are not for traces.
+fn name_of(path: &str) -> &str {
+    let path = path.trim_start_matches('/');
+    match path.split_once('/') {
+        Some(("files", _)) => "files",
+        _ => path,
     }
 }
 

@@ -75,6 +75,7 @@
 //! [`guest::Channel`]: the virtio port in [`guest::vport`], a vsock in [`guest::vsock`], a unix socket in [`guest::unix`].
 #![warn(missing_docs)]
 
+pub mod body;
 pub mod frame;
 pub mod guest;
 pub mod host;

@@ -1,8 +1,8 @@
 //! The node's door for streams and ports: whatever Envoy, or another node, sends for a session.
 //!
 //! [`target`] reads from a request which session and what of it is meant. [`Ingress::answer`] finds the session: here, or in the
-//! catalog and then on another node, once. [`stream`] carries gRPC to envd, [`port`] carries HTTP to a port of the guest, and
-//! [`answer`] says no in the caller's own tongue.
+//! catalog and then on another node, once. [`stream`] carries gRPC to envd, [`files`] plain HTTP for a file, [`port`] HTTP to a port of the
+//! guest, and [`answer`] says no in the caller's own tongue.
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -35,6 +35,7 @@ use crate::{
 };
 
 pub mod answer;
+mod files;
 mod forward;
 mod port;
 mod stream;
@@ -127,6 +128,9 @@ impl Ingress {
                 what: What::Stream, ..
             }) => "stream",
             Ok(Target {
+                what: What::Files, ..
+            }) => "files",
+            Ok(Target {
                 what: What::Port(_),
                 ..
             }) => "port",
@@ -202,6 +206,7 @@ impl Ingress {
         match phase {
             Phase::Running(reach) => match target.what {
                 What::Stream => stream::carry(session, &reach, request).await,
+                What::Files => files::carry(session, &reach, request).await,
                 What::Port(port) => self.ports.carry(session, &reach, port, request).await,
             },
             Phase::Starting => Err(refuse(
@@ -377,6 +382,7 @@ fn may_call(
 ) -> Result<(), answer::Refusal> {
     match target.what {
         What::Stream => token::check_stream(session, request.headers()),
+        What::Files => files::check(session, request).map(drop),
         What::Port(_) if session.port_access() == PortAccess::Token => {
             token::check_port(session, request).map(drop)
         }

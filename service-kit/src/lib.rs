@@ -3,6 +3,7 @@
 //! - [`ids`]: session IDs and the other names that travel between services; parsed once, valid ever after.
 //! - [`egress`]: what an entry of a session's egress list may be.
 //! - [`errors`]: [`Failure`](errors::Failure), the one way a domain error becomes a gRPC status with `google.rpc` details.
+//! - [`file_url`]: addresses of files that carry their own right.
 //! - [`address`], [`config`]: where a service listens, and how its settings are read (flags, environment, TOML file).
 //! - [`mesh`]: trust between services: the mesh token, who the caller is, and channels that carry both.
 //! - [`database`]: Postgres, a schema for each service (feature `database`).
@@ -16,6 +17,7 @@ pub mod config;
 pub mod database;
 pub mod egress;
 pub mod errors;
+pub mod file_url;
 pub mod ids;
 pub mod mesh;
 pub mod request_id;

@@ -1,8 +1,9 @@
 //! `sandmesh.envd.v1.FilesystemService`.
 
 use std::{
-    fs::File,
-    io::{self, Read as _, Seek as _, SeekFrom},
+    ffi::{OsStr, OsString},
+    io,
+    os::unix::ffi::{OsStrExt as _, OsStringExt as _},
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -10,28 +11,31 @@ use std::{
 
 use bytes::Bytes;
 use proto::envd::v1::{
-    FilesystemServiceListRequest, FilesystemServiceListResponse, FilesystemServiceWatchRequest,
-    FilesystemServiceWatchResponse, GetUploadRequest, GetUploadResponse, MakeDirectoryRequest,
-    MakeDirectoryResponse, MoveRequest, MoveResponse, ReadRequest, ReadResponse, RemoveRequest,
+    CopyRequest, CopyResponse, FilesystemServiceListRequest, FilesystemServiceListResponse,
+    FilesystemServiceWatchRequest, FilesystemServiceWatchResponse, GetUploadRequest,
+    GetUploadResponse, MakeDirectoryRequest, MakeDirectoryResponse, MakeSymlinkRequest,
+    MakeSymlinkResponse, MoveRequest, MoveResponse, ReadRequest, ReadResponse, RemoveRequest,
     RemoveResponse, StatRequest, StatResponse, WriteRequest, WriteResponse,
     filesystem_service_server::FilesystemService, write_request::Part,
 };
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::Answers;
 use crate::{
     errors::{invalid, path_error, refuse},
-    files::{self, Draft, Look, Watch},
+    files::{self, Draft, IN_FLIGHT, Listing, Look, Transfer, Watch},
     identity::Guest,
     users::User,
 };
 
-const CHUNK: usize = 128 << 10;
-const IN_FLIGHT: usize = 4;
 const PAGE: usize = 1000;
 const LARGEST_PAGE: usize = 10_000;
+const DEEPEST_LISTING: u32 = 64;
+/// As long as the kernel takes it (symlink(7)).
+const LONGEST_TARGET: usize = 4095;
 /// The kernel allows root 128 inotify instances (fs.inotify.max_user_instances), and root's own programs may want some.
 const MOST_WATCHES: usize = 64;
 static WATCHES: Semaphore = Semaphore::const_new(MOST_WATCHES);
@@ -67,12 +71,24 @@ impl FilesystemService for Api {
             0 => PAGE,
             size => size.min(LARGEST_PAGE),
         };
-        // The token is the last name, in hexadecimal: names are bytes, tokens are text.
+        let depth = match request.depth {
+            0 => 1,
+            depth @ 1..=DEEPEST_LISTING => depth,
+            _ => return Err(invalid("depth", "must be at most 64")),
+        };
+        // The token is the last entry's path, in hexadecimal: names are bytes, tokens are text.
         let after = from_hex(&request.page_token)
             .ok_or_else(|| invalid("page_token", "is not one this service gave out"))?;
-        let (entries, last) =
-            files::acting_as(user, move || files::list(&path, &after, limit)).await?;
-        let next_page_token = last.map(|name| to_hex(&name)).unwrap_or_default();
+        let listing = Listing {
+            depth,
+            pattern: request.pattern,
+            after: OsString::from_vec(after).into(),
+            limit,
+        };
+        let (entries, last) = files::acting_as(user, move || listing.page(&path)).await?;
+        let next_page_token = last
+            .map(|path| to_hex(path.as_os_str().as_bytes()))
+            .unwrap_or_default();
         Ok(Response::new(FilesystemServiceListResponse {
             entries,
             next_page_token,
@@ -88,6 +104,39 @@ impl FilesystemService for Api {
         let mode = request.mode.unwrap_or(0o755);
         let entry = files::acting_as(user, move || files::make_directory(&path, mode)).await?;
         Ok(Response::new(MakeDirectoryResponse { entry: Some(entry) }))
+    }
+
+    async fn make_symlink(
+        &self,
+        request: Request<MakeSymlinkRequest>,
+    ) -> Result<Response<MakeSymlinkResponse>, Status> {
+        let request = request.into_inner();
+        let (user, path) = self.resolve(&request.user, &request.path, &request.path_bytes)?;
+        let target = request.target;
+        if target.is_empty() || target.len() > LONGEST_TARGET || target.contains(&0) {
+            return Err(invalid("target", "must be 1-4095 bytes without NUL"));
+        }
+        let make = move || files::make_symlink(&path, OsStr::from_bytes(&target), request.replace);
+        let entry = files::acting_as(user, make).await?;
+        Ok(Response::new(MakeSymlinkResponse { entry: Some(entry) }))
+    }
+
+    async fn copy(&self, request: Request<CopyRequest>) -> Result<Response<CopyResponse>, Status> {
+        let request = request.into_inner();
+        let (user, source) = self.resolve(&request.user, &request.source, &request.source_bytes)?;
+        let (_, destination) = self.resolve(
+            &request.user,
+            &request.destination,
+            &request.destination_bytes,
+        )?;
+        let cancelled = CancellationToken::new();
+        // Dropped with this call, also when its client goes.
+        let _cancel = cancelled.clone().drop_guard();
+        let copied = files::acting_as(user, move || {
+            files::copy(&source, &destination, request.replace, &cancelled)
+        })
+        .await?;
+        Ok(Response::new(copied))
     }
 
     async fn r#move(
@@ -127,11 +176,13 @@ impl FilesystemService for Api {
         let request = request.into_inner();
         let (user, path) = self.resolve(&request.user, &request.path, &request.path_bytes)?;
         let shown = files::shown(&path);
+        let transfer = Transfer::begin()?;
         let (file, entry) = files::acting_as(user, move || files::open(&path)).await?;
         let (to, answers) = mpsc::channel(IN_FLIGHT);
         let (offset, length) = (request.offset, request.length.unwrap_or(u64::MAX));
         // An open file needs no user any more; reading it blocks, so it has a thread.
         tokio::task::spawn_blocking(move || {
+            let _transfer = transfer;
             let first = ReadResponse {
                 entry: Some(entry),
                 offset,
@@ -140,7 +191,15 @@ impl FilesystemService for Api {
             if to.blocking_send(Ok(first)).is_err() {
                 return;
             }
-            if let Err(error) = send_file(file, offset, length, &to) {
+            let send = |offset, data| {
+                let part = ReadResponse {
+                    entry: None,
+                    offset,
+                    data,
+                };
+                to.blocking_send(Ok(part)).is_ok()
+            };
+            if let Err(error) = files::each_chunk(file, offset, length, send) {
                 // Nobody listens any more, or they hear why.
                 let _ = to.blocking_send(Err(path_error(&shown, &error)));
             }
@@ -266,36 +325,6 @@ async fn follow(
             () = to.closed() => return Ok(()),
         }
     }
-}
-
-fn send_file(
-    mut file: File,
-    mut offset: u64,
-    length: u64,
-    to: &mpsc::Sender<Result<ReadResponse, Status>>,
-) -> io::Result<()> {
-    file.seek(SeekFrom::Start(offset))?;
-    let mut left = length;
-    while left > 0 {
-        let wanted = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-        let mut chunk = vec![0; wanted];
-        let count = file.read(&mut chunk)?;
-        if count == 0 {
-            break;
-        }
-        chunk.truncate(count);
-        let part = ReadResponse {
-            entry: None,
-            offset,
-            data: Bytes::from(chunk),
-        };
-        if to.blocking_send(Ok(part)).is_err() {
-            break;
-        }
-        offset += count as u64;
-        left -= count as u64;
-    }
-    Ok(())
 }
 
 fn to_hex(bytes: &[u8]) -> String {

@@ -23,7 +23,7 @@ use nix::{
 use proto::envd::v1::{Entry, WriteEnd, WriteHeader, WritePlace};
 use tonic::{Code, Status};
 
-use super::{entry, follow, make_parents, regular, shown};
+use super::{entry, follow, make_parents, random, regular, shown};
 use crate::{
     errors::{invalid, path_error, refuse, refuse_with},
     users::User,
@@ -374,9 +374,4 @@ fn check_upload_id(id: &str) -> Result<(), Status> {
     }
     let rule = format!("must be 1-{LONGEST_UPLOAD_ID} letters, digits, _ and -");
     Err(invalid("upload_id", rule))
-}
-
-fn random() -> u64 {
-    use std::hash::{BuildHasher as _, RandomState};
-    RandomState::new().hash_one(SystemTime::now())
 }

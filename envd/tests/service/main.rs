@@ -11,6 +11,8 @@ mod snapshots;
 mod streams;
 mod system;
 mod terminals;
+mod trees;
 mod uploads;
 mod watches;
+mod web;
 mod world;

@@ -105,6 +105,10 @@ impl Refusal {
             }
         };
         let headers = response.headers_mut();
+        if self.http == 405 {
+            // Only files refuse a method.
+            headers.insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, PUT"));
+        }
         if let Ok(value) = HeaderValue::from_str(id) {
             headers.insert(request_id::HEADER, value);
         }

@@ -6,8 +6,10 @@ use std::{
     task::{Context, Poll},
 };
 
+use axum::BoxError;
 use axum::body::Body;
 use bytes::Bytes;
+use guest_link::body::Whole;
 use http::{HeaderMap, HeaderName, Request, Response, Uri, header};
 use http_body::Frame;
 use hyper::body::Incoming;
@@ -58,11 +60,21 @@ pub(super) async fn carry(
         headers.remove(name);
     }
     headers.remove(header::COOKIE);
-    telemetry::inject_trace_context(headers);
+    pass(reach, request, path, true).await
+}
+
+/// Sends a request on to envd, under an address there; both bodies are passed on as they come.
+pub(super) async fn pass(
+    reach: &Arc<Reach>,
+    mut request: Request<Body>,
+    address: String,
+    is_grpc: bool,
+) -> Result<Response<Body>, Refusal> {
+    telemetry::inject_trace_context(request.headers_mut());
     *request.uri_mut() = Uri::builder()
         .scheme("http")
         .authority("guest")
-        .path_and_query(path)
+        .path_and_query(address)
         .build()
         .map_err(|error| {
             Refusal::new(
@@ -74,11 +86,19 @@ pub(super) async fn carry(
                 400,
             )
         })?;
+    // Of HTTP/1.1, hyper tells by itself.
+    let may_break_off = request.version() == http::Version::HTTP_2;
     *request.version_mut() = http::Version::HTTP_2;
-    let send = reach.guest.send(request.map(tonic::body::Body::new));
+    let send = reach.guest.send(request.map(|body| {
+        if may_break_off {
+            tonic::body::Body::new(Whole::new(body))
+        } else {
+            tonic::body::Body::new(body)
+        }
+    }));
     tokio::select! {
         answer = send => match answer {
-            Ok(response) => Ok(response.map(|body| Body::new(Carried::new(body, Arc::clone(reach))))),
+            Ok(response) => Ok(response.map(|body| Body::new(Carried::new(body, Arc::clone(reach), is_grpc)))),
             Err(_) if reach.over.is_cancelled() => Err(over(reach)),
             Err(error) => {
                 tracing::warn!(%error, "a guest did not answer");
@@ -148,25 +168,31 @@ fn over_failure(why: Over) -> (Failure, u16) {
 
 /// An answer on its way: when its session leaves it, it ends with the reason instead of with nothing.
 struct Carried {
-    body: Incoming,
+    body: Whole<Incoming>,
     reach: Arc<Reach>,
     over: Pin<Box<WaitForCancellationFutureOwned>>,
     is_done: bool,
+    /// Whether the reason has a place at the end; otherwise the answer breaks off.
+    is_grpc: bool,
 }
 
 impl Carried {
-    fn new(body: Incoming, reach: Arc<Reach>) -> Self {
+    fn new(body: Incoming, reach: Arc<Reach>, is_grpc: bool) -> Self {
         Self {
-            body,
+            body: Whole::new(body),
+            is_grpc,
             over: Box::pin(reach.over.clone().cancelled_owned()),
             reach,
             is_done: false,
         }
     }
 
-    fn last(&mut self) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn last(&mut self) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         self.is_done = true;
         let (failure, _) = over_failure(self.reach.why());
+        if !self.is_grpc {
+            return Poll::Ready(Some(Err(failure.message().into())));
+        }
         let headers = failure
             .into_status()
             .into_http::<Body>()
@@ -185,12 +211,12 @@ impl Carried {
 
 impl http_body::Body for Carried {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BoxError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         if self.is_done {
             return Poll::Ready(None);
         }

@@ -1,7 +1,7 @@
 //! Which session a request is for, and what of it. Pure.
 //!
-//! A port: host `<port>-<session id>.<domain>`, or headers `x-session-id` and `x-session-port`. A stream to envd: header
-//! `x-session-id`, or host `<session id>.<domain>`. Headers win over the host.
+//! A port: host `<port>-<session id>.<domain>`, or headers `x-session-id` and `x-session-port`. A stream to envd, or a path under
+//! `/files/`: header `x-session-id`, or host `<session id>.<domain>`. Headers win over the host.
 
 use http::{HeaderMap, Request};
 use service_kit::{
@@ -10,7 +10,7 @@ use service_kit::{
 };
 use tonic::Code;
 
-use super::answer::Refusal;
+use super::{answer::Refusal, files};
 
 /// Header that names a session.
 pub const SESSION_HEADER: &str = "x-session-id";
@@ -31,6 +31,8 @@ pub struct Target {
 pub enum What {
     /// envd, by gRPC.
     Stream,
+    /// A file of the guest, by HTTP.
+    Files,
     /// A TCP port of the guest, by HTTP.
     Port(u16),
 }
@@ -79,11 +81,23 @@ pub fn read<B>(
         let session = SessionId::parse(id).map_err(|error| malformed(&error.to_string()))?;
         let what = match header(headers, PORT_HEADER) {
             Some(port) => What::Port(parse_port(port)?),
-            None => What::Stream,
+            None => within(request),
         };
         return Ok(Target { session, what });
     }
-    from_host(authority.unwrap_or_default(), domain)
+    let mut target = from_host(authority.unwrap_or_default(), domain)?;
+    if target.what == What::Stream {
+        target.what = within(request);
+    }
+    Ok(target)
+}
+
+fn within<B>(request: &Request<B>) -> What {
+    if files::is_meant(request) {
+        What::Files
+    } else {
+        What::Stream
+    }
 }
 
 fn from_host(authority: &str, domain: &str) -> Result<Target, Refusal> {

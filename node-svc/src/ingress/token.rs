@@ -29,7 +29,7 @@ fn missing(what: &str) -> Refusal {
     )
 }
 
-fn wrong() -> Refusal {
+pub(super) fn wrong() -> Refusal {
     let failure = Failure::new(
         Code::PermissionDenied,
         Reason::ACCESS_TOKEN_INVALID,
@@ -46,13 +46,23 @@ pub(super) fn check_stream(session: &Session, headers: &HeaderMap) -> Result<(),
         .unwrap_or_default();
     let Some(token) = value.strip_prefix("Bearer ") else {
         return Err(missing(
-            "send the session's access token as metadata authorization: Bearer <token>",
+            "send the session's access token as authorization: Bearer <token>",
         ));
     };
     if matches(session, token) {
         Ok(())
     } else {
         Err(wrong())
+    }
+}
+
+/// Requests for files carry it like streams, or like requests to a port.
+pub(super) fn check_files(session: &Session, headers: &HeaderMap) -> Result<(), Refusal> {
+    let token = headers.get(TOKEN_HEADER);
+    match token.and_then(|value| value.to_str().ok()) {
+        None => check_stream(session, headers),
+        Some(token) if matches(session, token) => Ok(()),
+        Some(_) => Err(wrong()),
     }
 }
 
@@ -155,14 +165,14 @@ fn cookies(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proto::session::v1::{PortAccess, Resources};
     use service_kit::ids::{HomeTag, SessionId};
 
     use super::*;
     use crate::hosted::Settings;
 
-    fn session() -> Session {
+    pub(in crate::ingress) fn session() -> Session {
         let id = SessionId::random(&HomeTag::random());
         Session::new(
             id,
