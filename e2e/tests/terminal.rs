@@ -35,7 +35,8 @@ async fn a_shell_is_as_one_by_ssh() {
     assert_eq!(screen.shows("size: "), "25 90");
 
     // Ctrl-C ends what is in front, and only that.
-    screen.enters("clear; echo sleeping; sleep 1000");
+    // It says so itself: before it is in front, the key would be the shell's.
+    screen.enters("clear; sh -c 'echo sleeping; exec sleep 1000'");
     screen.shows("sleeping");
     screen.presses("C-c");
     screen.shows("in>");

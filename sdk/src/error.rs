@@ -15,6 +15,9 @@ pub enum Error {
     /// The endpoint is not an address.
     #[error("endpoint: {0}")]
     Endpoint(String),
+    /// A file was changed while it was read, and the connection broke: what came before is of another version.
+    #[error("the file changed while it was read")]
+    Changed,
     /// What the server sent makes no sense.
     #[error("the server's answer lacks {0}")]
     Incomplete(&'static str),

@@ -1,14 +1,21 @@
 //! Files of the sandbox, streamed with constant memory.
 
-use std::io::SeekFrom;
+use std::{
+    cell::Cell,
+    io::SeekFrom,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use proto::envd::v1::{
     Entry, FileChange, FilesystemServiceListRequest, FilesystemServiceWatchRequest,
     FilesystemServiceWatchResponse, GetUploadRequest, ReadRequest, StatRequest, WriteEnd,
     WriteHeader, WriteRequest, write_request::Part,
 };
+use proto::session::v1::Session;
 use rand::RngExt as _;
+use service_kit::file_url::{Key, Use};
 use tokio::{
     io::{
         AsyncRead, AsyncReadExt as _, AsyncSeek, AsyncSeekExt as _, AsyncWrite, AsyncWriteExt as _,
@@ -24,6 +31,7 @@ use crate::{
 };
 
 const CHUNK: usize = 256 << 10;
+const LARGEST_PAGE: u32 = 10_000;
 const IN_FLIGHT: usize = 4;
 
 impl Sandbox {
@@ -43,18 +51,26 @@ impl Sandbox {
 
     /// All entries of a directory.
     pub async fn list(&self, path: &str) -> Result<Vec<Entry>, Error> {
+        let request = FilesystemServiceListRequest {
+            path: path.into(),
+            ..Default::default()
+        };
+        self.list_all(request).await
+    }
+
+    /// All pages of a listing.
+    pub async fn list_all(
+        &self,
+        mut request: FilesystemServiceListRequest,
+    ) -> Result<Vec<Entry>, Error> {
         let mut entries = Vec::new();
-        let mut page_token = String::new();
+        // Each page is looked for from the beginning, so few large ones take less.
+        request.page_size = LARGEST_PAGE;
         loop {
-            let request = FilesystemServiceListRequest {
-                path: path.into(),
-                page_token,
-                ..Default::default()
-            };
-            let page = self.filesystem().list(request).await?.into_inner();
+            let page = self.filesystem().list(request.clone()).await?.into_inner();
             entries.extend(page.entries);
-            page_token = page.next_page_token;
-            if page_token.is_empty() {
+            request.page_token = page.next_page_token;
+            if request.page_token.is_empty() {
                 return Ok(entries);
             }
         }
@@ -70,26 +86,57 @@ impl Sandbox {
         }
     }
 
-    /// Copies a file out; `progress` hears the bytes so far. Returns its size.
+    /// Copies a file out, as [`Self::download`] does.
     pub async fn read_to(
         &self,
         path: &str,
         to: &mut (impl AsyncWrite + Unpin),
-        mut progress: impl FnMut(u64),
+        progress: impl FnMut(u64),
     ) -> Result<u64, Error> {
         let request = ReadRequest {
             path: path.into(),
             ..ReadRequest::default()
         };
-        let mut stream = self.filesystem().read(request).await?.into_inner();
-        let mut count = 0;
-        while let Some(part) = stream.message().await? {
+        self.download(request, to, progress).await
+    }
+
+    /// Copies a file, or a part of it, out. When the connection breaks, it goes on where it broke off; if the file has changed meanwhile, it fails with
+    /// [`Error::Changed`]. `progress` hears the bytes so far. Returns how many there were.
+    pub async fn download(
+        &self,
+        request: ReadRequest,
+        to: &mut (impl AsyncWrite + Unpin),
+        mut progress: impl FnMut(u64),
+    ) -> Result<u64, Error> {
+        let count = Cell::new(0);
+        let mut version = None;
+        let mut stream = Resumed::default();
+        let open = async || {
+            let rest = ReadRequest {
+                offset: request.offset + count.get(),
+                length: request.length.map(|length| length - count.get()),
+                ..request.clone()
+            };
+            self.filesystem().read(rest).await
+        };
+        while let Some((part, is_first)) = stream.next(open).await? {
+            if is_first {
+                let entry = part.entry.as_ref().ok_or(Error::Incomplete("entry"))?;
+                let this = (entry.size_bytes, entry.modify_time);
+                if *version.get_or_insert(this) != this {
+                    return Err(Error::Changed);
+                }
+            }
+            let so_far = count.get() + part.data.len() as u64;
+            if request.length.is_some_and(|length| so_far > length) {
+                return Err(Error::Incomplete("an end where it should"));
+            }
             to.write_all(&part.data).await?;
-            count += part.data.len() as u64;
-            progress(count);
+            count.set(so_far);
+            progress(so_far);
         }
         to.flush().await?;
-        Ok(count)
+        Ok(count.get())
     }
 
     /// Copies a stream in; the file appears whole or not at all.
@@ -210,6 +257,52 @@ impl Sandbox {
         answer?.into_inner().entry.ok_or(Error::Incomplete("entry"))
     }
 }
+
+/// An address of a file or directory that anybody may use who has it, until it expires: for browsers, `curl`, and others without gRPC. Nothing is
+/// asked for it; the session's access token signs it.
+#[derive(Debug, Clone)]
+pub struct FileUrl {
+    /// Absolute, relative to the user's home, or with `~`.
+    pub path: String,
+    /// Acting user. Empty: the template's default user.
+    pub user: String,
+    /// Form of a directory: `tar` or `zip`. Empty: the server's choice.
+    pub archive: String,
+    /// Read it, or write it.
+    pub what: Use,
+    /// For how long, from now; at most 7 days.
+    pub valid: Duration,
+}
+
+impl FileUrl {
+    /// Of a session as `create` and `get` answer it, with its token.
+    pub fn of(&self, session: &Session) -> String {
+        let host = session.host.replace("{port}-", "");
+        let path = match self.path.strip_prefix('/') {
+            Some(absolute) => absolute.to_owned(),
+            None if self.path.starts_with('~') => self.path.clone(),
+            None => format!("~/{}", self.path),
+        };
+        let path = format!("/files/{}", utf8_percent_encode(&path, &IN_PATH));
+        let query: Vec<String> = [("user", &self.user), ("archive", &self.archive)]
+            .into_iter()
+            .filter(|(_, value)| !value.is_empty())
+            .map(|(name, value)| format!("{name}={}", utf8_percent_encode(value, &IN_PATH)))
+            .collect();
+        let key = Key::of_token(&session.access_token);
+        let expires = SystemTime::now() + self.valid;
+        let signed = key.sign(self.what, &path, &query.join("&"), expires);
+        format!("http://{host}{signed}")
+    }
+}
+
+/// What has no meaning of its own in a path (RFC 3986, 2.3), and the slash.
+const IN_PATH: AsciiSet = NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~')
+    .remove(b'/');
 
 /// What has been sent of a file, each byte hashed once if its end is to be checked.
 #[derive(Default)]

@@ -21,8 +21,9 @@ mod system;
 
 pub use client::{Changes, Client, NewFork, NewSession};
 pub use error::Error;
-pub use files::FileWatch;
+pub use files::{FileUrl, FileWatch};
 pub use ports::PortWatch;
 pub use process::{Command, Event, Exit, Output, Process, Remote};
 pub use sandbox::Sandbox;
+pub use service_kit::file_url::Use;
 pub use system::{Logs, Metrics};

@@ -2,8 +2,8 @@
 
 use anyhow::bail;
 use proto::envd::v1::{
-    Entry, FileChange, FileType, FilesystemServiceListResponse, FilesystemServiceWatchRequest,
-    FilesystemServiceWatchResponse,
+    Entry, FileChange, FileType, FilesystemServiceListRequest, FilesystemServiceListResponse,
+    FilesystemServiceWatchRequest, FilesystemServiceWatchResponse, StatRequest,
 };
 
 use super::cp::{Side, side};
@@ -17,18 +17,47 @@ pub(crate) struct LsOptions {
     /// The folder.
     #[arg(value_name = "ID:PATH")]
     folder: String,
+    /// Also what is in its folders, so many levels deep.
+    #[arg(short, long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    depth: u32,
+    /// Only what matches: *, ?, [a-z], {a,b}, and ** across folders; without a slash, the name.
+    #[arg(short, long, default_value = "")]
+    pattern: String,
+    /// User in the sandbox; default: the template's.
+    #[arg(short, long, default_value = "")]
+    user: String,
 }
 
 pub(crate) async fn ls(context: &Context, options: &LsOptions) -> anyhow::Result<()> {
     let (id, path) = in_sandbox(&options.folder)?;
-    let entries = context.sandbox(id).await?.list(path).await?;
+    let request = FilesystemServiceListRequest {
+        path: path.to_owned(),
+        depth: options.depth,
+        pattern: options.pattern.clone(),
+        user: options.user.clone(),
+        ..Default::default()
+    };
+    let sandbox = context.sandbox(id).await?;
+    // Names of what is further below are from the folder on, so where that is must be known.
+    let stat = StatRequest {
+        path: path.to_owned(),
+        user: options.user.clone(),
+        ..Default::default()
+    };
+    let folder = sandbox
+        .filesystem()
+        .stat(stat)
+        .await
+        .map_err(sdk::Error::from)?;
+    let folder = folder.into_inner().entry.unwrap_or_default().path_bytes;
+    let entries = sandbox.list_all(request).await?;
     let answer = FilesystemServiceListResponse {
         entries,
         next_page_token: String::new(),
     };
     let name = "sandmesh.envd.v1.FilesystemServiceListResponse";
     output::print(context.format(), name, answer, |answer| {
-        let rows = answer.entries.iter().map(row);
+        let rows = answer.entries.iter().map(|entry| row(entry, &folder));
         output::table(
             &["mode", "uid", "gid", "size", "modified", "name"],
             rows.collect(),
@@ -47,9 +76,11 @@ fn in_sandbox(text: &str) -> anyhow::Result<(&str, &str)> {
     }
 }
 
-fn row(entry: &Entry) -> Vec<String> {
-    let path = String::from_utf8_lossy(&entry.path_bytes);
-    let mut name = path.rsplit('/').next().unwrap_or_default().to_owned();
+fn row(entry: &Entry, folder: &[u8]) -> Vec<String> {
+    let path = entry.path_bytes.as_slice();
+    let name = path.strip_prefix(folder).unwrap_or(path);
+    let name = name.strip_prefix(b"/").unwrap_or(name);
+    let mut name = String::from_utf8_lossy(name).into_owned();
     if entry.r#type() == FileType::Symlink {
         name = format!(
             "{name} -> {}",
