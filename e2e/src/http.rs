@@ -56,6 +56,18 @@ pub async fn get(edge: &str, host: &str, path: &str, headers: &[(&str, &str)]) -
     send(edge, request, host, headers, Body::default(), LIMIT).await
 }
 
+/// Puts a body to a path of a host by way of the edge.
+pub async fn put(
+    edge: &str,
+    host: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: Body,
+) -> Answer {
+    let request = Request::put(format!("http://{edge}{path}"));
+    send(edge, request, host, headers, body, LIMIT).await
+}
+
 /// Posts a body to a path of a host by way of the edge.
 pub async fn post(
     edge: &str,

@@ -6,10 +6,7 @@
 use std::{
     ffi::{OsStr, OsString},
     io::IsTerminal as _,
-    os::unix::{
-        ffi::OsStrExt as _,
-        fs::PermissionsExt as _,
-    },
+    os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
     path::Path,
 };
 
