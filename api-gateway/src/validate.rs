@@ -11,6 +11,7 @@ use service_kit::{
     egress::{Entry, LEAST_RATE, MOST_ENTRIES},
     errors::{Failure, Reason},
     ids::CheckpointId,
+    readiness,
 };
 use tonic::{Code, Status};
 
@@ -65,6 +66,9 @@ pub fn create_session(request: &CreateSessionRequest) -> Result<(), Status> {
     env(&mut wrong, &request.env);
     network(&mut wrong, request.network.as_ref());
     request_id(&mut wrong, &request.request_id);
+    if let Some(Err((field, rule))) = request.wait_for_port.as_ref().map(readiness::check) {
+        wrong.unless(false, field, rule);
+    }
     wrong.done()
 }
 

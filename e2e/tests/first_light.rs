@@ -137,6 +137,18 @@ async fn commands_files_and_ports_work_and_nothing_is_left() {
         web_socket_echoes(mesh.edge(), &name(port)).await;
         assert_eq!(grpc_health(mesh.endpoint(), &name(port)).await, 1);
     }
+    // One that is not open yet is waited for, if the client says so; without that it is refused at once.
+    let wait = |time| [("x-session-wait", time)];
+    let (late, minute) = (name(8012), wait("1m"));
+    let (waited, _server) = tokio::join!(
+        http::get(mesh.edge(), &late, "/", &minute),
+        guest::serve(&sandbox, "127.0.0.1:8012"),
+    );
+    assert_eq!(waited.status, 200);
+    let closed = http::get(mesh.edge(), &name(82), "/", &wait("50ms")).await;
+    assert_eq!(closed.refusal(), (502, "PORT_CLOSED".into()));
+    let wrong = http::get(mesh.edge(), &name(8012), "/", &wait("an hour")).await;
+    assert_eq!(wrong.refusal(), (400, "INVALID_ARGUMENT".into()));
     let listeners = sandbox.ports().await.unwrap();
     assert!(listeners.iter().any(|found| {
         (found.port, found.address.as_str()) == (8001, "127.0.0.1")

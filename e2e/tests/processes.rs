@@ -7,9 +7,9 @@
 use std::time::{Duration, Instant};
 
 use e2e::{Mesh, how_many, small};
-use proto::envd::v1::{Backpressure, ResourceLimits};
+use proto::envd::v1::{Backpressure, ResourceLimits, WriteHeader};
 use proto::session::v1::{Resources, Session};
-use sdk::{Command, Event, NewSession, Process, Sandbox};
+use sdk::{Command, Event, Exit, NewSession, Process, Sandbox};
 use sha2::{Digest as _, Sha256};
 
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -211,6 +211,11 @@ async fn every_end_says_what_it_was() {
     // More than it may have, and all else goes on.
     let killed = run(limited(memory, takes(60))).await;
     assert_eq!((killed.exit.code(), killed.exit.0.oom_killed), (137, true));
+    let victims = |exit: &Exit| -> Vec<String> {
+        let victims = exit.0.oom_victims.iter();
+        victims.map(|victim| victim.command.clone()).collect()
+    };
+    assert_eq!(victims(&killed.exit), ["python3"]);
     let parent = [
         "sh".into(),
         "-c".into(),
@@ -218,6 +223,7 @@ async fn every_end_says_what_it_was() {
     ];
     let survived = run(limited(memory, parent)).await;
     assert_eq!((survived.exit.code(), survived.exit.0.oom_kills), (5, 1));
+    assert_eq!(victims(&survived.exit), ["python3"]);
     let fits = run(limited(memory, takes(8))).await;
     assert_eq!((fits.exit.code(), fits.exit.0.oom_killed), (0, false));
     assert!(fits.exit.0.peak_memory_bytes > 8 << 20 && fits.exit.0.peak_memory_bytes <= 32 << 20);
@@ -226,6 +232,16 @@ async fn every_end_says_what_it_was() {
     let all = "b = []\nwhile True: b.append(bytearray(1 << 20))";
     let killed = run(Command::new(["python3", "-c", all])).await;
     assert_eq!((killed.exit.code(), killed.exit.0.oom_killed), (137, true));
+
+    // What is uploaded into memory stops where the guest would have none left.
+    let header = WriteHeader {
+        path: "/dev/shm/large".into(),
+        ..WriteHeader::default()
+    };
+    let mut large = tokio::io::AsyncReadExt::take(tokio::io::repeat(1), 100 << 20);
+    let refused = sandbox.write_from(header, &mut large, |_| {}).await;
+    assert_eq!(refused.unwrap_err().reason().as_deref(), Some("DISK_FULL"));
+    assert_eq!(output(&sandbox, "ls -A /dev/shm; echo here").await, "here");
 
     // A process that starts more and more of itself.
     let bomb = [

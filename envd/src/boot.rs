@@ -18,7 +18,7 @@ use nix::{
     unistd::{chdir, chroot},
 };
 
-use crate::{Failure, logs};
+use crate::{Failure, freezer::free_memory, logs};
 
 const MODULES: &str = "/modules";
 /// The hierarchy is envd's to divide.
@@ -26,6 +26,9 @@ pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 /// 128 KiB. The kernel's default, 2 MiB, finds little in a small guest whose memory is in pieces; much smaller ones are many calls to the
 /// host for few bytes.
 const REPORTED_ORDER: &str = "5";
+/// Of the memory that is free at the start, what /dev/shm and /run may take.
+const SHARED_PART: u64 = 3;
+const RUN_PART: u64 = 10;
 const LINK_NAME: &str = "sandmesh.link";
 /// A socket device by its number (virtio 1.2, 5.10).
 const VSOCK_DEVICE: &str = "0x0013";
@@ -210,8 +213,22 @@ fn mount_rest() -> Result<(), Failure> {
         "/dev/pts",
         "gid=5,mode=620,ptmxmode=666",
     )?;
-    mount_new("tmpfs", "tmpfs", "/dev/shm", "mode=1777")?;
-    mount_new("tmpfs", "tmpfs", "/run", "mode=0755")?;
+    // What envd writes there for a client is not the memory of users' processes, so no limit of theirs holds it: without one of its own it could
+    // take all there is, until the kernel finds nobody left to kill.
+    let size =
+        |part: u64| free_memory().map_or_else(|| "10%".into(), |free| (free / part).to_string());
+    mount_new(
+        "tmpfs",
+        "tmpfs",
+        "/dev/shm",
+        &format!("mode=1777,size={}", size(SHARED_PART)),
+    )?;
+    mount_new(
+        "tmpfs",
+        "tmpfs",
+        "/run",
+        &format!("mode=0755,size={}", size(RUN_PART)),
+    )?;
     // A process is put into a cgroup at each start, which without this option waits for all processors (cgroup-v2.rst; Linux 6.0).
     mount_new("cgroup2", "cgroup2", CGROUPS, "favordynmods")
         .or_else(|_| mount_new("cgroup2", "cgroup2", CGROUPS, ""))?;

@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::group::Group;
 
-const USER: &str = "user";
+pub(crate) const USER: &str = "user";
 /// Below it, for processes that had left.
 const STRAYS: &str = "strays";
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
@@ -166,7 +166,7 @@ impl Freezer {
 }
 
 /// What programs could be given, in bytes (`MemAvailable` of proc_meminfo(5)). Not all that the guest has: of a small one the kernel takes a third.
-fn free_memory() -> Option<u64> {
+pub(crate) fn free_memory() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text
         .lines()

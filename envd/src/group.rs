@@ -43,6 +43,12 @@ impl Group {
         Ok(Self { folder })
     }
 
+    /// Its name below its parent.
+    pub(crate) fn name(&self) -> &str {
+        let name = self.folder.file_name();
+        name.and_then(|name| name.to_str()).unwrap_or_default()
+    }
+
     /// The file into which a new process writes `0` to be in.
     pub(crate) fn entrance(&self) -> io::Result<File> {
         OpenOptions::new()

@@ -10,12 +10,12 @@ use std::{
     fmt,
     io::Write as _,
     sync::{LazyLock, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use futures::{Stream, stream};
 use proto::envd::v1::StreamLogsResponse;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 
 pub(crate) mod kmsg;
 
@@ -23,15 +23,16 @@ pub(crate) mod kmsg;
 const KEPT: usize = 2 << 20;
 /// What is longer loses its end.
 const LONGEST: usize = 8 << 10;
-/// Kills that a subscriber may be behind.
+/// Kills that are remembered for whoever asks.
 const KILLS: usize = 256;
+/// The kernel says whom it has killed after it has done so.
+const KERNEL_SAYS: Duration = Duration::from_millis(500);
 
 const WARNING: u8 = 4;
 const INFORMATION: u8 = 6;
 
 static LOGS: LazyLock<Logs> = LazyLock::new(|| Logs::new(KEPT));
-static KILLED: LazyLock<broadcast::Sender<OomKill>> =
-    LazyLock::new(|| broadcast::Sender::new(KILLS));
+static KILLED: LazyLock<watch::Sender<VecDeque<OomKill>>> = LazyLock::new(watch::Sender::default);
 
 /// Says something on the console and in the logs: what should not be so.
 pub(crate) fn warn(message: impl fmt::Display) {
@@ -60,13 +61,32 @@ pub(crate) fn info(message: impl fmt::Display) {
 pub(crate) struct OomKill {
     pub(crate) pid: u32,
     pub(crate) command: String,
+    /// The cgroup it was in, below that of users' processes.
+    pub(crate) group: Option<String>,
 }
 
-/// Tells of every process that the kernel ends for want of memory, from now on. The kernel says so after it has sent SIGKILL, so it may be
-/// heard here only after the process was collected.
-#[cfg_attr(not(test), allow(dead_code))] // for what is said of a process' end
-pub(crate) fn oom() -> broadcast::Receiver<OomKill> {
-    KILLED.subscribe()
+/// Whom the kernel has killed of a cgroup, oldest first. If those are fewer than `count`, it may not have said so yet, and is waited for.
+pub(crate) async fn oom_kills(group: &str, count: usize) -> Vec<OomKill> {
+    let of = |kills: &VecDeque<OomKill>| -> Vec<OomKill> {
+        let here = kills.iter();
+        here.filter(|kill| kill.group.as_deref() == Some(group))
+            .cloned()
+            .collect()
+    };
+    let mut kills = KILLED.subscribe();
+    let all = kills.wait_for(|kills| of(kills).len() >= count);
+    // When time is up, those it has named are named.
+    let _ = tokio::time::timeout(KERNEL_SAYS, all).await;
+    of(&kills.borrow())
+}
+
+fn note_kill(kill: OomKill) {
+    KILLED.send_modify(|kills| {
+        if kills.len() == KILLS {
+            kills.pop_front();
+        }
+        kills.push_back(kill);
+    });
 }
 
 /// Messages after one, oldest first; with `follow` also those to come. Fails if there has not been that one yet, and says which was last.

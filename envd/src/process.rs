@@ -459,7 +459,7 @@ impl Process {
             cwd: self.cwd.to_string_lossy().into_owned(),
             user: self.user.clone(),
             start_time: Some(self.started.into()),
-            exited: *self.exited.borrow(),
+            exited: self.exited.borrow().clone(),
             terminal: *self.size.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }

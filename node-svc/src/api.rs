@@ -12,7 +12,8 @@ use proto::{
         RollbackSessionRequest, RollbackSessionResponse, SnapshotSessionRequest,
         SnapshotSessionResponse, StartSessionRequest, StartSessionResponse, StartStep,
         StopSessionRequest, StopSessionResponse, UpdateSessionRequest, UpdateSessionResponse,
-        WatchSessionsRequest, WatchSessionsResponse, node_service_server::NodeService,
+        WaitForPortRequest, WaitForPortResponse, WatchSessionsRequest, WatchSessionsResponse,
+        node_service_server::NodeService,
     },
     session::v1::{EndReason, Resources, SessionState},
 };
@@ -27,6 +28,7 @@ use tonic::{Code, Request, Response, Status};
 use crate::{
     driver::{self, Command, DriveError, ForkImage, Origin, Outcome, Plan, Workshop},
     hosted::{Admitted, Hosted, Lookup, NodeFull, Phase, Session},
+    ready,
     stored::StoredError,
     vmm::{VmmError, memory::MemoryError},
 };
@@ -334,6 +336,31 @@ impl NodeService for NodeApi {
         Ok(Response::new(GetSessionMetricsResponse {
             metrics: Some(*metrics),
         }))
+    }
+
+    async fn wait_for_port(
+        &self,
+        request: Request<WaitForPortRequest>,
+    ) -> Result<Response<WaitForPortResponse>, Status> {
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let Some(ready) = request.ready else {
+            return Err(Failure::field_invalid("ready", "is required").into());
+        };
+        let Lookup::Here(session) = self.hosted.lookup(&id) else {
+            return Err(not_here(&id));
+        };
+        let Phase::Running(reach) = session.phase().borrow().clone() else {
+            let message = "the session does not run";
+            return Err(
+                Failure::new(Code::FailedPrecondition, Reason::WRONG_STATE, message)
+                    .with("sessionId", &id)
+                    .into(),
+            );
+        };
+        let waited = ready::wait_for_port(&reach, &ready).await;
+        waited.map_err(|failure| failure.with("sessionId", &id))?;
+        Ok(Response::new(WaitForPortResponse {}))
     }
 
     async fn update_session(

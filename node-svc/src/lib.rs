@@ -17,6 +17,7 @@ pub mod guest_image;
 pub mod hosted;
 pub mod ingress;
 pub mod journal;
+mod ready;
 pub mod register;
 pub mod slot;
 pub mod snapshot;

@@ -7,8 +7,8 @@ use proto::{
         Checkpoint, CreateCheckpointRequest, CreateSessionRequest, DeleteCheckpointRequest, Egress,
         ExtendSessionRequest, ForkSessionRequest, ForkSessionResponse, GetSessionMetricsRequest,
         GetSessionMetricsResponse, GetSessionRequest, ListCheckpointsRequest, Network, OnTimeout,
-        PauseSessionRequest, PortAccess, Resources, ResumeSessionRequest, RollbackSessionRequest,
-        Session, StopSessionRequest, UpdateSessionRequest,
+        PauseSessionRequest, PortAccess, PortReadiness, Resources, ResumeSessionRequest,
+        RollbackSessionRequest, Session, StopSessionRequest, UpdateSessionRequest,
         session_service_client::SessionServiceClient,
     },
     template::v1::template_service_client::TemplateServiceClient,
@@ -92,6 +92,8 @@ pub struct NewSession {
     pub wake_on_request: bool,
     /// The same ID gives the same session.
     pub request_id: String,
+    /// A port that is to be open before `create` returns.
+    pub wait_for_port: Option<PortReadiness>,
 }
 
 /// What to fork.
@@ -199,6 +201,7 @@ impl From<NewSession> for CreateSessionRequest {
             on_timeout: new.on_timeout.into(),
             wake_on_request: new.wake_on_request,
             request_id: new.request_id,
+            wait_for_port: new.wait_for_port,
         }
     }
 }

@@ -9,6 +9,7 @@
 //! - [`database`]: Postgres, a schema for each service (feature `database`).
 //! - [`serve`]: bind first, then serve gRPC with health, reflection, telemetry, and drain on shutdown.
 //! - [`telemetry`]: logs, traces, metrics, and the admin listener that shows them.
+//! - [`readiness`]: what may be asked of a port that is waited for.
 //! - [`request_id`]: the ID a person can quote, carried through every hop.
 
 pub mod address;
@@ -20,6 +21,7 @@ pub mod errors;
 pub mod file_url;
 pub mod ids;
 pub mod mesh;
+pub mod readiness;
 pub mod request_id;
 pub mod serve;
 pub mod telemetry;

@@ -15,7 +15,7 @@ use proto::session::v1::{
     UpdateSessionResponse, WatchSessionsRequest, WatchSessionsResponse,
     session_service_client::SessionServiceClient, session_service_server::SessionService,
 };
-use service_kit::mesh::MeshChannel;
+use service_kit::{mesh::MeshChannel, readiness};
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -43,9 +43,14 @@ impl SessionService for SessionApi {
         &self,
         request: Request<CreateSessionRequest>,
     ) -> Result<Response<CreateSessionResponse>, Status> {
+        let ready = request.get_ref().wait_for_port.as_ref();
+        // What is wrong with it is said once the caller is known.
+        let wait = ready
+            .and_then(|ready| readiness::check(ready).ok())
+            .unwrap_or_default();
         let request = self
             .door
-            .enter(request, Limit::AtMost(CREATE_LIMIT))
+            .enter(request, Limit::AtMost(CREATE_LIMIT + wait))
             .await?;
         validate::create_session(request.get_ref())?;
         self.sessions

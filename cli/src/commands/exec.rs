@@ -242,9 +242,25 @@ fn told(exit: &Exit) -> u8 {
         } else {
             "a process of the command"
         };
-        eprintln!("sandmesh: out of memory: {whom} was killed");
+        eprintln!(
+            "sandmesh: out of memory: {whom} was killed{}",
+            victims(exit)
+        );
     }
     u8::try_from(exit.code()).unwrap_or(255)
+}
+
+/// Those that were killed, if the guest has named them.
+fn victims(exit: &Exit) -> String {
+    let victims = &exit.0.oom_victims;
+    let named: Vec<String> = victims
+        .iter()
+        .map(|victim| format!("{} ({})", crate::output::plain(&victim.command), victim.pid))
+        .collect();
+    if named.is_empty() {
+        return String::new();
+    }
+    format!(": {}", named.join(", "))
 }
 
 async fn feed_stdin(process: Remote) {

@@ -8,7 +8,7 @@ use clap::Subcommand;
 use proto::session::v1::{
     CreateSessionRequest, Egress, ExtendSessionRequest, ForkSessionRequest,
     GetSessionMetricsResponse, GetSessionRequest, ListSessionEventsRequest, ListSessionsRequest,
-    Network, PauseSessionRequest, PauseSessionResponse, PortAccess, Resources,
+    Network, PauseSessionRequest, PauseSessionResponse, PortAccess, PortReadiness, Resources,
     ResumeSessionRequest, Session, SessionState, StopSessionRequest, UpdateSessionResponse,
     WatchSessionsRequest,
 };
@@ -71,6 +71,15 @@ pub(crate) struct Create {
     /// The same ID gives the same session.
     #[arg(long, default_value = "")]
     request_id: String,
+    /// Returns only when somebody listens on this port.
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    wait_port: Option<u16>,
+    /// And when a GET of this path there is answered with 2xx or 3xx.
+    #[arg(long, value_name = "PATH", requires = "wait_port", default_value = "")]
+    wait_http: String,
+    /// For how long after the session runs; default: 30s.
+    #[arg(long, value_name = "DURATION", requires = "wait_port", value_parser = parse_duration)]
+    wait_timeout: Option<Duration>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -395,6 +404,11 @@ impl From<Create> for CreateSessionRequest {
             on_timeout: proto::session::v1::OnTimeout::from(create.on_timeout).into(),
             wake_on_request: create.wake,
             request_id: create.request_id,
+            wait_for_port: create.wait_port.map(|port| PortReadiness {
+                port: port.into(),
+                http_path: create.wait_http,
+                timeout: create.wait_timeout.and_then(wire),
+            }),
         }
     }
 }

@@ -71,7 +71,7 @@ impl Reader {
         while sent {
             // Registered before looking, so that nothing written in between is missed.
             let (more_out, more_err) = (process.stdout.growth(), process.stderr.growth());
-            let exited = *exit.borrow_and_update();
+            let exited = exit.borrow_and_update().clone();
             let out = self.look(self.first, &process);
             let err = self.look(OutputStream::Stderr, &process);
             match (out, err, exited) {
@@ -269,7 +269,10 @@ impl ProcessService for Api {
     async fn wait(&self, request: Request<WaitRequest>) -> Result<Response<WaitResponse>, Status> {
         let process = self.processes.get(&request.get_ref().process_id)?;
         let mut exit = process.exit();
-        let exited = exit.wait_for(Option::is_some).await.map(|exited| *exited);
+        let exited = exit
+            .wait_for(Option::is_some)
+            .await
+            .map(|exited| exited.clone());
         let exited = exited.map_err(|_| {
             refuse(
                 Code::Internal,

@@ -17,7 +17,8 @@ use nix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{KILLED, LOGS, OomKill, Source, warn};
+use super::{LOGS, OomKill, Source, note_kill, warn};
+use crate::freezer::USER;
 
 const DEVICE: &str = "/dev/kmsg";
 /// A read gets one record, or EINVAL if that does not fit (Linux, kernel/printk/internal.h, `PRINTK_MESSAGE_MAX`; once 8192).
@@ -41,6 +42,7 @@ async fn try_follow() -> io::Result<()> {
     let mut record = [0; LARGEST];
     let mut expected = 0;
     let mut is_old = true;
+    let mut chosen = None;
     loop {
         let mut ready = device.readable().await?;
         let read = ready.try_io(|device| {
@@ -57,18 +59,23 @@ async fn try_follow() -> io::Result<()> {
                 let record = record.ok_or(io::ErrorKind::InvalidData)?;
                 LOGS.skip(record.number.saturating_sub(expected));
                 expected = record.number + 1;
-                take(record, is_old);
+                take(record, is_old, &mut chosen);
             }
         }
     }
 }
 
-fn take(record: Record, is_old: bool) {
-    if record.source == Source::Kernel
-        && let Some(kill) = killed(&record.text)
-    {
-        // Nobody has to be there to hear it.
-        let _ = KILLED.send(kill);
+/// `chosen` is whom the kernel has said it will kill.
+fn take(record: Record, is_old: bool, chosen: &mut Option<OomKill>) {
+    if record.source == Source::Kernel {
+        if let Some(choice) = choice(&record.text) {
+            *chosen = Some(choice);
+        } else if let Some(mut kill) = killed(&record.text) {
+            kill.group = chosen
+                .take_if(|chosen| chosen.pid == kill.pid)
+                .and_then(|chosen| chosen.group);
+            note_kill(kill);
+        }
     }
     let mut time = SystemTime::now();
     if is_old {
@@ -137,6 +144,24 @@ fn unescape(text: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// Who will be killed, and its cgroup, if the message says that (Linux, mm/oom_kill.c, `dump_oom_summary`):
+/// "oom-kill:constraint=CONSTRAINT_NONE,...,task_memcg=/user/p4,task=python3,pid=93,uid=1000". A cgroup that a program made within its own is
+/// its own.
+fn choice(text: &[u8]) -> Option<OomKill> {
+    let text = String::from_utf8_lossy(text);
+    let rest = text.strip_prefix("oom-kill:")?;
+    let (_, rest) = rest.split_once(",task_memcg=")?;
+    let (group, task) = rest.split_once(",task=")?;
+    let (command, rest) = task.rsplit_once(",pid=")?;
+    let (pid, _) = rest.split_once(",uid=")?;
+    let mut path = group.split('/').skip_while(|part| *part != USER);
+    Some(OomKill {
+        pid: pid.parse().ok()?,
+        command: command.to_owned(),
+        group: path.nth(1).map(str::to_owned),
+    })
+}
+
 /// Who was killed, if the message says that (Linux, mm/oom_kill.c, `__oom_kill_process`): "Out of memory", "Memory cgroup out of memory" or
 /// "Out of memory (oom_kill_allocating_task)", then ": Killed process 42 (name) total-vm:...".
 fn killed(text: &[u8]) -> Option<OomKill> {
@@ -154,13 +179,14 @@ fn killed(text: &[u8]) -> Option<OomKill> {
     Some(OomKill {
         pid: pid.parse().ok()?,
         command: name.to_owned(),
+        group: None,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::logs::oom;
+    use crate::logs::oom_kills;
 
     #[test]
     fn a_record_is_read_and_nonsense_is_not() {
@@ -227,15 +253,42 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_kill_is_told_to_those_who_asked_and_only_the_kernel_can_tell_it() {
-        let mut kills = oom();
-        let text = |pid: u32| format!("Out of memory: Killed process {pid} (x) total-vm:1kB");
-        for (priority, pid) in [(14, 990_001), (3, 990_002)] {
-            let record = format!("{priority},1,1,-;{}\n", text(pid));
-            take(Record::parse(record.as_bytes()).unwrap(), false);
-        }
-        let kill = kills.recv().await.unwrap();
-        assert_eq!((kill.pid, kill.command.as_str()), (990_002, "x"));
-        assert!(kills.try_recv().is_err());
+    async fn a_kill_is_told_by_its_cgroup_and_only_the_kernel_can_tell_it() {
+        let mut chosen = None;
+        let mut say = |priority: u32, text: &str| {
+            let record = format!("{priority},1,1,-;{text}\n");
+            take(
+                Record::parse(record.as_bytes()).unwrap(),
+                false,
+                &mut chosen,
+            );
+        };
+        let choice = |group: &str, task: &str, pid: u32| {
+            format!(
+                "oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=/user,task_memcg={group},task={task},pid={pid},uid=1000"
+            )
+        };
+        let kill = |pid: u32, task: &str| {
+            format!("Memory cgroup out of memory: Killed process {pid} ({task}) total-vm:1kB")
+        };
+        // A program's own words in the log are a program's.
+        say(14, &choice("/user/p990", "x", 1));
+        say(14, &kill(1, "x"));
+        say(6, &choice("/user/p990/own,task=y", "a,pid=7,b", 2));
+        say(3, &kill(2, "a,pid=7,b"));
+        // Killed along with it, of which no cgroup was told.
+        say(3, &kill(3, "c"));
+        let waiting = tokio::spawn(oom_kills("p990", 2));
+        say(6, &choice("/user/p991", "d", 4));
+        say(3, &kill(4, "d"));
+        say(6, &choice("/user/p990", "e", 5));
+        say(3, &kill(5, "e"));
+        let kills = waiting.await.unwrap();
+        let kills: Vec<_> = kills
+            .iter()
+            .map(|kill| (kill.pid, &*kill.command))
+            .collect();
+        assert_eq!(kills, [(2, "a,pid=7,b"), (5, "e")]);
+        assert_eq!(oom_kills("p991", 2).await.len(), 1, "the wait ends");
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use bytes::BytesMut;
 use nix::sys::signal::Signal;
-use proto::envd::v1::{ProcessExited, process_exited};
+use proto::envd::v1::{OomVictim, ProcessExited, process_exited};
 use tokio::{
     io::AsyncReadExt as _,
     net::unix::pipe,
@@ -31,6 +31,8 @@ const LARGEST_PIPE: u64 = 1 << 20;
 /// Less than this is a small write, and no two of them are moved sooner after each other than that.
 const SMALL: usize = 16 << 10;
 const PACE: Duration = Duration::from_millis(2);
+/// As many are named in the exit event.
+const MOST_VICTIMS: usize = 16;
 /// Between SIGTERM and SIGKILL when a deadline has passed.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -96,6 +98,7 @@ pub(super) async fn supervise(
         .unwrap_or_else(PoisonError::into_inner)
         .take();
     let used = process.group.as_ref().map(Group::used).unwrap_or_default();
+    let oom_victims = victims(process.group.as_ref(), used.oom_kills).await;
     let status = match (how.code, how.signal) {
         (Some(code), _) => Some(process_exited::Status::Code(code)),
         (None, Some(signal)) => Some(process_exited::Status::Signal(signal)),
@@ -117,9 +120,24 @@ pub(super) async fn supervise(
         stderr_bytes: process.stderr.end(),
         oom_kills: used.oom_kills,
         left_running: process.is_survived(),
+        oom_victims,
     };
     processes.retire(&process);
     process.exited.send_replace(Some(exited));
+}
+
+/// Who was killed for want of memory.
+async fn victims(group: Option<&Group>, kills: u32) -> Vec<OomVictim> {
+    let count = usize::try_from(kills).map_or(MOST_VICTIMS, |kills| kills.min(MOST_VICTIMS));
+    let Some(group) = group.filter(|_| count > 0) else {
+        return Vec::new();
+    };
+    let victim = |kill: logs::OomKill| OomVictim {
+        pid: kill.pid,
+        command: kill.command,
+    };
+    let kills = logs::oom_kills(group.name(), count).await;
+    kills.into_iter().take(MOST_VICTIMS).map(victim).collect()
 }
 
 fn written(process: &Process) -> [u64; 2] {

@@ -422,7 +422,7 @@ impl Events {
 
 impl Finished {
     pub(crate) fn exited(&self) -> ProcessExited {
-        self.exited.unwrap()
+        self.exited.clone().unwrap()
     }
 
     pub(crate) fn code(&self) -> Option<i32> {

@@ -23,9 +23,12 @@ use hyper_util::{
     },
     rt::{TokioExecutor, TokioIo},
 };
+use proto::session::v1::PortReadiness;
 use service_kit::{
+    config::parse_duration,
     errors::{Failure, Reason},
     ids::SessionId,
+    readiness::LONGEST_WAIT,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -36,10 +39,13 @@ use tonic::Code;
 
 use super::{
     answer::Refusal,
-    target::{PORT_HEADER, SESSION_HEADER},
+    target::{PORT_HEADER, SESSION_HEADER, WAIT_HEADER},
     token::{self, PortCheck},
 };
-use crate::hosted::{Hosted, Lookup, Phase, Reach, Session};
+use crate::{
+    hosted::{Hosted, Lookup, Phase, Reach, Session},
+    ready,
+};
 
 mod tunnel;
 
@@ -93,6 +99,9 @@ impl Ports {
                 PortCheck::Pass => {}
                 PortCheck::SetCookie(response) => return Ok(response),
             }
+        }
+        if let Some(patience) = request.headers_mut().remove(WAIT_HEADER) {
+            await_server(reach, port, &patience).await?;
         }
         token::strip(request.headers_mut());
         request.headers_mut().remove(SESSION_HEADER);
@@ -183,6 +192,32 @@ impl Ports {
             }
         }
         answer
+    }
+}
+
+/// Waits, as long as the client said, until somebody listens.
+async fn await_server(reach: &Reach, port: u16, patience: &HeaderValue) -> Result<(), Refusal> {
+    let timeout = patience
+        .to_str()
+        .ok()
+        .and_then(|text| parse_duration(text).ok())
+        .filter(|time| !time.is_zero() && *time <= LONGEST_WAIT)
+        .and_then(|time| prost_types::Duration::try_from(time).ok())
+        .ok_or_else(|| {
+            let rule = "must be a time such as 500ms or 30s, at most 10m";
+            Refusal::new(Failure::field_invalid(WAIT_HEADER, rule), 400)
+        })?;
+    let ready = PortReadiness {
+        port: port.into(),
+        http_path: String::new(),
+        timeout: Some(timeout),
+    };
+    match ready::wait_for_port(reach, &ready).await {
+        Ok(()) => Ok(()),
+        Err(failure) if *failure.reason() == Reason::PORT_CLOSED => {
+            Err(DialError::Closed.refusal(port))
+        }
+        Err(failure) => Err(Refusal::new(failure, 503)),
     }
 }
 

@@ -17,6 +17,9 @@ pub const SESSION_HEADER: &str = "x-session-id";
 /// Header that names a port of it.
 pub const PORT_HEADER: &str = "x-session-port";
 
+/// Header that says how long a request to a port may wait for its server, such as `500ms` or `30s`.
+pub const WAIT_HEADER: &str = "x-session-wait";
+
 /// What a request is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {

@@ -15,7 +15,7 @@ use proto::session::v1::{
     UpdateSessionResponse, WatchSessionsRequest, WatchSessionsResponse,
     session_service_server::SessionService,
 };
-use service_kit::{errors::Failure, mesh::Caller};
+use service_kit::{errors::Failure, mesh::Caller, readiness};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -77,7 +77,14 @@ impl SessionService for SessionApi {
             wake_on_request: request.wake_on_request,
             request_id: Some(request.request_id).filter(|id| !id.is_empty()),
         };
+        let ready = request.wait_for_port;
+        if let Some(ready) = &ready {
+            readiness::check(ready).map_err(|(field, rule)| Failure::field_invalid(field, rule))?;
+        }
         let session = Box::pin(self.sessions.create(&caller, new)).await?;
+        if let Some(ready) = ready {
+            self.sessions.wait_for_port(&session, ready).await?;
+        }
         Ok(Response::new(CreateSessionResponse {
             session: Some(self.sessions.for_owner(&session)),
         }))

@@ -7,9 +7,11 @@
 use std::time::Duration;
 
 use proto::{
-    node::v1::{GetSessionMetricsRequest, UpdateSessionRequest},
+    node::v1::{GetSessionMetricsRequest, UpdateSessionRequest, WaitForPortRequest},
     session::v1 as wire,
 };
+
+use service_kit::readiness;
 
 use super::{
     SessionError, Sessions, UPDATE_TRIES,
@@ -21,6 +23,8 @@ use crate::{
 };
 
 const METRICS_LIMIT: Duration = Duration::from_secs(5);
+/// For the node to say how a wait ended, beyond the wait itself.
+const WAIT_ANSWER: Duration = Duration::from_secs(10);
 
 impl Sessions {
     /// When a change of settings is due to be told by another replica, if this one does not.
@@ -63,6 +67,36 @@ impl Sessions {
             session = newest;
         }
         Err(SessionError::Contended(session.id))
+    }
+
+    /// Waits until somebody listens on a port of a running session; it runs on if nobody does.
+    pub async fn wait_for_port(
+        &self,
+        session: &Session,
+        ready: wire::PortReadiness,
+    ) -> Result<(), SessionError> {
+        let limit = readiness::check(&ready).map_err(|(field, rule)| SessionError::Invalid {
+            field,
+            description: rule.into(),
+        })?;
+        let limit = limit + WAIT_ANSWER;
+        let request = WaitForPortRequest {
+            session_id: session.id.to_string(),
+            ready: Some(ready),
+        };
+        let asked = self.ask(session, limit, |mut node| async move {
+            node.wait_for_port(within(limit, request)).await
+        });
+        match asked.await? {
+            Answer::Done(_) => Ok(()),
+            Answer::Refused(status) => Err(SessionError::Refused {
+                id: session.id.clone(),
+                status,
+            }),
+            Answer::Unclear => Err(SessionError::NodeUnreachable {
+                id: session.id.clone(),
+            }),
+        }
     }
 
     /// What a session uses now.

@@ -4,7 +4,7 @@ use std::{collections::HashSet, time::Duration};
 
 use proto::session::v1::{
     CreateSessionRequest, Egress, ExtendSessionRequest, GetSessionRequest,
-    ListSessionEventsRequest, ListSessionsRequest, Network, Resources, SessionState,
+    ListSessionEventsRequest, ListSessionsRequest, Network, PortReadiness, Resources, SessionState,
     UpdateSessionRequest,
 };
 use service_kit::errors::reason_of;
@@ -12,6 +12,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::{
+    node::OPEN_PORT,
     registry::listed,
     world::{Replica, World, assert_refused, base, by, eventually, labels, named, red},
 };
@@ -27,6 +28,50 @@ async fn history(replica: &Replica, id: &str) -> Vec<String> {
         assert_eq!(event.sequence, index as u64 + 1);
     }
     events.into_iter().map(|event| event.r#type).collect()
+}
+
+#[tokio::test]
+async fn a_create_waits_for_a_port_and_what_was_created_stays() {
+    let world = World::new().await;
+    let replica = world.replica();
+    let node = world.node(&replica, 4).await;
+    let create = |port| CreateSessionRequest {
+        request_id: format!("port-{port}"),
+        wait_for_port: Some(PortReadiness {
+            port,
+            timeout: Some(prost_types::Duration {
+                seconds: 1,
+                nanos: 0,
+            }),
+            ..PortReadiness::default()
+        }),
+        ..base()
+    };
+    let session = replica.create(create(OPEN_PORT)).await.unwrap();
+    assert_eq!(session.state(), SessionState::Running);
+    let closed = replica.create(create(81)).await.unwrap_err();
+    assert_eq!(closed.code(), Code::DeadlineExceeded);
+    assert_eq!(reason_of(&closed).as_deref(), Some("PORT_CLOSED"));
+    let details = closed.get_details_error_info().unwrap().metadata;
+    assert_eq!(
+        replica.get(&details["sessionId"]).await.unwrap().state(),
+        SessionState::Running
+    );
+    // The same request is the same session, and waits again.
+    let again = replica.create(create(81)).await.unwrap_err();
+    assert_eq!(again.get_details_error_info().unwrap().metadata, details);
+    let waits = node
+        .inside()
+        .calls
+        .iter()
+        .filter(|(call, _)| *call == "wait")
+        .count();
+    assert_eq!((waits, node.inside().hosted.len()), (3, 2));
+    assert_refused(
+        replica.create(create(0)).await,
+        Code::InvalidArgument,
+        "INVALID_ARGUMENT",
+    );
 }
 
 #[tokio::test]

@@ -24,6 +24,8 @@ use tonic::{Code, Request, Response, Status, service::Routes};
 
 use crate::world::eventually;
 
+/// The one port of its guests where somebody listens.
+pub(crate) const OPEN_PORT: u32 = 8000;
 const MEMORY_EACH: u64 = 128 << 20;
 /// What a paused session takes, and what a checkpoint does.
 pub(crate) const STORED: u64 = 5 << 20;
@@ -576,6 +578,24 @@ impl server::NodeService for Service {
         let checkpoint = (request.session_id, request.checkpoint_id);
         inside.checkpoints.remove(&checkpoint);
         Ok(Response::new(wire::DeleteSnapshotResponse {}))
+    }
+
+    async fn wait_for_port(
+        &self,
+        request: Request<wire::WaitForPortRequest>,
+    ) -> Result<Response<wire::WaitForPortResponse>, Status> {
+        let request = request.into_inner();
+        drop(self.called("wait", &request.session_id).await?);
+        let ready = request.ready.unwrap();
+        if ready.port == OPEN_PORT {
+            return Ok(Response::new(wire::WaitForPortResponse {}));
+        }
+        let failure = Failure::new(
+            Code::DeadlineExceeded,
+            Reason::PORT_CLOSED,
+            "nobody listens",
+        );
+        Err(failure.with("sessionId", request.session_id).into())
     }
 
     async fn get_session_metrics(
