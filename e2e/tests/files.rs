@@ -9,6 +9,7 @@ use std::{
         ffi::OsStrExt as _,
         fs::{PermissionsExt as _, symlink},
     },
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -86,6 +87,10 @@ async fn an_upload_and_a_watch_go_on_over_what_breaks() {
     until(|change| change.change() == FileChange::Overflow).await;
     sandbox.run(["touch", "last"]).await.unwrap();
     until(|change| change.path_bytes.ends_with(b"/last")).await;
+}
+
+fn is_draft(path: &str) -> bool {
+    Path::new(path).extension() == Some(OsStr::new("part"))
 }
 
 /// Host and path of an address.
@@ -202,7 +207,7 @@ async fn files_and_folders_come_and_go_by_http_and_cp() {
             .await
             .unwrap()
             .iter()
-            .all(|entry| !entry.path.ends_with(".part"))
+            .all(|entry| !is_draft(&entry.path))
         {}
     };
     tokio::select! {
@@ -222,7 +227,7 @@ async fn files_and_folders_come_and_go_by_http_and_cp() {
             !names.iter().any(|name| name.ends_with("/half")),
             "{names:?}"
         );
-        if !names.iter().any(|name| name.ends_with(".part")) {
+        if !names.iter().any(|name| is_draft(name)) {
             break;
         }
         assert!(Instant::now() < end, "{names:?}");

@@ -4,6 +4,7 @@
 //! directory it is unpacked in, neither `..` nor a symbolic link, be it there before or from the archive itself.
 
 use std::{
+    borrow::Cow,
     cell::Cell,
     collections::HashMap,
     ffi::{OsStr, OsString},
@@ -367,7 +368,7 @@ impl Unpacking<'_> {
             self.unpacked.entries += 1;
             return Ok(());
         }
-        let original = entry.link_name_bytes().map(|bytes| bytes.into_owned());
+        let original = entry.link_name_bytes().map(Cow::into_owned);
         let original = Path::new(OsStr::from_bytes(original.as_deref().unwrap_or_default()));
         // Looked for first, since it may be what is replaced.
         let linked = if kind == EntryType::Link {

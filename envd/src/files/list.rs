@@ -5,7 +5,7 @@ use std::{
     fs, io,
     ops::ControlFlow,
     os::unix::ffi::OsStrExt as _,
-    path::{Path, PathBuf},
+    path::{Components, Path, PathBuf},
 };
 
 use prost::Message as _;
@@ -92,7 +92,7 @@ impl Page<'_> {
             let rest = after
                 .as_ref()
                 .filter(|_| Some(&name) == first.as_ref())
-                .map(|rest| rest.as_path());
+                .map(Components::as_path);
             // One that went away in between is not there.
             let Ok(metadata) = fs::symlink_metadata(self.root.join(&relative)) else {
                 continue;

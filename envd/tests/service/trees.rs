@@ -18,7 +18,7 @@ use proto::envd::v1::{
 use tonic::{Code, Status};
 
 use crate::{
-    files::{chmod, names},
+    files::{chmod, drafts, names},
     world::{ADA, World, field, noise, soon, until, why},
 };
 
@@ -339,12 +339,7 @@ async fn a_copy_that_cannot_be_leaves_nothing() {
         large.write_all(&noise(1 << 20)).unwrap();
     }
     let mut files = world.files();
-    let parts = || {
-        names(&home)
-            .iter()
-            .filter(|name| name.ends_with(".part"))
-            .count()
-    };
+    let parts = || drafts(&home).len();
     let call = tokio::spawn(async move { files.copy(copying("~/large", "~/copy")).await });
     until(|| parts() == 1).await;
     call.abort();
