@@ -6,8 +6,8 @@
 
 use std::time::{Duration, Instant};
 
-use e2e::{Mesh, how_many, small};
-use proto::envd::v1::{Backpressure, ResourceLimits, WriteHeader};
+use e2e::{Mesh, guest, how_many, http, small};
+use proto::envd::v1::{Backpressure, ProcessServiceListRequest, ResourceLimits, WriteHeader};
 use proto::session::v1::{Resources, Session};
 use sdk::{Command, Event, Exit, NewSession, Process, Sandbox};
 use sha2::{Digest as _, Sha256};
@@ -292,4 +292,45 @@ async fn every_end_says_what_it_was() {
     ]))
     .await;
     assert!(busy.exit.0.cpu_time.unwrap().nanos > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_stands_still_is_told_of_and_comes_back() {
+    let mesh = Mesh::start(&[]);
+    let session = mesh.session().await;
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    guest::upload(&sandbox, env!("CARGO_BIN_EXE_guest-server")).await;
+    let _server = guest::serve(&sandbox, "0.0.0.0:8000").await;
+    // Root in the guest may do that to it; a bug could.
+    let still = "cd /sys/fs/cgroup && mkdir still && echo 1 > still/cgroup.procs
+        (sleep 60; echo 0 > still/cgroup.freeze) &
+        sleep 1; echo 1 > still/cgroup.freeze; wait";
+    let stills = Command {
+        user: "root".into(),
+        ..Command::new(["sh", "-c", still])
+    };
+    let _stills = sandbox.start(stills).await.unwrap();
+    let list = async || {
+        let mut processes = sandbox.processes();
+        let call = processes.list(ProcessServiceListRequest::default());
+        tokio::time::timeout(Duration::from_secs(5), call).await
+    };
+    let reason = |status: &tonic::Status| service_kit::errors::reason_of(status);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match list().await {
+            Ok(Err(status)) if reason(&status).as_deref() == Some("GUEST_SILENT") => break,
+            // It is not yet known, or this very call waits.
+            _ => assert!(Instant::now() < end, "nobody noticed"),
+        }
+    }
+    // What needs no daemon goes on.
+    let host = session.host.replace("{port}", "8000");
+    let page = http::get(mesh.edge(), &host, "/", &[]).await;
+    assert_eq!(page.status, 200);
+    while !matches!(list().await, Ok(Ok(_))) {
+        assert!(Instant::now() < end, "it did not come back");
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    assert_eq!(output(&sandbox, "echo here").await, "here");
 }

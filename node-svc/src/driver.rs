@@ -52,6 +52,7 @@ mod fork;
 mod keep;
 mod start;
 mod warm;
+mod watchdog;
 
 pub use adopt::{Adopted, adopt_all, end_all, end_template_boots, reap, slots_in_use};
 pub use fork::ForkImage;
@@ -401,6 +402,7 @@ impl Driver {
             exit = vm.wait() => Event::Exit(exit),
             () = reach.guest.closed() => Event::LinkLost,
             never = spans::pass_on(&reach.guest, &self.session.id) => match never {},
+            never = watchdog::look_after(reach, &self.session.id) => match never {},
         }
     }
 

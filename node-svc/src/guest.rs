@@ -8,8 +8,15 @@ use std::{
     time::Duration,
 };
 
-use http::{Request, Response, Uri};
-use hyper::client::conn::http2::{Builder, SendRequest};
+use bytes::Bytes;
+use data_encoding::{BASE64, BASE64_NOPAD};
+use http::{HeaderMap, HeaderValue, Request, Response, Uri};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, combinators::MapFrame};
+use hyper::{
+    body::Incoming,
+    client::conn::http2::{Builder, SendRequest},
+};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use proto::envd::v1::{
     ConfigureRequest, GuestNetwork, PrepareSnapshotRequest, port_service_client::PortServiceClient,
@@ -30,6 +37,7 @@ const HEADER_LIST: u32 = 32 << 10;
 const CONFIGURE_TIMEOUT: Duration = Duration::from_secs(20);
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(20);
 const ENTROPY: usize = 64;
+const DETAILS: &str = "grpc-status-details-bin";
 
 /// Calls one guest. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -155,11 +163,40 @@ impl GuestClient {
     }
 
     /// Sends any request to envd.
-    pub async fn send(
-        &self,
-        request: Request<Body>,
-    ) -> Result<Response<hyper::body::Incoming>, hyper::Error> {
-        self.sender.clone().send_request(request).await
+    pub async fn send(&self, request: Request<Body>) -> Result<Response<Answer>, hyper::Error> {
+        let answer = self.sender.clone().send_request(request).await?;
+        Ok(disarm(answer))
+    }
+}
+
+/// What a guest answers, as it may be passed on.
+pub type Answer = MapFrame<Incoming, fn(Frame<Bytes>) -> Frame<Bytes>>;
+
+fn disarm(answer: Response<Incoming>) -> Response<Answer> {
+    let (mut head, body) = answer.into_parts();
+    disarm_headers(&mut head.headers);
+    Response::from_parts(head, body.map_frame(disarm_frame))
+}
+
+fn disarm_frame(frame: Frame<Bytes>) -> Frame<Bytes> {
+    match frame.into_trailers() {
+        Ok(mut trailers) => {
+            disarm_headers(&mut trailers);
+            Frame::trailers(trailers)
+        }
+        Err(frame) => frame,
+    }
+}
+
+/// Leaves out what tonic clients, this node and those further on, would panic at (0.14, status.rs, `from_header_map`): details that are no
+/// base64.
+fn disarm_headers(headers: &mut HeaderMap) {
+    let is_sound = |value: &HeaderValue| {
+        let text = value.as_bytes();
+        BASE64.decode(text).is_ok() || BASE64_NOPAD.decode(text).is_ok()
+    };
+    if !headers.get_all(DETAILS).iter().all(is_sound) {
+        headers.remove(DETAILS);
     }
 }
 
@@ -189,6 +226,6 @@ impl Service<Request<Body>> for GuestClient {
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         telemetry::inject_trace_context(request.headers_mut());
         let answer = self.sender.send_request(request);
-        Box::pin(async move { Ok(answer.await?.map(Body::new)) })
+        Box::pin(async move { Ok(disarm(answer.await?).map(Body::new)) })
     }
 }

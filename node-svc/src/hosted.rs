@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -103,6 +103,7 @@ pub struct Reach {
     /// Cancelled when the session leaves Running.
     pub over: CancellationToken,
     why: OnceLock<Over>,
+    silent: AtomicBool,
 }
 
 impl Reach {
@@ -113,7 +114,18 @@ impl Reach {
             address,
             over,
             why: OnceLock::new(),
+            silent: AtomicBool::new(false),
         }
+    }
+
+    /// Whether envd has not answered for a while.
+    pub fn is_silent(&self) -> bool {
+        self.silent.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether envd answers; what was noted before.
+    pub fn set_silent(&self, is_silent: bool) -> bool {
+        self.silent.swap(is_silent, Ordering::Relaxed)
     }
 
     /// Ends it, and whatever is under way by it. The first reason counts.

@@ -37,6 +37,8 @@ use crate::{
 pub mod answer;
 mod files;
 mod forward;
+#[cfg(test)]
+mod hostile;
 mod port;
 mod stream;
 pub mod target;

@@ -84,7 +84,7 @@ fn pass(tracer: &SdkTracer, session: &SessionId, span: StreamSpansResponse) -> b
     true
 }
 
-fn read(
+pub(crate) fn read(
     session: &SessionId,
     span: &StreamSpansResponse,
     now: SystemTime,

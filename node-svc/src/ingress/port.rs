@@ -49,6 +49,9 @@ use crate::{
 
 mod tunnel;
 
+#[cfg(test)]
+pub(super) use tunnel::open as open_tunnel;
+
 const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 const POOL_IDLE: Duration = Duration::from_secs(30);
 const POOL_PER_PORT: usize = 64;

@@ -12,7 +12,6 @@ use bytes::Bytes;
 use guest_link::body::Whole;
 use http::{HeaderMap, HeaderName, Request, Response, Uri, header};
 use http_body::Frame;
-use hyper::body::Incoming;
 use service_kit::{
     errors::{Failure, Reason},
     telemetry,
@@ -25,7 +24,10 @@ use super::{
     target::{PORT_HEADER, SESSION_HEADER},
     token,
 };
-use crate::hosted::{Over, Reach, Session};
+use crate::{
+    guest::Answer,
+    hosted::{Over, Reach, Session},
+};
 
 /// What a client may call in a guest.
 const ALLOWED: [&str; 3] = [
@@ -70,6 +72,11 @@ pub(super) async fn pass(
     address: String,
     is_grpc: bool,
 ) -> Result<Response<Body>, Refusal> {
+    if reach.is_silent() {
+        let message = "the daemon of this session has not answered for a while; its processes and ports may still work";
+        let failure = Failure::unavailable(Reason::new("GUEST_SILENT"), message);
+        return Err(Refusal::new(failure, 503));
+    }
     telemetry::inject_trace_context(request.headers_mut());
     *request.uri_mut() = Uri::builder()
         .scheme("http")
@@ -168,7 +175,7 @@ fn over_failure(why: Over) -> (Failure, u16) {
 
 /// An answer on its way: when its session leaves it, it ends with the reason instead of with nothing.
 struct Carried {
-    body: Whole<Incoming>,
+    body: Whole<Answer>,
     reach: Arc<Reach>,
     over: Pin<Box<WaitForCancellationFutureOwned>>,
     is_done: bool,
@@ -177,7 +184,7 @@ struct Carried {
 }
 
 impl Carried {
-    fn new(body: Incoming, reach: Arc<Reach>, is_grpc: bool) -> Self {
+    fn new(body: Answer, reach: Arc<Reach>, is_grpc: bool) -> Self {
         Self {
             body: Whole::new(body),
             is_grpc,

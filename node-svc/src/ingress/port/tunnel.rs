@@ -17,7 +17,7 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 const IN_FLIGHT: usize = 16;
 
 /// Opens a connection to a port of the guest's loopback.
-pub(super) async fn open(
+pub(in crate::ingress) async fn open(
     guest: &GuestClient,
     port: u16,
 ) -> Result<impl AsyncRead + AsyncWrite + Send + Unpin + use<>, Status> {
