@@ -32,6 +32,8 @@ use crate::{
 
 const CHUNK: usize = 256 << 10;
 const LARGEST_PAGE: u32 = 10_000;
+/// A sandbox may say anything, also that there is always one more.
+const MOST_ENTRIES: usize = 5_000_000;
 const IN_FLIGHT: usize = 4;
 
 impl Sandbox {
@@ -58,7 +60,7 @@ impl Sandbox {
         self.list_all(request).await
     }
 
-    /// All pages of a listing.
+    /// All pages of a listing, 5 million entries at most.
     pub async fn list_all(
         &self,
         mut request: FilesystemServiceListRequest,
@@ -72,6 +74,9 @@ impl Sandbox {
             request.page_token = page.next_page_token;
             if request.page_token.is_empty() {
                 return Ok(entries);
+            }
+            if entries.len() > MOST_ENTRIES {
+                return Err(Error::Incomplete("an end to its entries"));
             }
         }
     }

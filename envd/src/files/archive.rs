@@ -24,13 +24,9 @@ use tar::{EntryType, Header};
 use tonic::{Code, Status};
 use zip::{ZipWriter, write::SimpleFileOptions, write::StreamWriter};
 
-use super::folder::{Folder, kind};
+use super::folder::{DEEPEST, Folder, MOST_LINKED, kind};
 use crate::errors::{path_error, refuse};
 
-/// Directories in each other; each is open meanwhile, and on this thread's stack.
-const DEEPEST: usize = 512;
-/// Files with several names that are known by them; those beyond are files of their own.
-const MOST_LINKED: usize = 100_000;
 /// What comes before an entry's contents: its name and attributes, which are held in memory.
 const LARGEST_HEADER: u64 = 1 << 20;
 const GZIP: [u8; 2] = [0x1f, 0x8b];
@@ -376,9 +372,13 @@ impl Unpacking<'_> {
             let folder = self
                 .parent(original.parent().unwrap_or(Path::new("")))
                 .map_err(refused)?;
-            let name = original.file_name().unwrap_or_default().to_owned();
-            folder.stat(&name).map_err(refused)?;
-            Some((folder, name))
+            let original_name = original.file_name().unwrap_or_default().to_owned();
+            folder.stat(&original_name).map_err(refused)?;
+            if original_name == name && folder.is(&parent).map_err(refused)? {
+                // A link to itself is there already.
+                return Ok(());
+            }
+            Some((folder, original_name))
         } else {
             None
         };

@@ -19,17 +19,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
 use super::{
-    folder::{Folder, kind},
+    folder::{DEEPEST, Folder, MOST_LINKED, kind},
     random, shown, stat,
 };
 use crate::errors::{invalid, path_error, refuse};
 
 /// Between looks at whether anybody still wants the copy.
 const STRETCH: u64 = 8 << 20;
-/// Directories in each other; each is open meanwhile, and on this thread's stack.
-const DEEPEST: usize = 512;
-/// Files with several names that are known by them; those beyond become files of their own.
-const MOST_LINKED: usize = 100_000;
 
 /// Why there is no copy.
 enum Stopped {

@@ -18,6 +18,11 @@ use nix::{
     unistd::{LinkatFlags, UnlinkatFlags, linkat, symlinkat, unlinkat},
 };
 
+/// Of those who go through a tree: directories in each other. Each is open meanwhile, and on this thread's stack.
+pub(super) const DEEPEST: usize = 512;
+/// Files with several names that are known by them; those beyond become files of their own.
+pub(super) const MOST_LINKED: usize = 100_000;
+
 /// What something is (`S_IFMT` of inode(7)).
 pub(super) fn kind(stat: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits())

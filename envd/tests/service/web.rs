@@ -466,6 +466,13 @@ async fn no_archive_leads_out_of_its_directory() {
         200
     );
     assert_eq!(fs::read(world.path("root/in/d/y")).unwrap(), b"2");
+    // A link to itself changes nothing.
+    let own = archive(&[("d/x", Link, "d/./x")]);
+    assert_eq!(
+        world.put("~root/in?unpack=tar&user=root", own).await.status,
+        200
+    );
+    assert_eq!(fs::read(world.path("root/in/d/x")).unwrap(), b"1");
     // No devices, whoever asks; and no owner but the acting user for those who are not root.
     let devices = archive(&[
         ("null", Char, ""),

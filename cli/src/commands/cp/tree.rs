@@ -20,6 +20,8 @@ use super::{Copying, Meter, Place};
 const AT_ONCE: usize = 8;
 /// Levels of a listing; what is deeper is listed from there.
 const LEVELS: u32 = 64;
+/// A sandbox may say anything, also that there is always something deeper.
+const MOST_LISTINGS: u32 = 10_000;
 
 /// What could not be copied, told as it happens.
 #[derive(Default)]
@@ -106,7 +108,7 @@ impl Copying {
 
     async fn find(&self, from: &Path) -> anyhow::Result<Found> {
         let mut found = Found::default();
-        let mut open = vec![from.to_owned()];
+        let (mut open, mut count) = (vec![from.to_owned()], 0);
         while let Some(folder) = open.pop() {
             let request = FilesystemServiceListRequest {
                 path_bytes: folder.as_os_str().as_bytes().to_vec(),
@@ -129,6 +131,10 @@ impl Copying {
                     FileType::Symlink => found.links.push((relative, entry)),
                     FileType::Other | FileType::Unspecified => found.others.push(relative),
                 }
+            }
+            count += 1;
+            if count == MOST_LISTINGS {
+                bail!("{} has no end", from.display());
             }
         }
         Ok(found)
