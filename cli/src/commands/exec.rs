@@ -10,6 +10,7 @@ use service_kit::config::parse_duration;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     signal::unix::{SignalKind, signal},
+    sync::mpsc,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,10 @@ use crate::{
 };
 
 const INPUT_CHUNK: usize = 64 << 10;
+/// As much as a process takes at once.
+const LARGEST_INPUT: usize = 1 << 20;
+/// Reads of stdin that may wait.
+const READ_AHEAD: usize = 16;
 /// A terminal waits for its sandbox while a network is down, as one does not want to begin anew.
 const PATIENCE: Duration = Duration::from_mins(10);
 /// What a shell that is killed by SIGKILL ends with.
@@ -263,26 +268,48 @@ fn victims(exit: &Exit) -> String {
     format!(": {}", named.join(", "))
 }
 
+/// Passes stdin on. What comes while a part is on its way is the next part: with each read on its own, a pipe's 64 KiB, a distant or slow guest
+/// would get little in much time.
 async fn feed_stdin(process: Remote) {
-    let mut stdin = tokio::io::stdin();
-    let mut offset = 0;
-    loop {
-        let mut chunk = BytesMut::with_capacity(INPUT_CHUNK);
-        match stdin.read_buf(&mut chunk).await {
-            Ok(0) => break,
-            Ok(_) => match process.send_input(offset, chunk.freeze()).await {
+    let (ahead, mut parts) = mpsc::channel(READ_AHEAD);
+    let read = async move {
+        let mut stdin = tokio::io::stdin();
+        loop {
+            let mut chunk = BytesMut::with_capacity(INPUT_CHUNK);
+            match stdin.read_buf(&mut chunk).await {
+                Ok(0) => break,
+                Ok(_) if ahead.send(chunk).await.is_ok() => {}
+                Ok(_) => break,
+                Err(error) => {
+                    eprintln!("sandmesh: stdin: {error}");
+                    break;
+                }
+            }
+        }
+        drop(ahead);
+        std::future::pending::<()>().await;
+    };
+    let feed = async {
+        let mut offset = 0;
+        while let Some(mut part) = parts.recv().await {
+            while part.len() + INPUT_CHUNK <= LARGEST_INPUT
+                && let Ok(more) = parts.try_recv()
+            {
+                part.unsplit(more);
+            }
+            match process.send_input(offset, part.freeze()).await {
                 Ok(next) => offset = next,
                 // The command does not read any more; its exit says the rest.
                 Err(_) => return,
-            },
-            Err(error) => {
-                eprintln!("sandmesh: stdin: {error}");
-                break;
             }
         }
-    }
-    if let Err(error) = process.close_input().await {
-        eprintln!("sandmesh: stdin: {error}");
+        if let Err(error) = process.close_input().await {
+            eprintln!("sandmesh: stdin: {error}");
+        }
+    };
+    tokio::select! {
+        () = feed => {}
+        () = read => {}
     }
 }
 
