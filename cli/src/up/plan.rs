@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use rand::RngExt as _;
 use service_kit::config::tools_folder;
 
 use super::Options;
@@ -46,9 +47,19 @@ impl ServicePlan {
     }
 }
 
-/// A port nobody uses right now.
+const FREE_PORTS: std::ops::Range<u16> = 12_000..32_000;
+const FREE_TRIES: u32 = 100;
+
+/// A port nobody uses right now. Below those that the kernel gives to outgoing connections (`ip_local_port_range` of ip(7)): one of those could
+/// take it before its service does, or while that is restarted.
 fn free() -> anyhow::Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+    for _ in 0..FREE_TRIES {
+        let port = rand::rng().random_range(FREE_PORTS);
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
+            return Ok(listener.local_addr()?);
+        }
+    }
+    anyhow::bail!("no port from {FREE_PORTS:?} is free on 127.0.0.1")
 }
 
 impl Plan {
