@@ -303,7 +303,7 @@ async fn a_daemon_that_stands_still_is_told_of_and_comes_back() {
     let _server = guest::serve(&sandbox, "0.0.0.0:8000").await;
     // Root in the guest may do that to it; a bug could.
     let still = "cd /sys/fs/cgroup && mkdir still && echo 1 > still/cgroup.procs
-        (sleep 60; echo 0 > still/cgroup.freeze) &
+        (sleep 90; echo 0 > still/cgroup.freeze) &
         sleep 1; echo 1 > still/cgroup.freeze; wait";
     let stills = Command {
         user: "root".into(),
@@ -316,7 +316,7 @@ async fn a_daemon_that_stands_still_is_told_of_and_comes_back() {
         tokio::time::timeout(Duration::from_secs(5), call).await
     };
     let reason = |status: &tonic::Status| service_kit::errors::reason_of(status);
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + 2 * PATIENCE;
     loop {
         match list().await {
             Ok(Err(status)) if reason(&status).as_deref() == Some("GUEST_SILENT") => break,

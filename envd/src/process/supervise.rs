@@ -7,14 +7,11 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use nix::sys::signal::Signal;
 use proto::envd::v1::{OomVictim, ProcessExited, process_exited};
-use tokio::{
-    io::AsyncReadExt as _,
-    net::unix::pipe,
-    sync::{Notify, watch},
-};
+use tokio::{io::AsyncReadExt as _, net::unix::pipe, sync::watch};
+use tokio_util::sync::CancellationToken;
 
 use super::{Process, Processes};
 use crate::{gate::Gate, group::Group, logs, output::Output, spawn::Ended, terminal::Terminal};
@@ -43,9 +40,9 @@ pub(super) async fn supervise(
     stdout: Source,
     stderr: Source,
 ) {
-    let stop = Arc::new(Notify::new());
+    let stop = CancellationToken::new();
     let pump = |source: Source, output: &Arc<Output>| {
-        tokio::spawn(drain(source, Arc::clone(output), Arc::clone(&stop)))
+        tokio::spawn(drain(source, Arc::clone(output), stop.clone()))
     };
     let pumps = [pump(stdout, &process.stdout), pump(stderr, &process.stderr)];
     let deadline = process
@@ -83,13 +80,13 @@ pub(super) async fn supervise(
         () = closed => false,
         () = gate.sleep(HELD_OPEN) => !wait_for_slow_reader(gate, &process, at_exit).await,
     };
-    stop.notify_waiters();
-    stop.notify_one();
+    stop.cancel();
+    for pump in pumps {
+        // It waits for nothing any more. One that panicked leaves the output as it is.
+        let _ = pump.await;
+    }
     process.stdout.close();
     process.stderr.close();
-    for pump in pumps {
-        pump.abort();
-    }
     // A terminal hangs up: what was started from it and is still there hears it.
     process.stdin.lock().await.sink = None;
     process
@@ -217,6 +214,21 @@ impl Source {
         }
     }
 
+    /// What a pipe holds, without waiting, nor asking the runtime whether it has seen that there is something. A terminal's rest is the kernel's:
+    /// it is gone with its last user.
+    fn read_rest(&mut self, mut take: impl FnMut(Bytes)) {
+        let Self::Pipe(pipe) = self else { return };
+        let mut left = LARGEST_PIPE;
+        let mut chunk = vec![0; READ_CHUNK];
+        while let Ok(count @ 1..) = nix::unistd::read(&*pipe, &mut chunk) {
+            take(Bytes::copy_from_slice(&chunk[..count]));
+            left = left.saturating_sub(count as u64);
+            if left == 0 {
+                break;
+            }
+        }
+    }
+
     /// What is there already, up to a chunk in all. That there is no more, or will be, shows at the next read.
     fn read_on(&mut self, into: &mut BytesMut) {
         while into.len() < READ_CHUNK {
@@ -234,7 +246,7 @@ impl Source {
 
 /// Moves bytes to the ring until they end, or `stop`. Small writes that follow each other closely, as those of a program that writes line
 /// by line to a terminal, are moved together: each on its own would cost its reader a message.
-async fn drain(mut source: Source, output: Arc<Output>, stop: Arc<Notify>) {
+async fn drain(mut source: Source, output: Arc<Output>, stop: CancellationToken) {
     let mut chunk = BytesMut::new();
     let read = async {
         let mut moved: Option<Instant> = None;
@@ -262,10 +274,14 @@ async fn drain(mut source: Source, output: Arc<Output>, stop: Arc<Notify>) {
     };
     tokio::select! {
         () = read => {}
-        () = stop.notified() => {}
+        () = stop.cancelled() => {}
     }
     if !chunk.is_empty() {
-        output.push(chunk.freeze());
+        output.push(chunk.split().freeze());
+    }
+    if stop.is_cancelled() {
+        // On a busy machine nobody may have come to read what was written before the end.
+        source.read_rest(|rest| output.push(rest));
     }
     output.close();
 }

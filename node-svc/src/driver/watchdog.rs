@@ -10,8 +10,8 @@ use crate::hosted::Reach;
 
 const ASK_EVERY: Duration = Duration::from_secs(5);
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// Answers that may fail to come in a row: a guest that is short of memory, or emulated, is slow now and then.
-const MISSED: u32 = 2;
+/// Answers that may fail to come in a row. An emulated guest that starts a thousand processes at once was silent for 25 s.
+const MISSED: u32 = 4;
 
 /// Asks for as long as it is polled, and notes what comes of it where requests are answered.
 pub(super) async fn look_after(reach: &Reach, session: &SessionId) -> Infallible {
