@@ -395,6 +395,19 @@ async fn a_vmm_that_dies_or_hangs_is_noticed() {
                 .exists()
         );
     }
+    // Its last words are its owner's to read.
+    let mut logs = client.logs(&panicked.session_id, 0, true);
+    let mut said = String::new();
+    while let Some(message) = logs.next().await.unwrap() {
+        let text = String::from_utf8_lossy(&message.data);
+        said = format!("{said}{}: {text}\n", message.source);
+    }
+    assert!(
+        said.contains("console: ") && said.contains("Kernel panic"),
+        "{said}"
+    );
+    let end = "node: the session ended: GUEST_PANIC: the guest's kernel panicked\n";
+    assert!(said.ends_with(end), "{said}");
 }
 
 /// A guest that waited is a session like any other, and nobody's twin.

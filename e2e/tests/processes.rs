@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use e2e::{Mesh, guest, how_many, http, small};
 use proto::envd::v1::{Backpressure, ProcessServiceListRequest, ResourceLimits, WriteHeader};
-use proto::session::v1::{Resources, Session};
+use proto::session::v1::{ListSessionEventsRequest, Resources, Session};
 use sdk::{Command, Event, Exit, NewSession, Process, Sandbox};
 use sha2::{Digest as _, Sha256};
 
@@ -216,6 +216,8 @@ async fn every_end_says_what_it_was() {
         victims.map(|victim| victim.command.clone()).collect()
     };
     assert_eq!(victims(&killed.exit), ["python3"]);
+    let event = event(&mesh, &session, "OOM_KILLED").await;
+    assert!(event.contains("killed python3 (PID "), "{event}");
     let parent = [
         "sh".into(),
         "-c".into(),
@@ -294,6 +296,26 @@ async fn every_end_says_what_it_was() {
     assert!(busy.exit.0.cpu_time.unwrap().nanos > 0);
 }
 
+/// The message of a session's event of a type, once there is one.
+async fn event(mesh: &Mesh, session: &Session, kind: &str) -> String {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let request = ListSessionEventsRequest {
+            session_id: session.session_id.clone(),
+            page_size: 1000,
+            ..ListSessionEventsRequest::default()
+        };
+        let mut sessions = mesh.client().sessions();
+        let events = sessions.list_session_events(request).await.unwrap();
+        let events = events.into_inner().events;
+        if let Some(event) = events.into_iter().find(|event| event.r#type == kind) {
+            return event.message;
+        }
+        assert!(Instant::now() < end, "no event {kind}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_that_stands_still_is_told_of_and_comes_back() {
     let mesh = Mesh::start(&[]);
@@ -333,4 +355,7 @@ async fn a_daemon_that_stands_still_is_told_of_and_comes_back() {
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     assert_eq!(output(&sandbox, "echo here").await, "here");
+    for kind in ["GUEST_SILENT", "GUEST_ANSWERS"] {
+        event(&mesh, &session, kind).await;
+    }
 }

@@ -1,4 +1,5 @@
-//! What the guest's kernel ([`kmsg`]) and envd have said, kept in memory for whoever asks (`SystemService.StreamLogs`).
+//! What the guest's kernel ([`kmsg`]) and envd have said, and what processes wrote whose output is logged ([`Lines`]), kept in memory for
+//! whoever asks (`SystemService.StreamLogs`).
 //!
 //! Every message has a number. Old ones make room for new ones, and those the kernel itself has dropped have numbers too, so a reader sees by
 //! the numbers how many it will never see; it is told. The messages go with the guest's memory: a fork has its parent's, a rollback goes back.
@@ -9,17 +10,20 @@ use std::{
     collections::VecDeque,
     fmt,
     io::Write as _,
-    sync::{LazyLock, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use futures::{Stream, stream};
-use proto::envd::v1::StreamLogsResponse;
+use proto::envd::v1::{OomVictim, StreamLogsResponse};
 use tokio::sync::watch;
 
 pub(crate) mod kmsg;
+mod lines;
 
-/// In bytes, what it takes to keep them included.
+pub(crate) use lines::Lines;
+
+/// In bytes, what it takes to keep them included; as much again is kept of what processes write.
 const KEPT: usize = 2 << 20;
 /// What is longer loses its end.
 const LONGEST: usize = 8 << 10;
@@ -38,22 +42,22 @@ static KILLED: LazyLock<watch::Sender<VecDeque<OomKill>>> = LazyLock::new(watch:
 pub(crate) fn warn(message: impl fmt::Display) {
     // A console that takes nothing changes nothing.
     let _ = writeln!(std::io::stderr(), "envd: {message}");
-    LOGS.put(
-        Source::Envd,
-        WARNING,
-        SystemTime::now(),
-        message.to_string(),
-    );
+    say(WARNING, message);
 }
 
 /// Says something in the logs.
 pub(crate) fn info(message: impl fmt::Display) {
-    LOGS.put(
-        Source::Envd,
-        INFORMATION,
-        SystemTime::now(),
-        message.to_string(),
-    );
+    say(INFORMATION, message);
+}
+
+fn say(severity: u8, message: impl fmt::Display) {
+    LOGS.put(Message {
+        source: Source::Envd,
+        severity,
+        time: SystemTime::now(),
+        text: message.to_string().into(),
+        oom_victim: None,
+    });
 }
 
 /// A process the kernel has ended because there was no memory.
@@ -97,56 +101,95 @@ pub(crate) fn read(
     LOGS.read(after, follow)
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Source {
     Kernel,
     /// A program of the guest, through the kernel's log.
     User,
     Envd,
+    /// Output of the process with this ID.
+    Process(Arc<str>),
 }
 
-impl Source {
-    fn name(self) -> &'static str {
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Kernel => "kernel",
-            Self::User => "user",
-            Self::Envd => "envd",
+            Self::Kernel => f.write_str("kernel"),
+            Self::User => f.write_str("user"),
+            Self::Envd => f.write_str("envd"),
+            Self::Process(id) => write!(f, "process:{id}"),
         }
     }
+}
+
+#[derive(Debug)]
+struct Message {
+    source: Source,
+    severity: u8,
+    time: SystemTime,
+    text: Vec<u8>,
+    /// Whom it says the kernel has killed.
+    oom_victim: Option<Box<OomVictim>>,
 }
 
 #[derive(Debug)]
 struct Entry {
     sequence: u64,
-    time: SystemTime,
-    source: Source,
-    severity: u8,
-    text: Box<[u8]>,
+    message: Message,
 }
 
 impl Entry {
     fn size(&self) -> usize {
-        size_of::<Self>() + self.text.len()
+        size_of::<Self>() + self.message.text.len()
     }
 
     /// For a reader who has seen all up to a number.
     fn answer(&self, seen: u64) -> StreamLogsResponse {
+        let message = &self.message;
         StreamLogsResponse {
             sequence: self.sequence,
-            time: Some(self.time.into()),
-            source: self.source.name().into(),
-            data: self.text.to_vec(),
+            time: Some(message.time.into()),
+            source: message.source.to_string(),
+            data: message.text.clone(),
             dropped: self.sequence - seen - 1,
-            severity: self.severity.into(),
+            severity: message.severity.into(),
+            oom_victim: message.oom_victim.as_deref().cloned(),
         }
     }
 }
 
-/// The newest messages, by their numbers.
-#[derive(Debug)]
-struct Ring {
+/// Messages of one kind, oldest first.
+#[derive(Debug, Default)]
+struct Queue {
     entries: VecDeque<Entry>,
     size: usize,
+}
+
+impl Queue {
+    fn put(&mut self, entry: Entry, most: usize) {
+        self.size += entry.size();
+        self.entries.push_back(entry);
+        while self.size > most
+            && let Some(oldest) = self.entries.pop_front()
+        {
+            self.size -= oldest.size();
+        }
+    }
+
+    fn after(&self, sequence: u64) -> Option<&Entry> {
+        let index = self
+            .entries
+            .partition_point(|entry| entry.sequence <= sequence);
+        self.entries.get(index)
+    }
+}
+
+/// The newest messages, by their numbers. A process that writes much makes only output go.
+#[derive(Debug)]
+struct Ring {
+    system: Queue,
+    output: Queue,
+    /// In bytes, of each.
     most: usize,
     last: u64,
 }
@@ -154,30 +197,23 @@ struct Ring {
 impl Ring {
     fn new(most: usize) -> Self {
         Self {
-            entries: VecDeque::new(),
-            size: 0,
+            system: Queue::default(),
+            output: Queue::default(),
             most,
             last: 0,
         }
     }
 
-    fn put(&mut self, source: Source, severity: u8, time: SystemTime, mut text: Vec<u8>) {
-        text.truncate(LONGEST);
+    fn put(&mut self, mut message: Message) {
+        message.text.truncate(LONGEST);
+        message.text.shrink_to_fit();
         self.last += 1;
-        let entry = Entry {
-            sequence: self.last,
-            time,
-            source,
-            severity,
-            text: text.into(),
+        let queue = match message.source {
+            Source::Process(_) => &mut self.output,
+            _ => &mut self.system,
         };
-        self.size += entry.size();
-        self.entries.push_back(entry);
-        while self.size > self.most
-            && let Some(oldest) = self.entries.pop_front()
-        {
-            self.size -= oldest.size();
-        }
+        let sequence = self.last;
+        queue.put(Entry { sequence, message }, self.most);
     }
 
     /// So many were lost before they came here.
@@ -186,10 +222,10 @@ impl Ring {
     }
 
     fn after(&self, sequence: u64) -> Option<&Entry> {
-        let index = self
-            .entries
-            .partition_point(|entry| entry.sequence <= sequence);
-        self.entries.get(index)
+        let queues = [&self.system, &self.output].into_iter();
+        queues
+            .filter_map(|queue| queue.after(sequence))
+            .min_by_key(|entry| entry.sequence)
     }
 }
 
@@ -212,9 +248,9 @@ impl Logs {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put(&self, source: Source, severity: u8, time: SystemTime, text: impl Into<Vec<u8>>) {
+    fn put(&self, message: Message) {
         let mut ring = self.ring();
-        ring.put(source, severity, time, text.into());
+        ring.put(message);
         // While it is held, so that numbers are told in their order.
         self.last.send_replace(ring.last);
     }
@@ -261,8 +297,18 @@ mod tests {
 
     use super::*;
 
+    fn message(source: Source, text: impl Into<Vec<u8>>) -> Message {
+        Message {
+            source,
+            severity: INFORMATION,
+            time: SystemTime::now(),
+            text: text.into(),
+            oom_victim: None,
+        }
+    }
+
     fn say(logs: &Logs, text: &str) {
-        logs.put(Source::Envd, INFORMATION, SystemTime::now(), text);
+        logs.put(message(Source::Envd, text));
     }
 
     fn told(answer: &StreamLogsResponse) -> (u64, &str, u64) {
@@ -344,12 +390,29 @@ mod tests {
     fn memory_is_bounded_whatever_is_said() {
         let mut ring = Ring::new(64 << 10);
         for size in [0, 1, 100 << 10, 100].into_iter().cycle().take(2000) {
-            ring.put(Source::User, 6, SystemTime::now(), vec![b'x'; size]);
-            let held: usize = ring.entries.iter().map(Entry::size).sum();
-            assert!(held == ring.size && held <= 64 << 10);
+            ring.put(message(Source::User, vec![b'x'; size]));
+            let held: usize = ring.system.entries.iter().map(Entry::size).sum();
+            assert!(held == ring.system.size && held <= 64 << 10);
         }
         assert_eq!(ring.last, 2000);
-        assert!(ring.entries.len() > 3);
+        assert!(ring.system.entries.len() > 3);
+    }
+
+    #[tokio::test]
+    async fn output_makes_only_output_go_and_all_is_in_order() {
+        let logs = Logs::new(10 * (size_of::<Entry>() + 5));
+        let process = Source::Process("p1".into());
+        say(&logs, "first");
+        for number in 0..100 {
+            logs.put(message(process.clone(), format!("{number:05}")));
+        }
+        say(&logs, "last ");
+        let all = all(&logs, 0).await;
+        assert_eq!(all.len(), 12);
+        assert_eq!(all[0], (1, "first".into(), 0));
+        assert_eq!(all[1], (92, "00090".into(), 90));
+        assert_eq!(all[2], (93, "00091".into(), 0));
+        assert_eq!(all[11], (102, "last ".into(), 0));
     }
 
     #[tokio::test]

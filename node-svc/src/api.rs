@@ -1,8 +1,12 @@
 //! `sandmesh.node.v1.NodeService`: conversion and nothing else.
 
-use std::{pin::Pin, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    pin::Pin,
+    sync::Arc,
+};
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _, TryStreamExt as _, future, stream};
 use proto::{
     node::v1::{
         DeleteSnapshotRequest, DeleteSnapshotResponse, DrainNodeRequest, DrainNodeResponse,
@@ -11,8 +15,9 @@ use proto::{
         PauseSessionRequest, PauseSessionResponse, ResumeSessionRequest, ResumeSessionResponse,
         RollbackSessionRequest, RollbackSessionResponse, SnapshotSessionRequest,
         SnapshotSessionResponse, StartSessionRequest, StartSessionResponse, StartStep,
-        StopSessionRequest, StopSessionResponse, UpdateSessionRequest, UpdateSessionResponse,
-        WaitForPortRequest, WaitForPortResponse, WatchSessionsRequest, WatchSessionsResponse,
+        StopSessionRequest, StopSessionResponse, StreamSessionLogsRequest,
+        StreamSessionLogsResponse, UpdateSessionRequest, UpdateSessionResponse, WaitForPortRequest,
+        WaitForPortResponse, WatchSessionsRequest, WatchSessionsResponse,
         node_service_server::NodeService,
     },
     session::v1::{EndReason, Resources, SessionState},
@@ -21,18 +26,22 @@ use service_kit::{
     errors::{Failure, Reason, reason_of},
     ids::SessionId,
 };
-use tokio::sync::oneshot;
-use tokio_util::task::TaskTracker;
+use tokio::sync::{oneshot, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
     driver::{self, Command, DriveError, ForkImage, Origin, Outcome, Plan, Workshop},
     hosted::{Admitted, Hosted, Lookup, NodeFull, Phase, Session},
+    logs::ReadError,
     ready,
     stored::StoredError,
     vmm::{VmmError, memory::MemoryError},
 };
 
+const LOGS_GONE: Reason = Reason::new("LOGS_GONE");
+const LOG_SEQUENCE_UNKNOWN: Reason = Reason::new("LOG_SEQUENCE_UNKNOWN");
+const NODE_DISK_FAILED: Reason = Reason::new("NODE_DISK_FAILED");
 /// Children of one fork.
 const MOST_CHILDREN: usize = 100;
 
@@ -47,7 +56,11 @@ pub struct NodeApi {
     pub drivers: TaskTracker,
     /// When this node-svc began.
     pub start_time: prost_types::Timestamp,
+    /// Ends streams that have no end.
+    pub shutdown: CancellationToken,
 }
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn session_id(text: &str) -> Result<SessionId, Status> {
     SessionId::parse(text)
@@ -103,6 +116,21 @@ fn refused(id: &SessionId, error: &DriveError) -> Status {
 }
 
 impl NodeApi {
+    /// A stream that ends with this node-svc says so: its end alone would mean that there is no more.
+    fn until_shutdown<T: Send + 'static>(
+        &self,
+        answers: impl Stream<Item = Result<T, Status>> + Send + 'static,
+    ) -> Answers<T> {
+        let shutdown = self.shutdown.clone();
+        let last_word = stream::once(async move {
+            let message = "the node's agent restarts; ask again";
+            let stopped = Failure::unavailable(Reason::SERVICE_UNAVAILABLE, message);
+            shutdown.is_cancelled().then(|| Err(stopped.into_status()))
+        });
+        let answers = answers.take_until(self.shutdown.clone().cancelled_owned());
+        Box::pin(answers.chain(last_word.filter_map(future::ready)))
+    }
+
     async fn stop(&self, id: &SessionId) {
         if let Lookup::Here(session) = self.hosted.lookup(id) {
             session.stop.cancel();
@@ -159,6 +187,7 @@ impl NodeApi {
                     origin,
                     span: tracing::Span::current(),
                 };
+                self.workshop.logs.begin(&id);
                 let (tell, told) = oneshot::channel();
                 self.drivers.spawn(Arc::clone(&self.workshop).drive(
                     Arc::clone(&session),
@@ -216,6 +245,60 @@ impl NodeApi {
             resources: Some(resources),
             stored_bytes: 0,
         })
+    }
+}
+
+/// The sessions as somebody was told of them.
+struct Watch {
+    changed: watch::Receiver<()>,
+    hosted: Arc<Hosted>,
+    told: Option<HashMap<SessionId, HostedSession>>,
+    next: VecDeque<WatchSessionsResponse>,
+}
+
+impl Watch {
+    async fn next(&mut self) -> Option<WatchSessionsResponse> {
+        loop {
+            if let Some(next) = self.next.pop_front() {
+                return Some(next);
+            }
+            if self.told.is_some() {
+                self.changed.changed().await.ok()?;
+            } else {
+                self.changed.mark_unchanged();
+            }
+            self.look();
+        }
+    }
+
+    fn look(&mut self) {
+        let is_first = self.told.is_none();
+        let before = self.told.take().unwrap_or_default();
+        let here = self.hosted.all().into_iter();
+        let now: HashMap<_, _> = here
+            .map(|session| (session.id.clone(), session.wire()))
+            .collect();
+        let gone = before.keys().filter(|id| !now.contains_key(id));
+        let ended = gone.filter_map(|id| match self.hosted.lookup(id) {
+            Lookup::Was(ended) => Some(ended.wire(id)),
+            _ => None,
+        });
+        let changed = now
+            .iter()
+            .filter(|(id, session)| before.get(id) != Some(session));
+        let changed = changed.map(|(_, session)| session.clone());
+        let answers = ended.chain(changed).map(|session| WatchSessionsResponse {
+            session: Some(session),
+            listing_complete: false,
+        });
+        self.next.extend(answers);
+        if is_first {
+            self.next.push_back(WatchSessionsResponse {
+                session: None,
+                listing_complete: true,
+            });
+        }
+        self.told = Some(now);
     }
 }
 
@@ -393,14 +476,56 @@ impl NodeService for NodeApi {
         }))
     }
 
-    type WatchSessionsStream =
-        Pin<Box<dyn Stream<Item = Result<WatchSessionsResponse, Status>> + Send>>;
+    type WatchSessionsStream = Answers<WatchSessionsResponse>;
 
     async fn watch_sessions(
         &self,
         _: Request<WatchSessionsRequest>,
     ) -> Result<Response<Self::WatchSessionsStream>, Status> {
-        Err(Failure::not_yet("NodeService.WatchSessions").into())
+        let watch = Watch {
+            changed: self.hosted.changed(),
+            hosted: Arc::clone(&self.hosted),
+            told: None,
+            next: VecDeque::new(),
+        };
+        let answers = stream::unfold(watch, |mut watch| async move {
+            watch.next().await.map(|answer| (Ok(answer), watch))
+        });
+        Ok(Response::new(self.until_shutdown(answers)))
+    }
+
+    type StreamSessionLogsStream = Answers<StreamSessionLogsResponse>;
+
+    async fn stream_session_logs(
+        &self,
+        request: Request<StreamSessionLogsRequest>,
+    ) -> Result<Response<Self::StreamSessionLogsStream>, Status> {
+        let Some(request) = request.into_inner().request else {
+            return Err(Failure::field_invalid("request", "is required").into());
+        };
+        let id = session_id(&request.session_id)?;
+        let failed = move |error: &ReadError, id: &SessionId| {
+            let failure = match error {
+                ReadError::None => Failure::new(Code::NotFound, LOGS_GONE, error.to_string()),
+                ReadError::NotYet { last, .. } => {
+                    Failure::new(Code::OutOfRange, LOG_SEQUENCE_UNKNOWN, error.to_string())
+                        .with("lastSequence", last)
+                }
+                ReadError::Io(_) => {
+                    Failure::new(Code::Internal, NODE_DISK_FAILED, error.to_string())
+                }
+            };
+            failure.with("sessionId", id).into_status()
+        };
+        let logs = &self.workshop.logs;
+        let messages = logs.read(&id, request.after_sequence, request.follow).await;
+        let messages = messages.map_err(|error| failed(&error, &id))?;
+        let answers = messages
+            .map_ok(|message| StreamSessionLogsResponse {
+                message: Some(message),
+            })
+            .map_err(move |error| failed(&ReadError::Io(error), &id));
+        Ok(Response::new(self.until_shutdown(answers)))
     }
 
     async fn drain_node(

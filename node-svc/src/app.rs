@@ -44,6 +44,7 @@ use crate::{
     guest_image::GuestImages,
     hosted::Hosted,
     ingress::{self, HOP_HEADER, Ingress, Waker},
+    logs::{Retention, SessionLogs},
     register::Registrar,
     slot::{SlotConfig, SlotError, SlotPool},
     snapshot::TemplateSnapshots,
@@ -223,6 +224,13 @@ impl App {
                 .map(ToString::to_string)
                 .collect(),
             hosted: Arc::clone(&hosted),
+            logs: Arc::new(SessionLogs::new(
+                folder.join("logs"),
+                Retention {
+                    age: config.log_retention,
+                    bytes: config.log_bytes,
+                },
+            )),
             vmm: Arc::clone(&vmm),
         };
         let ingress_bound = Bound::bind(&config.ingress).await?;
@@ -334,6 +342,7 @@ impl App {
             background.spawn(slots.clone().run(shutdown.clone()));
             background.spawn(Arc::clone(&workshop).keep_warm(shutdown.clone()));
         }
+        background.spawn(Arc::clone(&workshop.logs).keep_clean(shutdown.clone()));
         let registrar = Registrar {
             registry,
             node,
@@ -358,6 +367,7 @@ impl App {
             workshop: Arc::clone(&workshop),
             drivers: drivers.clone(),
             start_time,
+            shutdown: shutdown.clone(),
         };
         let grpc = Grpc::new("node-svc")
             .mesh_only(token.clone())

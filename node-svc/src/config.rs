@@ -151,6 +151,12 @@ pub struct Config {
     /// Name servers of guests; default: the host's that are not on loopback, else 1.1.1.1 and 8.8.8.8.
     #[arg(long, env = "SANDMESH_NODE_NAMESERVERS", value_delimiter = ',')]
     pub nameservers: Vec<std::net::Ipv4Addr>,
+    /// Logs of a session are kept for so long after its last message when it has ended.
+    #[arg(long, env = "SANDMESH_NODE_LOG_RETENTION", default_value = "24h", value_parser = parse_duration)]
+    pub log_retention: Duration,
+    /// Logs of all sessions that have ended; beyond it the oldest go. One session has 4 MiB at most.
+    #[arg(long, env = "SANDMESH_NODE_LOG_BYTES", default_value = "1GiB", value_parser = parse_bytes)]
+    pub log_bytes: u64,
     /// Stop all sessions when node-svc is asked to stop. Without it they are left running and are lost at its next start.
     #[arg(long, env = "SANDMESH_NODE_STOP_SESSIONS_ON_EXIT")]
     pub stop_sessions_on_exit: bool,

@@ -28,7 +28,10 @@ use proto::{
 };
 use service_kit::errors::Reason;
 use tempfile::TempDir;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot},
+    task::JoinHandle,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, Span};
 
@@ -39,6 +42,7 @@ use crate::{
     guest_image::GuestImages,
     hosted::{Ended, Hosted, NodeFull, Over, Phase, Reach, Session},
     journal::{self, Step},
+    logs::{NewMessage, SessionLog, SessionLogs},
     slot::{RuleError, Slot, SlotError, SlotPool},
     snapshot::TemplateSnapshots,
     spans,
@@ -48,6 +52,7 @@ use crate::{
 };
 
 mod adopt;
+mod collect;
 mod fork;
 mod keep;
 mod start;
@@ -61,6 +66,14 @@ pub use warm::{WarmPolicy, WarmPool};
 
 /// Between a link that broke and another try.
 const REACH_AGAIN: Duration = Duration::from_millis(200);
+/// A guest's link is quiet when nothing has come by it for so long; it is waited for no longer than the limit.
+const QUIET: Duration = Duration::from_millis(50);
+const QUIET_LIMIT: Duration = Duration::from_secs(1);
+/// How long what a guest has said may take to be kept when it has ended.
+const COLLECTED: Duration = Duration::from_secs(2);
+/// As in syslog(3).
+const ERROR: u32 = 3;
+const NOTICE: u32 = 5;
 /// Memory of the template's snapshot, by its name in a session's folder.
 const TEMPLATE_MEMORY: &str = "template-memory";
 /// What a paused session is.
@@ -103,6 +116,8 @@ pub struct Workshop {
     pub nameservers: Vec<String>,
     /// Sessions of this node.
     pub hosted: Arc<Hosted>,
+    /// What their guests say.
+    pub logs: Arc<SessionLogs>,
 }
 
 /// Where a session comes from.
@@ -270,6 +285,9 @@ struct Driver {
     vm: Option<Box<dyn Vm>>,
     /// The way to the guest while it runs.
     reach: Option<Arc<Reach>>,
+    log: Arc<SessionLog>,
+    /// Fills the log while there is a way to the guest.
+    collector: Option<JoinHandle<()>>,
 }
 
 /// Something a driver has to do.
@@ -301,6 +319,8 @@ impl Workshop {
             slot: None,
             vm: None,
             reach: None,
+            log: self.logs.begin(&session.id),
+            collector: None,
         };
         let was_here = matches!(plan.origin, Origin::Earlier(_));
         let work = TaskTracker::new();
@@ -332,12 +352,18 @@ impl Workshop {
                 (ended, was_here)
             }
         };
+        if ended.state != SessionState::Stopped {
+            let text = format!("the session ended: {}: {}", ended.reason, ended.message);
+            let message = NewMessage::of_node(ERROR, "", text);
+            collect::put(&driver.log, &self.hosted, vec![message]).await;
+        }
         session.enter(Phase::Stopping);
         // Whoever still asks hears that it ends.
         drop(commands);
         // What was cut short may still write into what is removed now.
         work::finished(&work).await;
         driver.give_back().await;
+        self.logs.end(&session.id);
         tracing::info!(
             session_id = session.id.short(),
             reason = ended.reason,
@@ -402,7 +428,7 @@ impl Driver {
             exit = vm.wait() => Event::Exit(exit),
             () = reach.guest.closed() => Event::LinkLost,
             never = spans::pass_on(&reach.guest, &self.session.id) => match never {},
-            never = watchdog::look_after(reach, &self.session.id) => match never {},
+            never = watchdog::look_after(reach, &self.session.id, &self.log, &self.shop.hosted) => match never {},
         }
     }
 
@@ -447,11 +473,22 @@ impl Driver {
         Ok(())
     }
 
+    /// The last words of a guest that is at its end, which go into its log, too.
     async fn console(&mut self) -> String {
-        match self.vm.as_mut() {
-            Some(vm) => vm.console_tail().await,
-            None => String::new(),
-        }
+        let Some(vm) = self.vm.as_mut() else {
+            return String::new();
+        };
+        let words = vm.last_words().await;
+        // What the guest said by the link came before.
+        self.log.quiet(QUIET, QUIET_LIMIT).await;
+        let lines = words.guest.lines();
+        let messages = lines.map(|line| NewMessage {
+            source: "console".into(),
+            ..NewMessage::of_node(NOTICE, "", line)
+        });
+        let messages = messages.collect();
+        collect::put(&self.log, &self.shop.hosted, messages).await;
+        words.to_string()
     }
 
     async fn failed(&mut self, exit: &VmExit) -> Ended {
@@ -515,6 +552,19 @@ impl Driver {
         let address = self.slot.as_ref().map(|slot| slot.reach);
         let reach = Arc::new(Reach::new(guest, address, over));
         self.reach = Some(Arc::clone(&reach));
+        let collect = collect::collect(
+            Arc::clone(&reach),
+            Arc::clone(&self.log),
+            Arc::clone(&self.shop.hosted),
+        );
+        let before = self.collector.take();
+        self.collector = Some(tokio::spawn(async move {
+            // One at a time, so that each message is kept once. One that panicked has said so.
+            if let Some(before) = before {
+                let _ = before.await;
+            }
+            collect.await;
+        }));
         self.session.enter(Phase::Running(reach));
     }
 
@@ -541,6 +591,13 @@ impl Driver {
 
     async fn give_back(mut self) {
         self.end_vm().await;
+        if let Some(mut collector) = self.collector.take()
+            && tokio::time::timeout(COLLECTED, &mut collector)
+                .await
+                .is_err()
+        {
+            collector.abort();
+        }
         let folder = self.folder;
         if let Err(error) = blocking({
             let folder = folder.clone();

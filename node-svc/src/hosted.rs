@@ -11,7 +11,7 @@ use std::{
 };
 
 use proto::{
-    node::v1::{Capacity, HostedSession},
+    node::v1::{Capacity, HostedSession, SessionNotice},
     session::v1::{self as wire, PortAccess, SessionState},
 };
 use service_kit::ids::SessionId;
@@ -25,6 +25,8 @@ const TOMBSTONE: Duration = Duration::from_hours(1);
 const TOMBSTONES: usize = 100_000;
 /// Commands that wait for a session's driver.
 const COMMANDS: usize = 32;
+/// Notices that wait for the registry.
+const NOTICES: usize = 1000;
 
 /// Why a session ended here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +37,22 @@ pub struct Ended {
     pub reason: String,
     /// One sentence for people.
     pub message: String,
+}
+
+impl Ended {
+    /// As the registry wants to hear it.
+    pub fn wire(&self, id: &SessionId) -> HostedSession {
+        HostedSession {
+            session_id: id.to_string(),
+            state: self.state.into(),
+            end_reason: Some(wire::EndReason {
+                reason: self.reason.clone(),
+                message: self.message.clone(),
+            }),
+            resources: None,
+            stored_bytes: 0,
+        }
+    }
 }
 
 /// Where a session is, on this node.
@@ -167,6 +185,8 @@ pub struct Session {
     pub stop: CancellationToken,
     /// Held by whoever asks for it to be woken, so that many ask once.
     pub waking: tokio::sync::Mutex<()>,
+    /// Its node's; whoever watches all sessions hears of this one.
+    changed: watch::Sender<()>,
 }
 
 impl Session {
@@ -188,6 +208,7 @@ impl Session {
             commands,
             stop: CancellationToken::new(),
             waking: tokio::sync::Mutex::new(()),
+            changed: watch::Sender::default(),
         };
         (session, heard)
     }
@@ -200,6 +221,7 @@ impl Session {
     /// Moves it on; for its driver only.
     pub fn enter(&self, phase: Phase) {
         self.phase.send_replace(phase);
+        self.changed.send_replace(());
     }
 
     /// What may change of it.
@@ -240,6 +262,18 @@ impl Session {
         // When time is up the phase is what it is.
         let _ = tokio::time::timeout(limit, phase.wait_for(|phase| !phase.is_passing())).await;
         phase.borrow().clone()
+    }
+
+    /// As the registry wants to hear it.
+    pub fn wire(&self) -> HostedSession {
+        let state = self.phase.borrow().state();
+        HostedSession {
+            session_id: self.id.to_string(),
+            state: state.into(),
+            end_reason: None,
+            resources: Some(self.resources),
+            stored_bytes: self.stored_bytes(),
+        }
     }
 
     /// Waits until nothing of it is left.
@@ -291,6 +325,7 @@ struct Table {
     graves: VecDeque<(Instant, SessionId)>,
     /// Ended by themselves and not yet known to the control plane.
     unreported: HashMap<SessionId, Ended>,
+    notices: VecDeque<SessionNotice>,
     draining: bool,
 }
 
@@ -299,6 +334,8 @@ struct Table {
 pub struct Hosted {
     total: Capacity,
     table: Mutex<Table>,
+    /// Changes with each change of what is here.
+    changed: watch::Sender<()>,
 }
 
 /// What a request to host a session leads to.
@@ -316,6 +353,7 @@ impl Hosted {
         Self {
             total,
             table: Mutex::default(),
+            changed: watch::Sender::default(),
         }
     }
 
@@ -336,7 +374,7 @@ impl Hosted {
     }
 
     /// Takes a session in if there is room; the same ID twice is one session.
-    pub fn admit(&self, session: Session) -> Result<Admitted, NodeFull> {
+    pub fn admit(&self, mut session: Session) -> Result<Admitted, NodeFull> {
         let mut table = self.table();
         if let Some(here) = table.here.get(&session.id) {
             return Ok(Admitted::Here(Arc::clone(here)));
@@ -345,14 +383,17 @@ impl Hosted {
             return Err(self.free(&table));
         }
         self.take(&mut table, &whole(&session))?;
+        session.changed = self.changed.clone();
         let session = Arc::new(session);
         table.here.insert(session.id.clone(), Arc::clone(&session));
+        self.changed.send_replace(());
         Ok(Admitted::New(session))
     }
 
     /// Takes in a session that was here before this node-svc, whether there is room or not.
-    pub fn adopt(&self, session: Session, is_paused: bool) -> Arc<Session> {
+    pub fn adopt(&self, mut session: Session, is_paused: bool) -> Arc<Session> {
         let mut table = self.table();
+        session.changed = self.changed.clone();
         let takes = if is_paused {
             parked(&session)
         } else {
@@ -439,6 +480,35 @@ impl Hosted {
         session.enter(Phase::Ended(ended));
     }
 
+    /// Hears when what is here has changed.
+    pub fn changed(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// Keeps notices for the registry.
+    pub fn notify(&self, notices: Vec<SessionNotice>) {
+        let mut table = self.table();
+        for notice in notices {
+            if table.notices.len() == NOTICES {
+                metrics::counter!("sandmesh_node_notices_dropped_total").increment(1);
+            } else {
+                table.notices.push_back(notice);
+            }
+        }
+    }
+
+    /// What the registry has not noted yet, oldest first.
+    pub fn notices(&self) -> Vec<SessionNotice> {
+        self.table().notices.iter().cloned().collect()
+    }
+
+    /// The registry has noted so many of the oldest.
+    pub fn noted(&self, count: usize) {
+        let mut table = self.table();
+        let count = count.min(table.notices.len());
+        table.notices.drain(..count);
+    }
+
     /// All that are here.
     pub fn all(&self) -> Vec<Arc<Session>> {
         self.table().here.values().cloned().collect()
@@ -449,24 +519,15 @@ impl Hosted {
         self.table()
             .here
             .values()
-            .map(|session| hosted(session))
+            .map(|session| session.wire())
             .collect()
     }
 
     /// Ends the control plane does not know of.
     pub fn unreported(&self) -> Vec<HostedSession> {
         let table = self.table();
-        let ended = |(id, ended): (&SessionId, &Ended)| HostedSession {
-            session_id: id.to_string(),
-            state: ended.state.into(),
-            end_reason: Some(wire::EndReason {
-                reason: ended.reason.clone(),
-                message: ended.message.clone(),
-            }),
-            resources: None,
-            stored_bytes: 0,
-        };
-        table.unreported.iter().map(ended).collect()
+        let unreported = table.unreported.iter();
+        unreported.map(|(id, ended)| ended.wire(id)).collect()
     }
 
     /// The control plane knows of these ends.
@@ -528,17 +589,6 @@ fn subtract(from: &mut Capacity, less: &Capacity) {
     from.memory_bytes = from.memory_bytes.saturating_sub(less.memory_bytes);
     from.vcpus = from.vcpus.saturating_sub(less.vcpus);
     from.disk_bytes = from.disk_bytes.saturating_sub(less.disk_bytes);
-}
-
-fn hosted(session: &Session) -> HostedSession {
-    let state = session.phase.borrow().state();
-    HostedSession {
-        session_id: session.id.to_string(),
-        state: state.into(),
-        end_reason: None,
-        resources: Some(session.resources),
-        stored_bytes: session.stored_bytes(),
-    }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! A start comes in by [`api`], is admitted by [`hosted`], and is carried out by the session's own task in [`driver`]: artifacts
 //! ([`artifact`]), network place ([`slot`]), writable disk ([`disk`]), VMM ([`vmm`]), then envd is told whose it is ([`guest`]).
 //! Streams and ports come in by [`ingress`], which asks [`hosted`], and for sessions that are elsewhere the [`catalog`].
-//! Their trace spans come out by `spans`. [`register`] keeps the node in the registry; [`journal`] is what the next node-svc knows of this one.
+//! Their trace spans come out by `spans`, and what they say is kept by [`logs`]. [`register`] keeps the node in the registry; [`journal`] is what the next node-svc knows of this one.
 
 pub mod api;
 mod app;
@@ -17,6 +17,7 @@ pub mod guest_image;
 pub mod hosted;
 pub mod ingress;
 pub mod journal;
+pub mod logs;
 mod ready;
 pub mod register;
 pub mod slot;

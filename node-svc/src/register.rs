@@ -96,6 +96,7 @@ impl Registrar {
                 used: Some(self.hosted.used()),
                 draining: self.hosted.draining(),
                 ended: self.hosted.unreported(),
+                notices: self.hosted.notices(),
             });
             request.set_timeout(CALL_TIMEOUT);
             match self.registry.clone().heartbeat(request).await {
@@ -105,6 +106,8 @@ impl Registrar {
                         return "the registry does not know this node any more";
                     }
                     self.hosted.acknowledged(&answer.acknowledged_session_ids);
+                    let noted = usize::try_from(answer.acknowledged_notices);
+                    self.hosted.noted(noted.unwrap_or(usize::MAX));
                     self.end(&answer.stop_session_ids);
                 }
                 Err(status) => tracing::debug!(%status, "a heartbeat was not heard"),

@@ -183,6 +183,21 @@ pub trait Vmm: Send + Sync + std::fmt::Debug {
     ) -> Result<Option<Box<dyn Vm>>, VmmError>;
 }
 
+/// The end of what was said by and of a guest; control characters and all.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LastWords {
+    /// On its console: for its owner.
+    pub guest: String,
+    /// By its VMM, maybe mixed with its console: for the operator.
+    pub vmm: String,
+}
+
+impl std::fmt::Display for LastWords {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.guest, self.vmm)
+    }
+}
+
 /// A running guest. Dropping it does not end it.
 #[tonic::async_trait]
 pub trait Vm: Send + Sync + std::fmt::Debug {
@@ -213,8 +228,8 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     async fn copy_memory(&mut self, copy: &Path) -> Result<(), VmmError>;
     /// Waits until it ends by itself, or hangs. Cancel-safe.
     async fn wait(&mut self) -> VmExit;
-    /// The last the guest said on its console.
-    async fn console_tail(&mut self) -> String;
+    /// The last that was said before its end. Each word is told once.
+    async fn last_words(&mut self) -> LastWords;
     /// Ends it; returns when it is gone.
     async fn kill(&mut self);
 }

@@ -1,7 +1,9 @@
 //! Sessions on a node whose guests are simulated: what they pass through, what fails, what is left.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::{fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{fs, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
+
+use futures::{Stream, StreamExt as _};
 
 use node_svc::{
     api::NodeApi,
@@ -9,15 +11,18 @@ use node_svc::{
     disk::Disks,
     driver::{WarmPolicy, WarmPool, Workshop},
     hosted::{Hosted, Lookup, Phase},
+    logs::{Retention, SessionLogs},
     snapshot::TemplateSnapshots,
     stored::Maker,
     vmm::{DEVICES, fake::Fake},
 };
 use proto::{
+    envd::v1::{OomVictim, StreamLogsResponse},
     node::v1::{
         Capacity, DeleteSnapshotRequest, ForkChild, ForkSessionRequest, PauseSessionRequest,
         ResumeSessionRequest, RollbackSessionRequest, SnapshotSessionRequest, StartSessionRequest,
-        StopSessionRequest, UpdateSessionRequest, node_service_server::NodeService as _,
+        StopSessionRequest, StreamSessionLogsRequest, UpdateSessionRequest, WatchSessionsRequest,
+        node_service_server::NodeService as _,
     },
     session::v1::{Network, PortAccess, Resources, SessionState},
     template::v1::Template,
@@ -29,7 +34,7 @@ use service_kit::{
 };
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, watch};
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Request, Status};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -81,6 +86,13 @@ impl Node {
             boot_timeout: LIMIT,
             nameservers: Vec::new(),
             hosted: Arc::clone(&hosted),
+            logs: Arc::new(SessionLogs::new(
+                path("logs"),
+                Retention {
+                    age: LIMIT,
+                    bytes: 1 << 20,
+                },
+            )),
         };
         Self {
             api: NodeApi {
@@ -88,6 +100,7 @@ impl Node {
                 workshop: Arc::new(workshop),
                 drivers: TaskTracker::new(),
                 start_time: prost_types::Timestamp::default(),
+                shutdown: CancellationToken::new(),
             },
             hosted,
             folder,
@@ -195,6 +208,199 @@ impl Node {
             fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none())
         })
     }
+}
+
+fn said(sequence: u64, text: &str) -> StreamLogsResponse {
+    StreamLogsResponse {
+        sequence,
+        time: Some(std::time::SystemTime::now().into()),
+        source: "kernel".into(),
+        data: text.into(),
+        ..StreamLogsResponse::default()
+    }
+}
+
+async fn soon<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(LIMIT, what).await.unwrap()
+}
+
+/// The log of a session: numbers and texts.
+struct Reader(Pin<Box<dyn Stream<Item = (u64, String, u64)> + Send>>);
+
+impl Reader {
+    async fn of(node: &Node, id: &str, after: u64, follow: bool) -> Result<Self, Status> {
+        let request = proto::session::v1::StreamSessionLogsRequest {
+            session_id: id.into(),
+            after_sequence: after,
+            follow,
+        };
+        let request = StreamSessionLogsRequest {
+            request: Some(request),
+        };
+        let messages = node.api.stream_session_logs(Request::new(request)).await?;
+        let messages = messages.into_inner().map(|answer| {
+            let message = answer.unwrap().message.unwrap();
+            let text = String::from_utf8(message.data).unwrap();
+            (message.sequence, text, message.dropped)
+        });
+        Ok(Self(Box::pin(messages)))
+    }
+
+    async fn next(&mut self) -> Option<(u64, String, u64)> {
+        soon(self.0.next()).await
+    }
+
+    async fn expect(&mut self, expected: &[(u64, &str)]) {
+        for (sequence, text) in expected {
+            let (number, said, dropped) = self.next().await.unwrap();
+            assert_eq!((number, &*said, dropped), (*sequence, *text, 0));
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_guest_says_is_kept_once_whatever_becomes_of_it() {
+    let (say, says) = watch::channel(vec![said(1, "one"), said(2, "two")]);
+    let node = Node::new(Fake {
+        says: Some(says),
+        ..Fake::default()
+    });
+    let id = node.start().await;
+    let mut reader = Reader::of(&node, &id, 0, true).await.unwrap();
+    reader.expect(&[(1, "one"), (2, "two")]).await;
+    node.snapshot(&id, "two").await.unwrap();
+    say.send_modify(|log| log.push(said(3, "three")));
+    reader.expect(&[(3, "three")]).await;
+    // The same guest is asked again, and says nothing twice.
+    node.pause(&id).await.unwrap();
+    node.resume(&id).await.unwrap();
+    say.send_modify(|log| log.push(said(4, "four")));
+    reader.expect(&[(4, "four")]).await;
+    // It went back, and its numbers with it: once it has said less than is kept, ...
+    say.send_modify(|log| log.truncate(2));
+    node.roll_back(&id, "two").await.unwrap();
+    say.send_modify(|log| log.push(said(3, "third")));
+    reader.expect(&[(5, "third")]).await;
+    // ... and once as much.
+    node.pause(&id).await.unwrap();
+    let before = say.borrow()[..2].to_vec();
+    say.send_replace([before, vec![said(3, "drei"), said(4, "vier")]].concat());
+    node.roll_back(&id, "two").await.unwrap();
+    reader.expect(&[(6, "drei"), (7, "vier")]).await;
+    // What it could not keep is counted.
+    say.send_modify(|log| log.push(said(9, "nine")));
+    assert_eq!(reader.next().await.unwrap(), (12, "nine".into(), 4));
+    let refused = Reader::of(&node, &id, 13, false).await.err().unwrap();
+    assert_eq!(
+        told(&refused),
+        (Code::OutOfRange, "LOG_SEQUENCE_UNKNOWN".into())
+    );
+    node.stop(&id).await;
+    assert_eq!(reader.next().await, None);
+    assert!(node.is_clean());
+    let mut late = Reader::of(&node, &id, 5, true).await.unwrap();
+    late.expect(&[(6, "drei"), (7, "vier")]).await;
+    assert_eq!(late.next().await.unwrap().0, 12);
+    assert_eq!(late.next().await, None);
+    let unknown = Reader::of(&node, &new_id(), 0, false).await.err().unwrap();
+    assert_eq!(told(&unknown), (Code::NotFound, "LOGS_GONE".into()));
+}
+
+#[tokio::test]
+async fn nonsense_of_a_guest_is_bounded_and_kills_are_noticed() {
+    let victim = |sequence, pid| StreamLogsResponse {
+        oom_victim: Some(OomVictim {
+            pid,
+            command: "py\nthon".repeat(1000),
+        }),
+        ..said(sequence, "Out of memory")
+    };
+    let hostile = vec![
+        StreamLogsResponse {
+            source: "node".into(),
+            time: Some(prost_types::Timestamp {
+                seconds: i64::MAX,
+                nanos: -1,
+            }),
+            severity: 1000,
+            ..said(7, &"x".repeat(50_000))
+        },
+        victim(u64::MAX - 2, 42),
+        victim(u64::MAX - 1, 43),
+        said(3, "not again"),
+        said(u64::MAX, "end"),
+    ];
+    let (_say, says) = watch::channel(hostile);
+    let node = Node::new(Fake {
+        says: Some(says),
+        ..Fake::default()
+    });
+    let id = node.start().await;
+    let mut reader = Reader::of(&node, &id, 0, true).await.unwrap();
+    let (first, text, dropped) = reader.next().await.unwrap();
+    assert_eq!((first, text.len(), dropped), (7, 8192, 6));
+    let (second, ..) = reader.next().await.unwrap();
+    assert!(second < 1 << 21, "{second}");
+    let (_, event, _) = reader.next().await.unwrap();
+    assert!(event.contains("(PID 42)") && event.len() < 200 && !event.contains('\n'));
+    while let (number, text, _) = reader.next().await.unwrap()
+        && text != "end"
+    {
+        assert!(number < 1 << 21);
+    }
+    let notices = node.hosted.notices();
+    assert_eq!(notices.len(), 1, "{notices:?}");
+    assert_eq!(
+        (&*notices[0].r#type, &*notices[0].session_id),
+        ("OOM_KILLED", &*id)
+    );
+    assert_eq!(notices[0].message, event);
+    node.hosted.noted(1);
+    assert!(node.hosted.notices().is_empty());
+}
+
+#[tokio::test]
+async fn a_watch_tells_what_is_there_and_each_change() {
+    let (die, dies) = watch::channel(false);
+    let node = Node::new(Fake {
+        dies: Some(dies),
+        ..Fake::default()
+    });
+    let id = node.start().await;
+    let watch = node
+        .api
+        .watch_sessions(Request::new(WatchSessionsRequest {}));
+    let mut watch = watch.await.unwrap().into_inner();
+    let first = soon(watch.next()).await.unwrap().unwrap();
+    let session = first.session.unwrap();
+    assert_eq!(
+        (&*session.session_id, session.state()),
+        (&*id, SessionState::Running)
+    );
+    assert!(soon(watch.next()).await.unwrap().unwrap().listing_complete);
+    let other = node.start().await;
+    let mut next = async || {
+        let next = soon(watch.next()).await;
+        next.map(|answer| answer.map(|answer| answer.session))
+    };
+    let mut until = async |id: &str, state: SessionState| loop {
+        let session = next().await.unwrap().unwrap().unwrap();
+        if session.session_id == id && session.state() == state {
+            break session;
+        }
+    };
+    until(&other, SessionState::Running).await;
+    node.pause(&other).await.unwrap();
+    assert!(until(&other, SessionState::Paused).await.stored_bytes > 0);
+    node.stop(&other).await;
+    until(&other, SessionState::Stopped).await;
+    die.send_replace(true);
+    let ended = until(&id, SessionState::Failed).await;
+    assert_eq!(ended.end_reason.unwrap().reason, "VMM_EXITED");
+    node.api.shutdown.cancel();
+    let cut = next().await.unwrap().unwrap_err();
+    assert_eq!(cut.code(), Code::Unavailable);
+    assert!(next().await.is_none());
 }
 
 fn new_id() -> String {

@@ -13,6 +13,7 @@
 mod client;
 mod error;
 mod files;
+mod logs;
 mod ports;
 mod process;
 mod resumed;
@@ -22,6 +23,7 @@ mod system;
 pub use client::{Changes, Client, NewFork, NewSession};
 pub use error::Error;
 pub use files::{FileUrl, FileWatch};
+pub use logs::SessionLogs;
 pub use ports::PortWatch;
 pub use process::{Command, Event, Exit, Output, Process, Remote};
 pub use sandbox::Sandbox;

@@ -46,6 +46,8 @@ pub struct Command {
     pub backpressure: Backpressure,
     /// How much of its output is kept.
     pub output_kept: Option<OutputKept>,
+    /// Whether its output is in the session's logs, too, line by line.
+    pub log_output: bool,
 }
 
 impl Command {
@@ -149,6 +151,7 @@ impl Sandbox {
             limits: command.limits,
             backpressure: command.backpressure.into(),
             output_kept: command.output_kept,
+            log_output: command.log_output,
             ..StartRequest::default()
         };
         let stream = self.processes().start(request).await?.into_inner();

@@ -250,6 +250,7 @@ mod tests {
             state_time,
             rollback: None,
             push_due: None,
+            noted: 0,
         }
     }
 

@@ -136,6 +136,8 @@ pub struct Session {
     pub rollback: Option<Rollback>,
     /// Set while its node is not known to have heard of its settings; then any replica may tell it.
     pub push_due: Option<Micros>,
+    /// Number of the last message of its log that became an event.
+    pub noted: i64,
 }
 
 /// How a session meets the network.

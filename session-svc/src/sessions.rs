@@ -6,9 +6,9 @@
 
 use std::time::Duration;
 
-use proto::{session::v1 as wire, template::v1::Template};
+use proto::{node::v1::SessionNotice, session::v1 as wire, template::v1::Template};
 use service_kit::{
-    ids::SessionId,
+    ids::{NodeId, SessionId},
     mesh::{Caller, MeshChannel, MeshToken},
     request_id,
 };
@@ -41,6 +41,8 @@ use template::{Templates, sized};
 
 /// How often a change is tried anew when others were faster.
 const UPDATE_TRIES: usize = 8;
+/// What nodes notice.
+const NOTICES: [&str; 3] = ["OOM_KILLED", "GUEST_SILENT", "GUEST_ANSWERS"];
 /// A session begins with two events.
 const FIRST_VERSION: i64 = 2;
 
@@ -208,6 +210,7 @@ impl Sessions {
             state_time: now,
             rollback: None,
             push_due: None,
+            noted: 0,
         })
     }
 
@@ -367,6 +370,35 @@ impl Sessions {
             }
         }
         Err(SessionError::Contended(id.clone()))
+    }
+
+    /// Makes an event of what a node has to say of a session of its own, once however often it says so; what has ended gets none any more.
+    pub async fn notice(&self, node: &NodeId, notice: &SessionNotice) -> Result<(), SessionError> {
+        let kind = NOTICES.into_iter().find(|kind| *kind == notice.r#type);
+        let (Ok(id), Some(kind)) = (SessionId::parse(&notice.session_id), kind) else {
+            tracing::warn!(node_id = %node, r#type = notice.r#type, "a notice of a node is not understood");
+            return Ok(());
+        };
+        let event = NewEvent::new(kind, format!("node:{node}")).because("", &*notice.message);
+        let sequence = i64::try_from(notice.sequence).unwrap_or(i64::MAX);
+        for _ in 0..UPDATE_TRIES {
+            let Some(session) = self.store.get(&id).await? else {
+                return Ok(());
+            };
+            if session.node_id != *node || session.state.is_final() || session.noted >= sequence {
+                return Ok(());
+            }
+            let noted = Session {
+                version: session.version + 1,
+                noted: sequence,
+                ..session
+            };
+            if self.store.update(&noted, &event).await? {
+                self.changes.tell();
+                return Ok(());
+            }
+        }
+        Err(SessionError::Contended(id))
     }
 
     /// Changes what may change while a session lives, without changing its state.

@@ -45,6 +45,9 @@ pub(crate) struct Surroundings {
     /// Its ID, to find it again; default: a random one.
     #[arg(long)]
     id: Option<String>,
+    /// Put its output into the session's logs, too, where it stays when the session has ended.
+    #[arg(long)]
+    log: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -163,6 +166,7 @@ fn command(surroundings: Surroundings) -> Command {
         env: surroundings.env.into_iter().collect(),
         user: surroundings.user,
         process_id: surroundings.id,
+        log_output: surroundings.log,
         ..Command::default()
     }
 }

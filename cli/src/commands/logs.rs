@@ -1,6 +1,6 @@
-//! `sandmesh logs`: what the kernel of a sandbox and its daemon have said.
+//! `sandmesh logs`: what the kernel of a sandbox, its daemon and its logged processes have said, and its node of it.
 
-use proto::envd::v1::StreamLogsResponse;
+use proto::session::v1::StreamSessionLogsResponse;
 
 use crate::{
     context::Context,
@@ -11,7 +11,7 @@ use crate::{
 pub(crate) struct Options {
     /// Which session.
     session: String,
-    /// Go on with what comes.
+    /// Go on with what comes, until the session ends.
     #[arg(short, long)]
     follow: bool,
     /// Only after the message with this number.
@@ -20,8 +20,8 @@ pub(crate) struct Options {
 }
 
 pub(crate) async fn run(context: &Context, options: &Options) -> anyhow::Result<()> {
-    let sandbox = context.sandbox(&options.session).await?;
-    let mut logs = sandbox.logs(options.after, options.follow);
+    let client = context.client()?;
+    let mut logs = client.logs(&options.session, options.after, options.follow);
     while let Some(message) = logs.next().await? {
         if message.dropped > 0 {
             eprintln!("sandmesh: {} messages are lost here", message.dropped);
@@ -29,7 +29,7 @@ pub(crate) async fn run(context: &Context, options: &Options) -> anyhow::Result<
         match context.format() {
             Format::Table => output::line(&line(&message))?,
             json @ Format::Json => {
-                let name = "sandmesh.envd.v1.StreamLogsResponse";
+                let name = "sandmesh.session.v1.StreamSessionLogsResponse";
                 output::print(json, name, message, |_| {})?;
             }
         }
@@ -37,10 +37,10 @@ pub(crate) async fn run(context: &Context, options: &Options) -> anyhow::Result<
     Ok(())
 }
 
-fn line(message: &StreamLogsResponse) -> String {
+fn line(message: &StreamSessionLogsResponse) -> String {
     let time = output::time(message.time);
     let text = String::from_utf8_lossy(&message.data);
-    let line = format!("{time} {:<6} {text}", message.source);
+    let line = format!("{time} {:<7} {text}", message.source);
     output::plain(&line)
 }
 
@@ -50,7 +50,7 @@ mod tests {
 
     #[test]
     fn a_message_is_a_line_whatever_is_in_it() {
-        let message = StreamLogsResponse {
+        let message = StreamSessionLogsResponse {
             sequence: 7,
             time: Some(prost_types::Timestamp {
                 seconds: 1_700_000_000,
@@ -58,8 +58,8 @@ mod tests {
             }),
             source: "envd".into(),
             data: b"tab\there, \x1b]0;title\x07, \xff and\nanother".to_vec(),
-            ..StreamLogsResponse::default()
+            ..StreamSessionLogsResponse::default()
         };
-        insta::assert_snapshot!(line(&message), @r"2023-11-14T22:13:20Z envd   tab	here, \u{1b}]0;title\u{7}, � and\nanother");
+        insta::assert_snapshot!(line(&message), @r"2023-11-14T22:13:20Z envd    tab	here, \u{1b}]0;title\u{7}, � and\nanother");
     }
 }

@@ -17,8 +17,9 @@ use nix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{LOGS, OomKill, Source, note_kill, warn};
+use super::{LOGS, Message, OomKill, Source, note_kill, warn};
 use crate::freezer::USER;
+use proto::envd::v1::OomVictim;
 
 const DEVICE: &str = "/dev/kmsg";
 /// A read gets one record, or EINVAL if that does not fit (Linux, kernel/printk/internal.h, `PRINTK_MESSAGE_MAX`; once 8192).
@@ -67,6 +68,7 @@ async fn try_follow() -> io::Result<()> {
 
 /// `chosen` is whom the kernel has said it will kill.
 fn take(record: Record, is_old: bool, chosen: &mut Option<OomKill>) {
+    let mut oom_victim = None;
     if record.source == Source::Kernel {
         if let Some(choice) = choice(&record.text) {
             *chosen = Some(choice);
@@ -74,6 +76,10 @@ fn take(record: Record, is_old: bool, chosen: &mut Option<OomKill>) {
             kill.group = chosen
                 .take_if(|chosen| chosen.pid == kill.pid)
                 .and_then(|chosen| chosen.group);
+            oom_victim = Some(Box::new(OomVictim {
+                pid: kill.pid,
+                command: kill.command.clone(),
+            }));
             note_kill(kill);
         }
     }
@@ -81,7 +87,13 @@ fn take(record: Record, is_old: bool, chosen: &mut Option<OomKill>) {
     if is_old {
         time -= age(record.since_boot);
     }
-    LOGS.put(record.source, record.severity, time, record.text);
+    LOGS.put(Message {
+        source: record.source,
+        severity: record.severity,
+        time,
+        text: record.text,
+        oom_victim,
+    });
 }
 
 /// How long ago that was. The kernel's log has a clock of its own, which is not exactly this one (printk_clock), and after a restore maybe

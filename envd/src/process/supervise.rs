@@ -14,7 +14,14 @@ use tokio::{io::AsyncReadExt as _, net::unix::pipe, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{Process, Processes};
-use crate::{gate::Gate, group::Group, logs, output::Output, spawn::Ended, terminal::Terminal};
+use crate::{
+    gate::Gate,
+    group::Group,
+    logs::{self, Lines},
+    output::Output,
+    spawn::Ended,
+    terminal::Terminal,
+};
 
 const READ_CHUNK: usize = 64 << 10;
 /// The kernel gives no more of a terminal at once (drivers/tty/n_tty.c, `N_TTY_BUF_SIZE`).
@@ -41,10 +48,18 @@ pub(super) async fn supervise(
     stderr: Source,
 ) {
     let stop = CancellationToken::new();
-    let pump = |source: Source, output: &Arc<Output>| {
-        tokio::spawn(drain(source, Arc::clone(output), stop.clone()))
+    let pump = |source: Source, output: &Arc<Output>, is_stderr| {
+        let logged = process.request.log_output;
+        let sink = Sink {
+            output: Arc::clone(output),
+            lines: logged.then(|| Lines::of(&process.id, is_stderr)),
+        };
+        tokio::spawn(drain(source, sink, stop.clone()))
     };
-    let pumps = [pump(stdout, &process.stdout), pump(stderr, &process.stderr)];
+    let pumps = [
+        pump(stdout, &process.stdout, false),
+        pump(stderr, &process.stderr, true),
+    ];
     let deadline = process
         .request
         .deadline
@@ -244,14 +259,30 @@ impl Source {
     }
 }
 
+/// Where output goes.
+struct Sink {
+    output: Arc<Output>,
+    /// Where it is logged, too.
+    lines: Option<Lines>,
+}
+
+impl Sink {
+    fn push(&mut self, bytes: Bytes) {
+        if let Some(lines) = &mut self.lines {
+            lines.take(&bytes);
+        }
+        self.output.push(bytes);
+    }
+}
+
 /// Moves bytes to the ring until they end, or `stop`. Small writes that follow each other closely, as those of a program that writes line
 /// by line to a terminal, are moved together: each on its own would cost its reader a message.
-async fn drain(mut source: Source, output: Arc<Output>, stop: CancellationToken) {
+async fn drain(mut source: Source, mut sink: Sink, stop: CancellationToken) {
     let mut chunk = BytesMut::new();
     let read = async {
         let mut moved: Option<Instant> = None;
         loop {
-            output.room().await;
+            sink.output.room().await;
             chunk.reserve(READ_CHUNK);
             match source.read(&mut chunk).await {
                 Ok(0) => return,
@@ -269,7 +300,7 @@ async fn drain(mut source: Source, output: Arc<Output>, stop: CancellationToken)
                 source.read_on(&mut chunk);
             }
             moved = Some(Instant::now());
-            output.push(chunk.split().freeze());
+            sink.push(chunk.split().freeze());
         }
     };
     tokio::select! {
@@ -277,11 +308,13 @@ async fn drain(mut source: Source, output: Arc<Output>, stop: CancellationToken)
         () = stop.cancelled() => {}
     }
     if !chunk.is_empty() {
-        output.push(chunk.split().freeze());
+        sink.push(chunk.split().freeze());
     }
     if stop.is_cancelled() {
         // On a busy machine nobody may have come to read what was written before the end.
-        source.read_rest(|rest| output.push(rest));
+        source.read_rest(|rest| sink.push(rest));
     }
-    output.close();
+    // The last of the logs is there before the end is told.
+    sink.lines = None;
+    sink.output.close();
 }

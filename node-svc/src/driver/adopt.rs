@@ -105,6 +105,8 @@ fn take_over(
         request.resources.unwrap_or_default(),
         keep::settings_of(&request),
     );
+    // Before anybody may ask: a log that has not begun here is taken for one that has ended.
+    shop.logs.begin(&session.id);
     let is_paused = entry.step == Step::Paused;
     session.enter(if is_paused {
         Phase::Paused
@@ -173,6 +175,7 @@ impl Driver {
             .await?;
             self.session.set_stored_bytes(bytes);
             self.journal(Step::Paused).await?;
+            self.remind().await;
             return Ok(());
         }
         let gone = || VmmError::Ended(VmExit::Unknown);
@@ -206,8 +209,19 @@ impl Driver {
             }
         };
         self.enter_running(guest, over);
+        self.remind().await;
         tracing::info!(session_id = self.session.id.short(), "session taken over");
         Ok(())
+    }
+
+    /// The registry may not have heard of what was noted before. It knows what it has.
+    async fn remind(&self) {
+        match self.log.notices().await {
+            Ok(notices) => self.shop.hosted.notify(notices),
+            Err(error) => {
+                tracing::error!(session_id = self.session.id.short(), %error, "the log of a session is not read");
+            }
+        }
     }
 
     async fn reach_adopted(&mut self) -> Result<(GuestClient, CancellationToken), DriveError> {

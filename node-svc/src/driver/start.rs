@@ -288,7 +288,7 @@ impl Workshop {
         .await;
         let failed = !matches!(made, Ok(Ok(())));
         if let Some(vm) = boot.vm.as_mut().filter(|_| failed) {
-            let console = vm.console_tail().await;
+            let console = vm.last_words().await.to_string();
             tracing::error!(console, "a template did not boot");
         }
         if let Some(mut vm) = boot.vm.take() {

@@ -1,10 +1,12 @@
-//! Guests in memory, for simulations and for measuring everything but a VMM. They answer Configure and GetInfo, and run nothing.
+//! Guests in memory, for simulations and for measuring everything but a VMM. They answer Configure and GetInfo, say what they
+//! are told to, and run nothing.
 
 use std::{
     path::Path,
     time::{Duration, Instant},
 };
 
+use futures::stream::{self, BoxStream};
 use proto::{
     envd::v1::{
         ConfigureRequest, ConfigureResponse, GetInfoRequest, GetInfoResponse, GuestInfo,
@@ -15,14 +17,15 @@ use proto::{
     },
     node::v1::VmmKind,
 };
-use service_kit::errors::Failure;
+use service_kit::errors::{Failure, Reason};
 use tokio::{io::DuplexStream, sync::watch};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::{Request, Response, Status, transport::server::Connected};
+use tonic::{Code, Request, Response, Status, transport::server::Connected};
 
 use super::{
-    BootSpec, LinkStream, RestoreSpec, Vm, VmExit, Vmm, VmmError, memory, process::ProcessId,
+    BootSpec, LastWords, LinkStream, RestoreSpec, Vm, VmExit, Vmm, VmmError, memory,
+    process::ProcessId,
 };
 
 const PIPE: usize = 64 << 10;
@@ -38,6 +41,8 @@ pub struct Fake {
     pub disk_full: Option<watch::Receiver<bool>>,
     /// Sending ends every guest, as if its VMM had died.
     pub dies: Option<watch::Receiver<bool>>,
+    /// The logs of every guest, by their numbers.
+    pub says: Option<watch::Receiver<Vec<StreamLogsResponse>>>,
 }
 
 impl Fake {
@@ -48,6 +53,7 @@ impl Fake {
         }
         Ok(Box::new(FakeVm {
             dies: self.dies.clone(),
+            says: self.says.clone(),
             disk_full: self.disk_full.clone(),
             guests: Vec::new(),
         }))
@@ -91,6 +97,7 @@ const STORED: &[u8] = b"fake";
 #[derive(Debug)]
 struct FakeVm {
     dies: Option<watch::Receiver<bool>>,
+    says: Option<watch::Receiver<Vec<StreamLogsResponse>>>,
     disk_full: Option<watch::Receiver<bool>>,
     guests: Vec<DropGuard>,
 }
@@ -137,7 +144,7 @@ impl Vm for FakeVm {
         let stop = CancellationToken::new();
         self.guests.push(stop.clone().drop_guard());
         let server = tonic::transport::Server::builder()
-            .add_service(SystemServiceServer::new(FakeGuest))
+            .add_service(SystemServiceServer::new(FakeGuest(self.says.clone())))
             .serve_with_incoming_shutdown(
                 // One connection, and then none that ends: the server must outlive the handshake.
                 tokio_stream::once(Ok::<_, std::io::Error>(Pipe(guests)))
@@ -161,8 +168,8 @@ impl Vm for FakeVm {
         std::future::pending().await
     }
 
-    async fn console_tail(&mut self) -> String {
-        String::new()
+    async fn last_words(&mut self) -> LastWords {
+        LastWords::default()
     }
 
     async fn kill(&mut self) {
@@ -209,7 +216,7 @@ impl tokio::io::AsyncWrite for Pipe {
     }
 }
 
-struct FakeGuest;
+struct FakeGuest(Option<watch::Receiver<Vec<StreamLogsResponse>>>);
 
 #[tonic::async_trait]
 impl SystemService for FakeGuest {
@@ -255,12 +262,37 @@ impl SystemService for FakeGuest {
         Err(Failure::not_yet("metrics of a fake guest").into())
     }
 
-    type StreamLogsStream = ReceiverStream<Result<StreamLogsResponse, Status>>;
+    type StreamLogsStream = BoxStream<'static, Result<StreamLogsResponse, Status>>;
     async fn stream_logs(
         &self,
-        _: Request<StreamLogsRequest>,
+        request: Request<StreamLogsRequest>,
     ) -> Result<Response<Self::StreamLogsStream>, Status> {
-        Err(Failure::not_yet("logs of a fake guest").into())
+        let Some(says) = self.0.clone() else {
+            return Ok(Response::new(Box::pin(stream::pending())));
+        };
+        let after = request.get_ref().after_sequence;
+        let last = says.borrow().last().map_or(0, |message| message.sequence);
+        if after > last {
+            let reason = Reason::new("LOG_SEQUENCE_UNKNOWN");
+            return Err(Failure::new(Code::OutOfRange, reason, "not yet said").into());
+        }
+        if request.get_ref().follow == Some(false) {
+            let said = says.borrow().clone().into_iter();
+            let rest = said.filter(move |said| said.sequence > after);
+            return Ok(Response::new(Box::pin(stream::iter(rest.map(Ok)))));
+        }
+        let messages = stream::unfold((says, after), |(mut says, seen)| async move {
+            let next = says.wait_for(|said| said.last().is_some_and(|last| last.sequence > seen));
+            let next = next
+                .await
+                .ok()?
+                .iter()
+                .find(|said| said.sequence > seen)
+                .cloned()?;
+            let seen = next.sequence;
+            Some((Ok(next), (says, seen)))
+        });
+        Ok(Response::new(Box::pin(messages)))
     }
 
     type StreamSpansStream = ReceiverStream<Result<StreamSpansResponse, Status>>;

@@ -26,7 +26,7 @@ use std::{
 use proto::node::v1::VmmKind;
 
 use super::{
-    BootSpec, LinkStream, MEMORY, Machine, RestoreSpec, Vm, VmExit, Vmm, VmmError,
+    BootSpec, LastWords, LinkStream, MEMORY, Machine, RestoreSpec, Vm, VmExit, Vmm, VmmError,
     cgroup::{self, Cgroups},
     memory::{self, MemoryError},
     process::{self, Launch, Process, ProcessId},
@@ -771,8 +771,11 @@ impl Vm for FirecrackerVm {
         }
     }
 
-    async fn console_tail(&mut self) -> String {
-        jail::log_tail(&self.folder, LOG_TAIL)
+    async fn last_words(&mut self) -> LastWords {
+        LastWords {
+            guest: String::new(),
+            vmm: jail::log_tail(&self.folder, LOG_TAIL),
+        }
     }
 
     async fn kill(&mut self) {

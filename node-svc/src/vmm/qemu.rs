@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
 use super::{
-    BootSpec, LinkStream, MEMORY, Machine, ROOM, RestoreSpec, Vm, VmExit, Vmm, VmmError,
+    BootSpec, LastWords, LinkStream, MEMORY, Machine, ROOM, RestoreSpec, Vm, VmExit, Vmm, VmmError,
     cgroup::{self, Cgroups},
     memory,
     process::{self, Launch, Process, ProcessId},
@@ -33,7 +33,7 @@ use super::{
 use crate::slot;
 
 const CONSOLE_BYTES: u32 = 64 << 10;
-const CONSOLE_TAIL: usize = 4 << 10;
+const CONSOLE_TAIL: usize = 8 << 10;
 const CONNECT_RETRY: Duration = Duration::from_millis(2);
 /// From QEMU's start until it listens.
 const QMP_LIMIT: Duration = Duration::from_secs(10);
@@ -895,19 +895,21 @@ impl Vm for QemuVm {
         }
     }
 
-    async fn console_tail(&mut self) -> String {
+    async fn last_words(&mut self) -> LastWords {
         let arguments = json!({"device": "console", "size": CONSOLE_BYTES, "format": "utf8"});
         let console = match self.execute("ringbuf-read", arguments, COMMAND_LIMIT).await {
             Ok(value) => value.as_str().unwrap_or_default().to_owned(),
             // QEMU is gone, and its buffer with it; its own last words are on disk.
             Err(_) => String::new(),
         };
-        let all = format!("{console}{}", self.said());
-        let start = all.len().saturating_sub(CONSOLE_TAIL);
-        let start = (start..all.len())
-            .find(|at| all.is_char_boundary(*at))
-            .unwrap_or(all.len());
-        all.get(start..).unwrap_or_default().to_owned()
+        let start = console.len().saturating_sub(CONSOLE_TAIL);
+        let start = (start..console.len())
+            .find(|at| console.is_char_boundary(*at))
+            .unwrap_or(console.len());
+        LastWords {
+            guest: console.get(start..).unwrap_or_default().to_owned(),
+            vmm: self.said(),
+        }
     }
 
     async fn kill(&mut self) {

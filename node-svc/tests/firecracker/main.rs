@@ -352,7 +352,7 @@ async fn ends_and_silence_are_told_apart() {
     let spec = host.restored(&template, "s", 2);
     let root = jail(&spec.machine.folder, 2);
     let mut vm = firecracker.restore(spec).await.unwrap();
-    assert!(vm.console_tail().await.contains("fake Firecracker"));
+    assert!(vm.last_words().await.vmm.contains("fake Firecracker"));
     fs::write(root.join("reset"), "").unwrap();
     vm.run().await.unwrap();
     assert_eq!(vm.wait().await, VmExit::Guest("it reset".into()));

@@ -161,6 +161,12 @@ impl NodeRegistryService for Registry {
                 ..HeartbeatResponse::default()
             }));
         }
+        // Before the ends: what has ended gets no events any more.
+        let mut acknowledged_notices = 0;
+        for notice in &request.notices {
+            self.sessions.notice(&id, notice).await?;
+            acknowledged_notices += 1;
+        }
         let mut acknowledged_session_ids = Vec::new();
         for ended in &request.ended {
             if self.note_end(&id, ended).await? {
@@ -171,6 +177,7 @@ impl NodeRegistryService for Registry {
             register: false,
             acknowledged_session_ids,
             stop_session_ids: vec![],
+            acknowledged_notices,
         }))
     }
 

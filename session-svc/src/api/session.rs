@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, pin::Pin, time::Duration};
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use proto::session::v1::{
     CreateCheckpointRequest, CreateCheckpointResponse, CreateSessionRequest, CreateSessionResponse,
     DeleteCheckpointRequest, DeleteCheckpointResponse, ExtendSessionRequest, ExtendSessionResponse,
@@ -15,7 +15,11 @@ use proto::session::v1::{
     UpdateSessionResponse, WatchSessionsRequest, WatchSessionsResponse,
     session_service_server::SessionService,
 };
-use service_kit::{errors::Failure, mesh::Caller, readiness};
+use service_kit::{
+    errors::{Failure, reason_of},
+    mesh::Caller,
+    readiness,
+};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -26,6 +30,7 @@ use super::{
     limits,
 };
 use crate::{
+    errors::SessionError,
     lifecycle::State,
     session::{Checkpoint, EndReason, Session, wire_duration},
     sessions::{NewFork, NewSession, Sessions, set_time_to_live},
@@ -435,9 +440,20 @@ impl SessionService for SessionApi {
 
     async fn stream_session_logs(
         &self,
-        _: Request<StreamSessionLogsRequest>,
+        request: Request<StreamSessionLogsRequest>,
     ) -> Result<Response<Self::StreamSessionLogsStream>, Status> {
-        Err(Failure::not_yet("StreamSessionLogs").into())
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        let id = session_id(&request.session_id)?;
+        let session = self.sessions.get(&caller, &id).await?;
+        let messages = self.sessions.logs(&session, request).await?;
+        let answers = messages.map(move |answer| match answer {
+            Ok(answer) => Ok(answer.message.unwrap_or_default()),
+            // The node's own words, or that it is gone.
+            Err(status) if reason_of(&status).is_some() => Err(status),
+            Err(_) => Err(SessionError::NodeUnreachable { id: id.clone() }.into()),
+        });
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn get_session_metrics(

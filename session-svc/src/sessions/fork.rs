@@ -188,6 +188,7 @@ impl Sessions {
             rollback: None,
             // A change of the parent's settings that is on its way may have reached it after the children were taken.
             push_due: parent.push_due,
+            noted: 0,
         };
         Ok((0..new.count).map(child).collect())
     }

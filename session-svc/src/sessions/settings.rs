@@ -7,11 +7,15 @@
 use std::time::Duration;
 
 use proto::{
-    node::v1::{GetSessionMetricsRequest, UpdateSessionRequest, WaitForPortRequest},
+    node::v1::{
+        GetSessionMetricsRequest, StreamSessionLogsRequest, StreamSessionLogsResponse,
+        UpdateSessionRequest, WaitForPortRequest,
+    },
     session::v1 as wire,
 };
 
 use service_kit::readiness;
+use tonic::{Request, Streaming};
 
 use super::{
     SessionError, Sessions, UPDATE_TRIES,
@@ -23,6 +27,7 @@ use crate::{
 };
 
 const METRICS_LIMIT: Duration = Duration::from_secs(5);
+const LOGS_LIMIT: Duration = Duration::from_secs(10);
 /// For the node to say how a wait ended, beyond the wait itself.
 const WAIT_ANSWER: Duration = Duration::from_secs(10);
 
@@ -96,6 +101,27 @@ impl Sessions {
             Answer::Unclear => Err(SessionError::NodeUnreachable {
                 id: session.id.clone(),
             }),
+        }
+    }
+
+    /// What is kept of a session's logs on its node.
+    pub async fn logs(
+        &self,
+        session: &Session,
+        request: wire::StreamSessionLogsRequest,
+    ) -> Result<Streaming<StreamSessionLogsResponse>, SessionError> {
+        let request = StreamSessionLogsRequest {
+            request: Some(request),
+        };
+        // The limit is for the answer to begin: a stream that is followed has no end of its own.
+        let asked = self.ask(session, LOGS_LIMIT, |mut node| async move {
+            node.stream_session_logs(Request::new(request)).await
+        });
+        let id = session.id.clone();
+        match asked.await? {
+            Answer::Done(messages) => Ok(messages),
+            Answer::Refused(status) => Err(SessionError::Refused { id, status }),
+            Answer::Unclear => Err(SessionError::NodeUnreachable { id }),
         }
     }
 

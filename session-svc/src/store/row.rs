@@ -18,12 +18,12 @@ pub(super) const COLUMNS: &str = "session_id, team, request_id, state, node_id, 
      vcpus, memory_bytes, disk_bytes, port_access, internet_access, metadata, env, on_timeout, wake_on_request, \
      create_time, start_time, timeout, deadline, end_time, end_reason, end_message, lease_until, version, \
      parent_session_id, stored_bytes, egress, egress_rate, ingress_rate, time_left, state_version, state_time, \
-     rollback_to, rollback_from, push_due";
+     rollback_to, rollback_from, push_due, noted";
 
 /// How many columns there are.
-pub(super) const COLUMN_COUNT: usize = 37;
+pub(super) const COLUMN_COUNT: usize = 38;
 
-/// Binds all columns as $1 to $37.
+/// Binds all columns as $1 to $38.
 pub(super) fn bind<'q>(query: Query<'q>, session: &Session) -> Query<'q> {
     query
         .bind(session.id.to_string())
@@ -63,6 +63,7 @@ pub(super) fn bind<'q>(query: Query<'q>, session: &Session) -> Query<'q> {
         .bind(rollback_to(session))
         .bind(rollback_from(session))
         .bind(session.push_due.map(|time| time.0))
+        .bind(session.noted)
 }
 
 /// A count of bytes as a column.
@@ -191,6 +192,7 @@ impl<'r> FromRow<'r, PgRow> for SessionRow {
             state_version: row.try_get("state_version")?,
             state_time: Micros(row.try_get("state_time")?),
             push_due: time("push_due")?,
+            noted: row.try_get("noted")?,
         })))
     }
 }

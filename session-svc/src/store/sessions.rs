@@ -108,11 +108,12 @@ impl Store {
              on_timeout = $7, wake_on_request = $8, start_time = $9, deadline = $10, end_time = $11, end_reason = $12, \
              end_message = $13, lease_until = case when state = $3 then lease_until else $14 end, version = $15, \
              request_id = $16, timeout = $17, stored_bytes = $18, egress = $19, egress_rate = $20, ingress_rate = $21, \
-             time_left = $22, state_version = $23, state_time = $24, rollback_to = $25, rollback_from = $26, push_due = $27 \
+             time_left = $22, state_version = $23, state_time = $24, rollback_to = $25, rollback_from = $26, push_due = $27, \
+             noted = $28 \
              where session_id = $1 and version = $15 - 1 returning session_id) \
              insert into session_events (session_id, team, number, type, state, time, reason, message, actor, session) \
              select changed.session_id, $2, e.* from changed, \
-             unnest($28::bigint[], $29::text[], $30::smallint[], $31::bigint[], $32::text[], $33::text[], $34::text[], $35::bytea[]) as e",
+             unnest($29::bigint[], $30::text[], $31::smallint[], $32::bigint[], $33::text[], $34::text[], $35::text[], $36::bytea[]) as e",
         )
         .bind(session.id.to_string())
         .bind(session.team.to_string())
@@ -140,7 +141,8 @@ impl Store {
         .bind(session.state_time.0)
         .bind(row::rollback_to(session))
         .bind(row::rollback_from(session))
-        .bind(session.push_due.map(|time| time.0));
+        .bind(session.push_due.map(|time| time.0))
+        .bind(session.noted);
         Columns::of(session, std::slice::from_ref(event), &self.hosts).bind(query)
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -10,7 +11,10 @@ use proto::{
     node::v1::{
         self as wire, node_registry_service_client as registry, node_service_server as server,
     },
-    session::v1::{EndReason, GetSessionMetricsResponse, Network, Resources, SessionState},
+    session::v1::{
+        EndReason, GetSessionMetricsResponse, Network, Resources, SessionState,
+        StreamSessionLogsResponse,
+    },
 };
 use service_kit::{
     address::Address,
@@ -19,6 +23,7 @@ use service_kit::{
     serve::{Bound, Grpc},
 };
 use tokio::sync::watch;
+use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Request, Response, Status, service::Routes};
 
@@ -54,6 +59,10 @@ pub(crate) struct Inside {
     pub(crate) fail_children: usize,
     /// Sessions that ended by themselves and are not acknowledged.
     pub(crate) ended: Vec<wire::HostedSession>,
+    /// What it has to say of sessions and is not acknowledged.
+    pub(crate) notices: Vec<wire::SessionNotice>,
+    /// Its next answer to a heartbeat is lost.
+    pub(crate) is_deaf: bool,
     /// Whether its heartbeats say that it takes no new sessions.
     pub(crate) draining: bool,
     /// When its current start began.
@@ -180,6 +189,7 @@ impl FakeNode {
                             used: Some(used(&inside)),
                             draining: inside.draining,
                             ended: inside.ended.clone(),
+                            notices: inside.notices.clone(),
                         }
                     };
                     let Ok(answer) = registry.heartbeat(request).await else {
@@ -192,6 +202,10 @@ impl FakeNode {
                     end(&inside, &answer.stop_session_ids);
                     let heard = answer.acknowledged_session_ids;
                     let mut inside = inside.lock().unwrap();
+                    if std::mem::take(&mut inside.is_deaf) {
+                        continue;
+                    }
+                    inside.notices.drain(..answer.acknowledged_notices as usize);
                     inside
                         .ended
                         .retain(|ended| !heard.contains(&ended.session_id));
@@ -485,6 +499,37 @@ impl server::NodeService for Service {
         _: Request<wire::WatchSessionsRequest>,
     ) -> Result<Response<Self::WatchSessionsStream>, Status> {
         later()
+    }
+
+    type StreamSessionLogsStream =
+        Pin<Box<dyn Stream<Item = Result<wire::StreamSessionLogsResponse, Status>> + Send>>;
+
+    /// Three messages; followed, they end when the node dies.
+    async fn stream_session_logs(
+        &self,
+        request: Request<wire::StreamSessionLogsRequest>,
+    ) -> Result<Response<Self::StreamSessionLogsStream>, Status> {
+        let request = request.into_inner().request.unwrap();
+        drop(self.called("logs", &request.session_id).await?);
+        let messages = (request.after_sequence + 1..=3).map(|sequence| {
+            Ok(wire::StreamSessionLogsResponse {
+                message: Some(StreamSessionLogsResponse {
+                    sequence,
+                    ..StreamSessionLogsResponse::default()
+                }),
+            })
+        });
+        let messages = tokio_stream::iter(messages.collect::<Vec<_>>());
+        Ok(Response::new(if request.follow {
+            let stop = self.stop.clone();
+            let died = async move {
+                stop.cancelled().await;
+                Err(Status::unavailable("the node died"))
+            };
+            Box::pin(messages.chain(futures::stream::once(died)))
+        } else {
+            Box::pin(messages)
+        }))
     }
 
     async fn pause_session(

@@ -2,17 +2,21 @@
 
 use std::time::Duration;
 
-use proto::session::v1::{
-    CreateSessionRequest, Egress, GetSessionMetricsRequest, GetSessionMetricsResponse, Network,
-    PortAccess, Session, UpdateSessionRequest,
+use proto::{
+    node::v1::SessionNotice,
+    session::v1::{
+        CreateSessionRequest, Egress, GetSessionMetricsRequest, GetSessionMetricsResponse, Network,
+        PortAccess, Session, SessionState, StreamSessionLogsRequest, UpdateSessionRequest,
+    },
 };
 use service_kit::errors::{Failure, Reason};
+use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::{
     node::{FakeNode, STORED},
-    world::{Replica, World, assert_refused, base, eventually, red},
+    world::{Replica, World, assert_refused, base, by, eventually, red},
 };
 
 fn update(id: &str, paths: &[&str], network: Network) -> UpdateSessionRequest {
@@ -254,4 +258,101 @@ async fn metrics_are_the_nodes_and_of_a_paused_session_only_disk() {
         Code::NotFound,
         "SESSION_STOPPED",
     );
+}
+
+fn notice(session: &str, sequence: u64, kind: &str) -> SessionNotice {
+    SessionNotice {
+        session_id: session.into(),
+        sequence,
+        r#type: kind.into(),
+        message: format!("message {sequence}"),
+    }
+}
+
+#[tokio::test]
+async fn what_a_node_notices_becomes_an_event_once() {
+    let world = World::new().await;
+    let replica = world.replica();
+    let node = world.node(&replica, 4).await;
+    let id = replica.create(base()).await.unwrap().session_id;
+    let other = replica.create(base()).await.unwrap().session_id;
+    let before = replica.events(&id).await.len();
+    {
+        let mut inside = node.inside();
+        // Heard, but not that it was heard: it is said again.
+        inside.is_deaf = true;
+        inside.notices = vec![
+            notice(&id, 7, "OOM_KILLED"),
+            notice(&id, 9, "GUEST_SILENT"),
+            notice(&id, 11, "NO_SUCH_WORD"),
+            notice("nonsense", 1, "OOM_KILLED"),
+            notice(
+                &format!("{}00000000000000000000", &id[..5]),
+                1,
+                "OOM_KILLED",
+            ),
+            notice(&other, 3, "GUEST_ANSWERS"),
+        ];
+    }
+    let told = eventually(async || node.inside().notices.is_empty().then_some(()));
+    told.await.expect("notices are not taken");
+    // A new start of the node says all it remembers again.
+    node.inside().notices = vec![notice(&id, 7, "OOM_KILLED"), notice(&id, 12, "OOM_KILLED")];
+    let told = eventually(async || node.inside().notices.is_empty().then_some(()));
+    told.await.expect("notices are not taken");
+    let types = |events: &[(String, String)]| -> Vec<String> {
+        events.iter().map(|(kind, _)| kind.clone()).collect()
+    };
+    assert_eq!(
+        types(&replica.events(&id).await[before..]),
+        ["OOM_KILLED", "GUEST_SILENT", "OOM_KILLED"]
+    );
+    assert_eq!(
+        types(&replica.events(&other).await[before..]),
+        ["GUEST_ANSWERS"]
+    );
+    // One that ends in the same heartbeat was killed before it ended.
+    node.inside().notices = vec![notice(&id, 20, "OOM_KILLED")];
+    node.break_session(&id, "GUEST_PANIC");
+    replica.until(&id, SessionState::Failed).await;
+    let events = types(&replica.events(&id).await);
+    assert_eq!(events[events.len() - 2..], ["OOM_KILLED", "FAILED"]);
+}
+
+#[tokio::test]
+async fn logs_are_the_nodes_and_only_their_owners() {
+    let world = World::new().await;
+    let replica = world.replica();
+    let mut node = world.node(&replica, 4).await;
+    let id = replica.create(base()).await.unwrap().session_id;
+    let request = |after_sequence, follow| StreamSessionLogsRequest {
+        session_id: id.clone(),
+        after_sequence,
+        follow,
+    };
+    let read = async |request| {
+        let mut client = replica.sessions();
+        let answers = client.stream_session_logs(request).await?.into_inner();
+        let answers: Vec<_> = answers.collect().await;
+        let answers: Result<Vec<_>, Status> = answers.into_iter().collect();
+        answers.map(|all| all.iter().map(|one| one.sequence).collect::<Vec<_>>())
+    };
+    assert_eq!(read(red(request(0, false))).await.unwrap(), [1, 2, 3]);
+    assert_eq!(read(red(request(2, false))).await.unwrap(), [3]);
+    let stranger = read(by("blue", request(0, false))).await;
+    assert_refused(stranger, Code::NotFound, "SESSION_UNKNOWN");
+    let gone = Failure::new(Code::NotFound, Reason::new("LOGS_GONE"), "none are kept");
+    node.inside().refuse_method.insert("logs", gone.into());
+    let refused = read(red(request(0, false))).await;
+    assert_refused(refused, Code::NotFound, "LOGS_GONE");
+    node.inside().refuse_method.clear();
+    let mut client = replica.sessions();
+    let followed = client.stream_session_logs(red(request(0, true))).await;
+    let mut followed = followed.unwrap().into_inner();
+    for sequence in 1..=3 {
+        assert_eq!(followed.next().await.unwrap().unwrap().sequence, sequence);
+    }
+    node.die();
+    let cut = followed.next().await.unwrap().map(drop);
+    assert_refused(cut, Code::Unavailable, "NODE_UNREACHABLE");
 }
