@@ -99,6 +99,11 @@ impl Context {
         let address = record
             .address(part)
             .with_context(|| format!("no part {part} is known"))?;
+        self.at(address)
+    }
+
+    /// A channel to a part at an address.
+    pub(crate) fn at(&self, address: &str) -> anyhow::Result<MeshChannel> {
         let address: Address = address.parse()?;
         let token = MeshToken::load(&self.options.state.join("mesh.token"))?;
         Ok(mesh::connect(&[address], &token))

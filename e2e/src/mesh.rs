@@ -107,12 +107,14 @@ impl Mesh {
             .tempdir_in("/tmp")
             .unwrap();
         let log = std::fs::File::create(folder.path().join("up.log")).unwrap();
+        let envd = folder.path().join("guest-envd");
+        std::fs::copy(program("SANDMESH_ENVD", "guest-envd"), &envd).unwrap();
         // The supervisor is asked to stop when the test dies, however it does.
         let supervisor = Command::new("setpriv")
             .args(["--pdeathsig", "TERM"])
             .arg(sandmesh())
             .args(["up", "--foreground", "--edge", "127.0.0.1:0", "--envd"])
-            .arg(program("SANDMESH_ENVD", "guest-envd"))
+            .arg(envd)
             .args(vmm(arguments))
             .args(arguments)
             .env("SANDMESH_STATE", folder.path())
@@ -247,6 +249,14 @@ impl Mesh {
             .unwrap();
         let answer = crate::http::get(host, host, &format!("/{path}"), &[]).await;
         String::from_utf8_lossy(&answer.body).into_owned()
+    }
+
+    /// Gives the nodes another envd, which works the same; each takes it at its next start.
+    pub fn change_envd(&self) {
+        let path = self.state().join("guest-envd");
+        // What follows the sections of an ELF file is nobody's.
+        let changed = [std::fs::read(&path).unwrap(), vec![0]].concat();
+        std::fs::write(&path, changed).unwrap();
     }
 
     /// Kills a part as a crash would, and waits until the supervisor has started another.

@@ -456,3 +456,44 @@ async fn guests_wait_for_their_sessions() {
         "{metrics}"
     );
 }
+
+/// Session and envd of all a node hosts; `*` marks those that are outdated.
+fn envds(mesh: &Mesh) -> std::collections::BTreeMap<String, String> {
+    let nodes = mesh.run(&["node", "list", "-o", "json"]).stdout;
+    let nodes: serde_json::Value = serde_json::from_slice(&nodes).unwrap();
+    let node = nodes["nodes"][0]["nodeId"].as_str().unwrap();
+    let listed = mesh.run(&["node", "sessions", node]);
+    assert!(listed.status.success(), "{listed:?}");
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let rows = listed.lines().skip(1).map(|line| {
+        let mut columns = line.split_whitespace();
+        let session = columns.next().unwrap().to_owned();
+        (session, columns.next_back().unwrap().to_owned())
+    });
+    rows.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_envd_reaches_what_starts_and_what_has_another_is_told() {
+    let mesh = Mesh::start(&["--separate"]);
+    let client = mesh.client();
+    let [runs, sleeps] = [mesh.session().await, mesh.session().await];
+    client.pause(&sleeps.session_id).await.unwrap();
+    let before = envds(&mesh);
+    assert_eq!(before[&runs.session_id], before[&sleeps.session_id]);
+    assert!(!before[&runs.session_id].contains('*'));
+    mesh.change_envd();
+    mesh.crash("node");
+    let new = mesh.session().await;
+    client.resume(&sleeps.session_id, None).await.unwrap();
+    let after = envds(&mesh);
+    let old = format!("{}*", before[&runs.session_id]);
+    assert_eq!(after[&runs.session_id], old);
+    assert_eq!(after[&sleeps.session_id], old);
+    assert_ne!(after[&new.session_id], before[&runs.session_id]);
+    assert!(!after[&new.session_id].contains('*'));
+    for session in [&runs, &sleeps, &new] {
+        let sandbox = client.sandbox(session).unwrap();
+        assert_eq!(output(&sandbox, "echo here").await, "here");
+    }
+}

@@ -100,7 +100,7 @@ fn not_here(id: &SessionId) -> Status {
 fn refused(id: &SessionId, error: &DriveError) -> Status {
     let code = match error {
         DriveError::Full(error) => return full(error).with("sessionId", id).into_status(),
-        DriveError::State(_) => Code::FailedPrecondition,
+        DriveError::State(_) | DriveError::EnvdTooOld(_) => Code::FailedPrecondition,
         DriveError::CheckpointUnknown(_) => Code::NotFound,
         // Another try is refused the same way, so not Aborted.
         DriveError::Stored(StoredError::Damaged(_) | StoredError::Incompatible { .. })
@@ -243,7 +243,7 @@ impl NodeApi {
                 message: status.message().to_owned(),
             }),
             resources: Some(resources),
-            stored_bytes: 0,
+            ..HostedSession::default()
         })
     }
 }
@@ -539,7 +539,7 @@ impl NodeService for NodeApi {
 
 /// The words a start can end with; they are the only ones a caller will see as a reason.
 fn start_reason(reason: &str) -> &'static str {
-    const KNOWN: [&str; 12] = [
+    const KNOWN: [&str; 13] = [
         "ARTIFACT_UNAVAILABLE",
         "NETWORK_SLOT_FAILED",
         "NODE_DISK_FULL",
@@ -547,6 +547,7 @@ fn start_reason(reason: &str) -> &'static str {
         "VMM_FAILED",
         "NODE_DISK_FAILED",
         "CONFIGURE_FAILED",
+        "ENVD_TOO_OLD",
         "GUEST_NOT_READY",
         "SNAPSHOT_DAMAGED",
         "SNAPSHOT_INCOMPATIBLE",

@@ -263,6 +263,11 @@ impl App {
             unavailable_vmms: tokio::task::block_in_place(|| unavailable_vmms(&config)),
             cpu_model: cpu_model(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            envd: workshop
+                .images
+                .as_ref()
+                .map(|images| images.envd().to_owned())
+                .unwrap_or_default(),
             incarnation: uuid::Uuid::new_v4().to_string(),
             start_time: Some(SystemTime::now().into()),
             ..Node::default()

@@ -71,6 +71,8 @@ const QUIET: Duration = Duration::from_millis(50);
 const QUIET_LIMIT: Duration = Duration::from_secs(1);
 /// How long what a guest has said may take to be kept when it has ended.
 const COLLECTED: Duration = Duration::from_secs(2);
+/// Level of envd's API without which nothing goes; raised when compatibility ends.
+const OLDEST_ENVD: u32 = 1;
 /// As in syslog(3).
 const ERROR: u32 = 3;
 const NOTICE: u32 = 5;
@@ -193,6 +195,11 @@ pub enum DriveError {
     /// The guest could not be made the session's.
     #[error("the guest could not be configured: {0}")]
     Configure(String),
+    /// Its guest has an envd that this node does not know how to talk to any more.
+    #[error(
+        "the envd in its guest has level {0} of its API, this node needs {OLDEST_ENVD}; let a node with an older Sandmesh run it, or stop it"
+    )]
+    EnvdTooOld(u32),
     /// The guest could not be made ready to be stored.
     #[error("the guest did not get ready to be stored: {0}")]
     Prepare(String),
@@ -232,6 +239,7 @@ impl DriveError {
             Self::Io(_) | Self::Stored(StoredError::Io(_)) => "NODE_DISK_FAILED",
             Self::Stored(StoredError::Incompatible { .. }) => "SNAPSHOT_INCOMPATIBLE",
             Self::Configure(_) => "CONFIGURE_FAILED",
+            Self::EnvdTooOld(_) => "ENVD_TOO_OLD",
             Self::Prepare(_) => "GUEST_NOT_READY",
             Self::Timeout(_) => "START_TIMEOUT",
             Self::Full(_) => return Reason::NODE_FULL,

@@ -19,8 +19,8 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use proto::envd::v1::{
-    ConfigureRequest, GuestNetwork, PrepareSnapshotRequest, port_service_client::PortServiceClient,
-    system_service_client::SystemServiceClient,
+    ConfigureRequest, GuestInfo, GuestNetwork, PrepareSnapshotRequest,
+    port_service_client::PortServiceClient, system_service_client::SystemServiceClient,
 };
 use service_kit::{ids::SessionId, telemetry};
 use tokio_util::sync::CancellationToken;
@@ -125,7 +125,7 @@ impl GuestClient {
         &self,
         identity: &Identity,
         connections: Connections,
-    ) -> Result<(), Status> {
+    ) -> Result<GuestInfo, Status> {
         let now = jiff::Timestamp::now();
         let entropy: [u8; ENTROPY] = rand::random();
         let mut request = tonic::Request::new(ConfigureRequest {
@@ -145,7 +145,7 @@ impl GuestClient {
         });
         request.set_timeout(CONFIGURE_TIMEOUT);
         match tokio::time::timeout(CONFIGURE_TIMEOUT, self.system().configure(request)).await {
-            Ok(answer) => answer.map(drop),
+            Ok(answer) => Ok(answer?.into_inner().info.unwrap_or_default()),
             Err(_) => Err(Status::deadline_exceeded(
                 "the guest did not configure itself in time",
             )),

@@ -10,6 +10,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// Of a digest, in names.
+const DIGITS: usize = 16;
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
@@ -29,12 +31,18 @@ impl GuestImages {
     pub fn open(folder: PathBuf, envd: &Path) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
         let envd = fs::read(envd)?;
-        let envd_digest = blake3::hash(&envd).to_hex().to_string();
+        let mut envd_digest = blake3::hash(&envd).to_hex().to_string();
+        envd_digest.truncate(DIGITS);
         Ok(Self {
             folder,
             envd,
             envd_digest,
         })
+    }
+
+    /// Names the envd that is in the images: the first digits of its digest.
+    pub fn envd(&self) -> &str {
+        &self.envd_digest
     }
 
     /// The image for these modules; made the first time. Blocking.
@@ -43,11 +51,10 @@ impl GuestImages {
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default();
-        let start = |text: &str| text.get(..16).unwrap_or(text).to_owned();
         let path = self.folder.join(format!(
             "initrd-{}-{}",
-            start(&name),
-            start(&self.envd_digest)
+            name.get(..DIGITS).unwrap_or(&name),
+            self.envd_digest
         ));
         if path.exists() {
             return Ok(path);

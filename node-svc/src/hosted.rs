@@ -49,8 +49,7 @@ impl Ended {
                 reason: self.reason.clone(),
                 message: self.message.clone(),
             }),
-            resources: None,
-            stored_bytes: 0,
+            ..HostedSession::default()
         }
     }
 }
@@ -109,6 +108,15 @@ pub enum Over {
     Paused,
     /// It went back to a checkpoint.
     RolledBack,
+}
+
+/// The envd of a session's guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Envd {
+    /// The first digits of its digest; empty if not known.
+    pub digest: String,
+    /// Whether guests that boot now get another.
+    pub is_outdated: bool,
 }
 
 /// How a running session is reached.
@@ -187,6 +195,7 @@ pub struct Session {
     pub waking: tokio::sync::Mutex<()>,
     /// Its node's; whoever watches all sessions hears of this one.
     changed: watch::Sender<()>,
+    envd: OnceLock<Envd>,
 }
 
 impl Session {
@@ -209,6 +218,7 @@ impl Session {
             stop: CancellationToken::new(),
             waking: tokio::sync::Mutex::new(()),
             changed: watch::Sender::default(),
+            envd: OnceLock::new(),
         };
         (session, heard)
     }
@@ -239,6 +249,12 @@ impl Session {
         self.settings().port_access
     }
 
+    /// Says which envd its guest has, once; for its driver only.
+    pub fn set_envd(&self, envd: Envd) {
+        // It is the same for as long as the session lives.
+        let _ = self.envd.set(envd);
+    }
+
     /// Notes what its stored state takes, in bytes.
     pub fn set_stored_bytes(&self, bytes: u64) {
         self.stored_bytes.store(bytes, Ordering::Relaxed);
@@ -267,12 +283,15 @@ impl Session {
     /// As the registry wants to hear it.
     pub fn wire(&self) -> HostedSession {
         let state = self.phase.borrow().state();
+        let envd = self.envd.get().cloned().unwrap_or_default();
         HostedSession {
             session_id: self.id.to_string(),
             state: state.into(),
             end_reason: None,
             resources: Some(self.resources),
             stored_bytes: self.stored_bytes(),
+            envd: envd.digest,
+            envd_outdated: envd.is_outdated,
         }
     }
 

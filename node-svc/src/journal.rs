@@ -45,6 +45,9 @@ pub struct Entry {
     pub process: Option<ProcessId>,
     /// What its guest's /etc/machine-id says, in hexadecimal; the same for as long as it lives.
     pub machine_id: String,
+    /// Which envd its guest has; empty if that was not noted.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub envd: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -143,10 +146,20 @@ mod tests {
                 start_ticks: 9,
             }),
             machine_id: "ab".repeat(16),
+            envd: "0123".into(),
         };
         write(folder.path(), &entry).unwrap();
         assert_eq!(read(folder.path()), Some(entry));
         let path = folder.path().join(FILE);
+        // One of before envd was noted.
+        let entry =
+            r#"{"session_id":"a","step":"running","slot":null,"process":null,"machine_id":"ab"}"#;
+        let checksum = blake3::hash(entry.as_bytes()).to_hex();
+        let sealed = format!(r#"{{"entry":{entry},"checksum":"{checksum}"}}"#);
+        let noted = fs::read(&path).unwrap();
+        fs::write(&path, sealed).unwrap();
+        assert_eq!(read(folder.path()).unwrap().envd, "");
+        fs::write(&path, noted).unwrap();
         let damaged = fs::read_to_string(&path)
             .unwrap()
             .replace("\"pid\":7", "\"pid\":8");

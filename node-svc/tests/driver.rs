@@ -108,6 +108,10 @@ impl Node {
     }
 
     async fn start(&self) -> String {
+        self.try_start().await.unwrap()
+    }
+
+    async fn try_start(&self) -> Result<String, Status> {
         let id = new_id();
         let request = StartSessionRequest {
             session_id: id.clone(),
@@ -121,8 +125,8 @@ impl Node {
             access_token_sha256: vec![0; 32],
             ..StartSessionRequest::default()
         };
-        self.api.start_session(Request::new(request)).await.unwrap();
-        id
+        self.api.start_session(Request::new(request)).await?;
+        Ok(id)
     }
 
     async fn pause(&self, id: &str) -> Result<u64, Status> {
@@ -348,6 +352,12 @@ async fn nonsense_of_a_guest_is_bounded_and_kills_are_noticed() {
     {
         assert!(number < 1 << 21);
     }
+    soon(async {
+        while node.hosted.notices().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     let notices = node.hosted.notices();
     assert_eq!(notices.len(), 1, "{notices:?}");
     assert_eq!(
@@ -454,6 +464,24 @@ async fn a_session_passes_through_all_it_can() {
         node.stop(id).await;
     }
     assert_eq!(node.hosted.used(), Capacity::default());
+    assert!(node.is_clean());
+}
+
+#[tokio::test]
+async fn an_envd_of_any_later_level_is_talked_to_and_one_too_old_is_refused() {
+    let level = |level| Fake {
+        envd_level: Some(level),
+        ..Fake::default()
+    };
+    let node = Node::new(level(1000));
+    let id = node.start().await;
+    node.pause(&id).await.unwrap();
+    node.resume(&id).await.unwrap();
+    node.stop(&id).await;
+    let node = Node::new(level(0));
+    let refused = node.try_start().await.unwrap_err();
+    assert_eq!(told(&refused), (Code::Aborted, "ENVD_TOO_OLD".into()));
+    assert!(refused.message().contains("level 0"), "{refused}");
     assert!(node.is_clean());
 }
 

@@ -1,10 +1,13 @@
 //! `sandmesh node`: nodes, for operators of this machine's deployment.
 
+use anyhow::Context as _;
 use clap::Subcommand;
 use proto::node::v1::{
-    ListNodesRequest, NodeRegistryServiceDrainNodeRequest,
+    ListNodesRequest, ListSessionsRequest, NodeRegistryServiceDrainNodeRequest,
     node_registry_service_client::NodeRegistryServiceClient,
+    node_service_client::NodeServiceClient,
 };
+use service_kit::mesh::MeshChannel;
 
 use crate::{
     context::{Context, said},
@@ -18,6 +21,11 @@ pub(crate) enum Command {
         /// Dead ones too.
         #[arg(long)]
         all: bool,
+    },
+    /// List what a node hosts, with the envd of each: `*` marks one that guests do not boot with any more
+    Sessions {
+        /// Which.
+        node: String,
     },
     /// Make a node take no new sessions; those it has run out
     Drain {
@@ -36,6 +44,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
     let mut registry = NodeRegistryServiceClient::new(context.operator("session")?);
     let all = match command {
         Command::List { all } => all,
+        Command::Sessions { node } => return sessions(context, registry, &node).await,
         Command::Drain { node, pause, undo } => {
             let request = NodeRegistryServiceDrainNodeRequest {
                 node_id: node.clone(),
@@ -105,4 +114,37 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
         },
     )?;
     Ok(())
+}
+
+async fn sessions(
+    context: &Context,
+    mut registry: NodeRegistryServiceClient<MeshChannel>,
+    node: &str,
+) -> anyhow::Result<()> {
+    let nodes = registry.list_nodes(ListNodesRequest::default()).await;
+    let nodes = nodes.map_err(said)?.into_inner().nodes;
+    let found = nodes.iter().find(|known| known.node_id == node);
+    let found = found.with_context(|| format!("no node {node} that lives"))?;
+    let mut node = NodeServiceClient::new(context.at(&found.internal_address)?);
+    let answer = node.list_sessions(ListSessionsRequest {}).await;
+    output::print(
+        context.format(),
+        "sandmesh.node.v1.ListSessionsResponse",
+        answer.map_err(said)?.into_inner(),
+        |answer| {
+            let rows = answer.sessions.into_iter().map(|session| {
+                let mark = if session.envd_outdated { "*" } else { "" };
+                let state = output::short(session.state().as_str_name(), "SESSION_STATE_");
+                vec![
+                    session.session_id.clone(),
+                    state.to_lowercase(),
+                    output::bytes(session.resources.unwrap_or_default().memory_bytes),
+                    output::bytes(session.stored_bytes),
+                    format!("{}{mark}", session.envd),
+                ]
+            });
+            let columns = ["session", "state", "memory", "stored", "envd"];
+            output::table(&columns, rows.collect());
+        },
+    )
 }

@@ -160,6 +160,7 @@ pub fn reap(state: &Path) -> io::Result<()> {
 impl Driver {
     pub(super) async fn adopt(&mut self, entry: journal::Entry) -> Result<(), DriveError> {
         self.entry = entry;
+        self.note_envd();
         let folder = self.folder.clone();
         if self.entry.step == Step::Paused {
             // A resume that was not finished has left a VMM, and a pause that was not noted perhaps a slot's name.

@@ -20,9 +20,15 @@ use crate::{
 pub struct ForkImage {
     folder: TempDir,
     request: StartSessionRequest,
+    envd: String,
 }
 
 impl ForkImage {
+    /// Which envd its guest has.
+    pub fn envd(&self) -> &str {
+        &self.envd
+    }
+
     /// What the session was started with; its children are started with the same, but for ID and token.
     pub fn request(&self) -> &StartSessionRequest {
         &self.request
@@ -37,6 +43,7 @@ impl Driver {
             Ok(folder) => Arc::new(ForkImage {
                 folder,
                 request: self.request.clone(),
+                envd: self.entry.envd.clone(),
             }),
             Err(error) => return Ok(Err(error.into())),
         };

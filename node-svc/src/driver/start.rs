@@ -10,11 +10,14 @@ use proto::node::v1::{StartSessionRequest, StartStep};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DriveError, Driver, Origin, Stopwatch, TEMPLATE_MEMORY, Workshop, blocking, open, remove_file,
+    DriveError, Driver, OLDEST_ENVD, Origin, Stopwatch, TEMPLATE_MEMORY, Workshop, blocking, open,
+    remove_file,
 };
 use crate::{
     disk,
     guest::{Connections, GuestClient},
+    guest_image::GuestImages,
+    hosted::Envd,
     journal::{self, Durability, Step},
     slot::{self, NetworkRules, RuleError, Slot},
     snapshot::{TemplateSnapshot, TemplateSnapshots},
@@ -36,6 +39,12 @@ impl Driver {
             self.adopt(entry).await?;
             return Ok(Vec::new());
         }
+        self.entry.envd = match (&origin, &self.shop.images) {
+            (Origin::Fork(image), _) => image.envd().to_owned(),
+            (_, Some(images)) => images.envd().to_owned(),
+            (_, None) => String::new(),
+        };
+        self.note_envd();
         let mut watch = Stopwatch::new();
         let (folder, request) = (self.folder.clone(), self.request.clone());
         blocking(move || {
@@ -170,10 +179,24 @@ impl Driver {
         guest: &GuestClient,
         connections: Connections,
     ) -> Result<(), DriveError> {
-        guest
-            .configure(&self.identity(), connections)
-            .await
-            .map_err(|status| DriveError::Configure(status.message().to_owned()))
+        let configured = guest.configure(&self.identity(), connections).await;
+        let info =
+            configured.map_err(|status| DriveError::Configure(status.message().to_owned()))?;
+        // A newer one is no other: what is added to its API takes nothing away.
+        if info.api_level < OLDEST_ENVD {
+            return Err(DriveError::EnvdTooOld(info.api_level));
+        }
+        Ok(())
+    }
+
+    /// Says which envd the session has where its sessions are listed.
+    pub(super) fn note_envd(&self) {
+        let current = self.shop.images.as_ref().map(GuestImages::envd);
+        let digest = self.entry.envd.clone();
+        self.session.set_envd(Envd {
+            is_outdated: !digest.is_empty() && current.is_some_and(|current| current != digest),
+            digest,
+        });
     }
 
     async fn rootfs(&self) -> Result<PathBuf, DriveError> {

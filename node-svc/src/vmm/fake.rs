@@ -41,6 +41,8 @@ pub struct Fake {
     pub disk_full: Option<watch::Receiver<bool>>,
     /// Sending ends every guest, as if its VMM had died.
     pub dies: Option<watch::Receiver<bool>>,
+    /// Level of its envd's API; default: the oldest.
+    pub envd_level: Option<u32>,
     /// The logs of every guest, by their numbers.
     pub says: Option<watch::Receiver<Vec<StreamLogsResponse>>>,
 }
@@ -54,6 +56,7 @@ impl Fake {
         Ok(Box::new(FakeVm {
             dies: self.dies.clone(),
             says: self.says.clone(),
+            envd_level: self.envd_level,
             disk_full: self.disk_full.clone(),
             guests: Vec::new(),
         }))
@@ -98,6 +101,7 @@ const STORED: &[u8] = b"fake";
 struct FakeVm {
     dies: Option<watch::Receiver<bool>>,
     says: Option<watch::Receiver<Vec<StreamLogsResponse>>>,
+    envd_level: Option<u32>,
     disk_full: Option<watch::Receiver<bool>>,
     guests: Vec<DropGuard>,
 }
@@ -144,7 +148,10 @@ impl Vm for FakeVm {
         let stop = CancellationToken::new();
         self.guests.push(stop.clone().drop_guard());
         let server = tonic::transport::Server::builder()
-            .add_service(SystemServiceServer::new(FakeGuest(self.says.clone())))
+            .add_service(SystemServiceServer::new(FakeGuest {
+                says: self.says.clone(),
+                level: self.envd_level.unwrap_or(1),
+            }))
             .serve_with_incoming_shutdown(
                 // One connection, and then none that ends: the server must outlive the handshake.
                 tokio_stream::once(Ok::<_, std::io::Error>(Pipe(guests)))
@@ -216,7 +223,10 @@ impl tokio::io::AsyncWrite for Pipe {
     }
 }
 
-struct FakeGuest(Option<watch::Receiver<Vec<StreamLogsResponse>>>);
+struct FakeGuest {
+    says: Option<watch::Receiver<Vec<StreamLogsResponse>>>,
+    level: u32,
+}
 
 #[tonic::async_trait]
 impl SystemService for FakeGuest {
@@ -228,7 +238,7 @@ impl SystemService for FakeGuest {
         let info = GuestInfo {
             session_id: request.session_id,
             hostname: request.hostname,
-            ..info()
+            ..self.info()
         };
         Ok(Response::new(ConfigureResponse { info: Some(info) }))
     }
@@ -244,7 +254,9 @@ impl SystemService for FakeGuest {
         &self,
         _: Request<GetInfoRequest>,
     ) -> Result<Response<GetInfoResponse>, Status> {
-        Ok(Response::new(GetInfoResponse { info: Some(info()) }))
+        Ok(Response::new(GetInfoResponse {
+            info: Some(self.info()),
+        }))
     }
 
     async fn shutdown(
@@ -267,7 +279,7 @@ impl SystemService for FakeGuest {
         &self,
         request: Request<StreamLogsRequest>,
     ) -> Result<Response<Self::StreamLogsStream>, Status> {
-        let Some(says) = self.0.clone() else {
+        let Some(says) = self.says.clone() else {
             return Ok(Response::new(Box::pin(stream::pending())));
         };
         let after = request.get_ref().after_sequence;
@@ -304,10 +316,12 @@ impl SystemService for FakeGuest {
     }
 }
 
-fn info() -> GuestInfo {
-    GuestInfo {
-        envd_version: "fake".into(),
-        api_level: 1,
-        ..GuestInfo::default()
+impl FakeGuest {
+    fn info(&self) -> GuestInfo {
+        GuestInfo {
+            envd_version: "fake".into(),
+            api_level: self.level,
+            ..GuestInfo::default()
+        }
     }
 }

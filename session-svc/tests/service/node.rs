@@ -313,8 +313,7 @@ impl FakeNode {
                 reason: reason.into(),
                 message: "it broke".into(),
             }),
-            resources: None,
-            stored_bytes: 0,
+            ..wire::HostedSession::default()
         });
     }
 }
@@ -358,6 +357,7 @@ fn listing(inside: &Inside) -> Vec<wire::HostedSession> {
         } else {
             0
         },
+        ..wire::HostedSession::default()
     });
     hosted.chain(inside.ended.clone()).collect()
 }
