@@ -215,4 +215,30 @@ async fn ports_logs_and_use_are_seen_as_they_change() {
     assert_eq!(watching.shows("renamed    /tmp/a/ -> "), "/tmp/d/");
     screen.enters(&format!("clear; sandmesh ls {id}:/tmp/d/b"));
     assert!(screen.shows(" -rw-r--r--").ends_with(" c"));
+
+    watching.enters("\u{3}");
+    watching.enters(&format!("clear; sandmesh logs -f {id}"));
+    watching.shows("kernel  Linux version");
+    let mut shout = Command::new(["sh", "-c", "echo told to the kernel > /dev/kmsg"]);
+    shout.user = "root".into();
+    sandbox.start(shout).await.unwrap().output().await.unwrap();
+    watching.shows("user    told to the kernel");
+
+    // A folder there, with its progress before the eyes, and back.
+    screen.enters("clear; cd $SANDMESH_STATE; mkdir -p up/below; head -c 25165824 /dev/urandom > up/below/noise; echo made: yes");
+    screen.shows("made: yes");
+    screen.enters(&format!(
+        "clear; sandmesh cp -r up {id}:/tmp/up; echo \"up: $?\""
+    ));
+    screen.shows("/24.00 MiB ");
+    assert_eq!(screen.shows("up: "), "0");
+    screen.enters(&format!(
+        "clear; sandmesh cp -r {id}:/tmp/up down && diff -r up down; echo \"same: $?\""
+    ));
+    assert_eq!(screen.shows("same: "), "0");
+    screen.enters(&format!(
+        "clear; sandmesh cp up/below/none {id}:/tmp/none; echo \"missing: $?\""
+    ));
+    assert_eq!(screen.shows("missing: "), "1");
+    screen.shows("up/below/none: No such file or directory");
 }

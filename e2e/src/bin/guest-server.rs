@@ -1,7 +1,13 @@
 //! What tests run inside sandboxes: one port that speaks HTTP/1.1, HTTP/2, WebSocket, server-sent events and gRPC.
 //! usage: guest-server ADDRESS
+//!
+//! As `guest-server spawn COUNT` it starts `true` so often, and prints how many nanoseconds each took: what a command costs at least.
 
-use std::{convert::Infallible, time::Duration};
+use std::{
+    convert::Infallible,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Router,
@@ -26,9 +32,12 @@ const ZEROES: &[u8] = &[0; 64 << 10];
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let address = std::env::args()
-        .nth(1)
-        .ok_or("usage: guest-server ADDRESS")?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let address = match arguments.as_slice() {
+        [address] => address,
+        [word, count] if word == "spawn" => return spawn(count.parse()?),
+        _ => return Err("usage: guest-server ADDRESS | spawn COUNT".into()),
+    };
     let (_reporter, health) = tonic_health::server::health_reporter();
     let router: Router = Routes::new(health).prepare().into_axum_router();
     let router = router
@@ -42,6 +51,18 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             any(async |upgrade: WebSocketUpgrade| upgrade.on_upgrade(echo)),
         );
     axum::serve(TcpListener::bind(address).await?, router).await?;
+    Ok(())
+}
+
+fn spawn(count: usize) -> Result<(), Box<dyn std::error::Error>> {
+    for _ in 0..count {
+        let began = Instant::now();
+        let status = Command::new("true").status()?;
+        println!("{}", began.elapsed().as_nanos());
+        if !status.success() {
+            return Err("true is not".into());
+        }
+    }
     Ok(())
 }
 

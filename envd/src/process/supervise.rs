@@ -8,7 +8,10 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use nix::sys::signal::Signal;
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    sys::signal::Signal,
+};
 use proto::envd::v1::{OomVictim, ProcessExited, process_exited};
 use tokio::{io::AsyncReadExt as _, net::unix::pipe, sync::watch};
 use tokio_util::sync::CancellationToken;
@@ -24,6 +27,8 @@ use crate::{
 };
 
 const READ_CHUNK: usize = 64 << 10;
+/// What a pipe holds (pipe(7), `F_SETPIPE_SZ`): a process that writes much in small pieces must not wait at a full one while they are gathered.
+const PIPE: i32 = 256 << 10;
 /// The kernel gives no more of a terminal at once (drivers/tty/n_tty.c, `N_TTY_BUF_SIZE`).
 const TERMINAL_CHUNK: usize = 4 << 10;
 /// How long output may stay open after the process has ended, because a grandchild holds it.
@@ -216,8 +221,12 @@ pub(super) enum Source {
 
 impl Source {
     pub(super) fn pipe(end: Option<impl Into<OwnedFd>>) -> Self {
-        end.and_then(|end| pipe::Receiver::from_owned_fd(end.into()).ok())
-            .map_or(Self::Nothing, Self::Pipe)
+        let pipe = end.and_then(|end| pipe::Receiver::from_owned_fd(end.into()).ok());
+        if let Some(pipe) = &pipe {
+            // One of the usual size does as well.
+            let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE));
+        }
+        pipe.map_or(Self::Nothing, Self::Pipe)
     }
 
     /// At most a chunk more; 0 at the end. Cancel-safe.

@@ -34,6 +34,9 @@ use crate::slot;
 
 const CONSOLE_BYTES: u32 = 64 << 10;
 const CONSOLE_TAIL: usize = 8 << 10;
+/// All that can be emulated, but for the words that make the guest's kernel and C library copy by `rep movsb`, which is emulated byte by byte:
+/// without them what is moved through a guest is moved two to four times as fast.
+const EMULATED_CPU: &str = "max,erms=off,fsrm=off";
 const CONNECT_RETRY: Duration = Duration::from_millis(2);
 /// From QEMU's start until it listens.
 const QMP_LIMIT: Duration = Duration::from_secs(10);
@@ -316,7 +319,7 @@ impl Qemu {
                     "-accel",
                     format!("tcg,thread=multi,tb-size={TRANSLATED_MIB}"),
                 );
-                add("-cpu", "max".into());
+                add("-cpu", EMULATED_CPU.into());
             }
         }
         add("-smp", machine.vcpus.to_string());
