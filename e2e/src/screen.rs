@@ -96,15 +96,20 @@ impl Screen {
 
     /// Waits until a line of it begins with this; the rest of that line.
     pub fn shows(&self, wanted: &str) -> String {
+        self.until(wanted, |line| line.strip_prefix(wanted).map(str::to_owned))
+    }
+
+    /// Waits until a line has this in it, wherever.
+    pub fn has(&self, wanted: &str) {
+        self.until(wanted, |line| line.contains(wanted).then_some(()));
+    }
+
+    fn until<T>(&self, wanted: &str, found: impl Fn(&str) -> Option<T>) -> T {
         let end = Instant::now() + LIMIT;
         loop {
             let text = self.text();
-            if let Some(rest) = text
-                .lines()
-                .rev()
-                .find_map(|line| line.strip_prefix(wanted))
-            {
-                return rest.to_owned();
+            if let Some(found) = text.lines().rev().find_map(&found) {
+                return found;
             }
             assert!(Instant::now() < end, "{wanted:?} is not on\n{text}");
             std::thread::sleep(LOOK_AGAIN);
