@@ -2,6 +2,7 @@
 
 use std::{
     net::{SocketAddr, TcpListener},
+    os::{linux::net::SocketAddrExt as _, unix::net},
     path::{Path, PathBuf},
 };
 
@@ -24,6 +25,7 @@ pub(super) struct Plan {
     pub(super) domain: String,
     pub(super) otlp: Option<SocketAddr>,
     pub(super) services: Vec<ServicePlan>,
+    ports: Ports,
 }
 
 /// One service: what `sandmesh serve` is given.
@@ -50,31 +52,53 @@ impl ServicePlan {
 const FREE_PORTS: std::ops::Range<u16> = 12_000..32_000;
 const FREE_TRIES: u32 = 100;
 
-/// A port nobody uses right now. Below those that the kernel gives to outgoing connections (`ip_local_port_range` of ip(7)): one of those could
-/// take it before its service does, or while that is restarted.
-fn free() -> anyhow::Result<SocketAddr> {
-    for _ in 0..FREE_TRIES {
-        let port = rand::rng().random_range(FREE_PORTS);
-        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
-            return Ok(listener.local_addr()?);
+/// Ports that were chosen: an abstract socket (unix(7)) named after each, for as long as this process lives. Until its service listens, and while
+/// that is restarted, a port looks free to another deployment that starts.
+#[derive(Debug, Default)]
+struct Ports(Vec<net::UnixListener>);
+
+impl Ports {
+    /// A port nobody uses right now. Below those that the kernel gives to outgoing connections (`ip_local_port_range` of ip(7)): one of those
+    /// could take it before its service does, or while that is restarted.
+    fn free(&mut self) -> anyhow::Result<SocketAddr> {
+        for _ in 0..FREE_TRIES {
+            let port = rand::rng().random_range(FREE_PORTS);
+            if self.claim(port) {
+                return Ok(SocketAddr::from(([127, 0, 0, 1], port)));
+            }
         }
+        anyhow::bail!("no port from {FREE_PORTS:?} is free on 127.0.0.1")
     }
-    anyhow::bail!("no port from {FREE_PORTS:?} is free on 127.0.0.1")
+
+    fn claim(&mut self, port: u16) -> bool {
+        let name = format!("sandmesh-port-{port}");
+        let claimed = net::SocketAddr::from_abstract_name(name)
+            .and_then(|name| net::UnixListener::bind_addr(&name));
+        let is_free = TcpListener::bind(("127.0.0.1", port)).is_ok();
+        claimed.is_ok_and(|claim| {
+            if is_free {
+                self.0.push(claim);
+            }
+            is_free
+        })
+    }
 }
 
 impl Plan {
     pub(super) fn make(state: &Path, options: &Options) -> anyhow::Result<Self> {
+        let mut ports = Ports::default();
         let mut edge = options.edge;
         if edge.port() == 0 {
-            edge.set_port(free()?.port());
+            edge.set_port(ports.free()?.port());
         }
         let mut plan = Self {
             state: state.to_owned(),
             edge,
-            envoy_admin: free()?,
-            control: free()?,
-            gateway: free()?,
-            admin: free()?,
+            envoy_admin: ports.free()?,
+            control: ports.free()?,
+            gateway: ports.free()?,
+            admin: ports.free()?,
+            ports,
             domain: options.domain.clone(),
             otlp: options.otlp,
             services: Vec::new(),
@@ -209,7 +233,10 @@ impl Plan {
             } else {
                 format!("node-{number}")
             };
-            let (ingress, internal) = (free()?.to_string(), free()?.to_string());
+            let (ingress, internal) = (
+                self.ports.free()?.to_string(),
+                self.ports.free()?.to_string(),
+            );
             let state = self.state.join(&name);
             let mut arguments: Vec<[String; 2]> = vec![
                 flag("ingress", &ingress),
@@ -242,7 +269,7 @@ impl Plan {
         }
         if options.separate {
             for service in &mut services {
-                service.admin = free()?;
+                service.admin = self.ports.free()?;
                 let admin = flag("admin-address", &service.admin.to_string());
                 service.arguments.extend(admin);
             }
@@ -266,5 +293,22 @@ impl Plan {
 
     pub(super) fn operators_address(&self) -> String {
         self.run("operators.sock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_chosen_by_one_deployment_at_a_time() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let mut first = Ports::default();
+        assert!(!first.claim(listener.local_addr().unwrap().port()));
+        let port = first.free().unwrap().port();
+        let mut second = Ports::default();
+        assert!(!first.claim(port) && !second.claim(port));
+        drop(first);
+        assert!(second.claim(port));
     }
 }
