@@ -133,9 +133,35 @@ pub fn outward(status: Status) -> Status {
     }
 }
 
+/// The same of an answer that had begun. Our services give a reason with whatever they say: without one it is the connection to them that broke,
+/// which HTTP/2 tells in as many ways as there are to die.
+pub fn outward_in_stream(status: Status) -> Status {
+    let is_told = service_kit::errors::reason_of(&status).is_some();
+    match status.code() {
+        Code::Internal | Code::Unknown if !is_told => {
+            outward(Status::unavailable(status.message()))
+        }
+        _ => outward(status),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stream_that_is_cut_may_be_asked_for_again() {
+        let cut = Status::unknown("h2 protocol error: error reading a body from connection");
+        let cut = outward_in_stream(cut);
+        assert_eq!(cut.code(), Code::Unavailable);
+        assert!(!cut.message().contains("h2"));
+        let failed = Failure::new(Code::Internal, Reason::INTERNAL, "secret");
+        let failed = outward_in_stream(failed.into());
+        assert_eq!(failed.code(), Code::Internal);
+        assert!(!failed.message().contains("secret"));
+        let late = outward_in_stream(Status::deadline_exceeded("too late"));
+        assert_eq!(late.code(), Code::DeadlineExceeded);
+    }
 
     #[test]
     fn deadlines_parse_as_grpc_writes_them() {
