@@ -1,7 +1,13 @@
 //! Sessions on a node whose guests are simulated: what they pass through, what fails, what is left.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::{fs, path::PathBuf, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use futures::{Stream, StreamExt as _};
 
@@ -483,6 +489,23 @@ async fn an_envd_of_any_later_level_is_talked_to_and_one_too_old_is_refused() {
     assert_eq!(told(&refused), (Code::Aborted, "ENVD_TOO_OLD".into()));
     assert!(refused.message().contains("level 0"), "{refused}");
     assert!(node.is_clean());
+}
+
+#[tokio::test]
+async fn a_link_that_breaks_when_a_guest_is_restored_is_made_anew() {
+    let fake = Fake::default();
+    let cut = Arc::clone(&fake.cut);
+    let node = Node::new(fake);
+    let id = node.start().await;
+    for times in [1, 3] {
+        node.pause(&id).await.unwrap();
+        cut.store(times, Ordering::Relaxed);
+        node.resume(&id).await.unwrap();
+        assert_eq!(cut.load(Ordering::Relaxed), 0);
+        cut.store(times, Ordering::Relaxed);
+        let children = node.fork(&id, 1).await.unwrap();
+        assert_eq!(node.state(&children[0]), SessionState::Running);
+    }
 }
 
 #[tokio::test]

@@ -10,8 +10,8 @@ use proto::node::v1::{StartSessionRequest, StartStep};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DriveError, Driver, OLDEST_ENVD, Origin, Stopwatch, TEMPLATE_MEMORY, Workshop, blocking, open,
-    remove_file,
+    DriveError, Driver, OLDEST_ENVD, Origin, REACH_AGAIN, Stopwatch, TEMPLATE_MEMORY, Workshop,
+    blocking, open, remove_file,
 };
 use crate::{
     disk,
@@ -30,6 +30,13 @@ pub(super) struct Source {
     pub(super) devices: PathBuf,
     pub(super) difference: Option<PathBuf>,
     pub(super) scratch: PathBuf,
+}
+
+/// A call may fail a moment before its connection is known to be gone.
+async fn is_cut(guest: &GuestClient) -> bool {
+    tokio::time::timeout(REACH_AGAIN, guest.closed())
+        .await
+        .is_ok()
 }
 
 impl Driver {
@@ -167,11 +174,38 @@ impl Driver {
         let vm = self.vm.as_mut().ok_or(DriveError::Stopped)?;
         vm.run().await?;
         watch.lap("restore");
-        let (guest, over) = open(vm.as_mut(), self.shop.boot_timeout).await?;
-        watch.lap("link");
-        self.configure(&guest, connections).await?;
+        let reached = self.reach_restored(connections, watch).await?;
         watch.lap("configure");
-        Ok((guest, over))
+        Ok(reached)
+    }
+
+    /// Connects until the guest is configured: that the host it was stored with is gone may reach it late, and costs what is connected by then
+    /// (`guest-link`, "Snapshots"). The caller has a limit.
+    async fn reach_restored(
+        &mut self,
+        connections: Connections,
+        watch: &mut Stopwatch,
+    ) -> Result<(GuestClient, CancellationToken), DriveError> {
+        loop {
+            let vm = self.vm.as_mut().ok_or(DriveError::Stopped)?;
+            let cut = match open(vm.as_mut(), self.shop.boot_timeout).await {
+                Ok((guest, over)) => {
+                    watch.lap("link");
+                    match self.configure(&guest, connections).await {
+                        Err(DriveError::Configure(error)) if is_cut(&guest).await => error,
+                        configured => return configured.map(|()| (guest, over)),
+                    }
+                }
+                Err(DriveError::Configure(error)) => error,
+                Err(error) => return Err(error),
+            };
+            tracing::warn!(
+                session_id = self.session.id.short(),
+                error = cut,
+                "the link to a restored guest broke, and is made anew"
+            );
+            tokio::time::sleep(REACH_AGAIN).await;
+        }
     }
 
     pub(super) async fn configure(

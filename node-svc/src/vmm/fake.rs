@@ -3,6 +3,10 @@
 
 use std::{
     path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -41,6 +45,8 @@ pub struct Fake {
     pub disk_full: Option<watch::Receiver<bool>>,
     /// Sending ends every guest, as if its VMM had died.
     pub dies: Option<watch::Receiver<bool>>,
+    /// So many connections to guests break at once.
+    pub cut: Arc<AtomicU32>,
     /// Level of its envd's API; default: the oldest.
     pub envd_level: Option<u32>,
     /// The logs of every guest, by their numbers.
@@ -56,6 +62,7 @@ impl Fake {
         Ok(Box::new(FakeVm {
             dies: self.dies.clone(),
             says: self.says.clone(),
+            cut: Arc::clone(&self.cut),
             envd_level: self.envd_level,
             disk_full: self.disk_full.clone(),
             guests: Vec::new(),
@@ -101,6 +108,7 @@ const STORED: &[u8] = b"fake";
 struct FakeVm {
     dies: Option<watch::Receiver<bool>>,
     says: Option<watch::Receiver<Vec<StreamLogsResponse>>>,
+    cut: Arc<AtomicU32>,
     envd_level: Option<u32>,
     disk_full: Option<watch::Receiver<bool>>,
     guests: Vec<DropGuard>,
@@ -145,6 +153,14 @@ impl Vm for FakeVm {
 
     async fn connect(&mut self, _: Instant) -> Result<Box<dyn LinkStream>, VmmError> {
         let (ours, guests) = tokio::io::duplex(PIPE);
+        let one_less = |left: u32| left.checked_sub(1);
+        if self
+            .cut
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
+            .is_ok()
+        {
+            return Ok(Box::new(ours));
+        }
         let stop = CancellationToken::new();
         self.guests.push(stop.clone().drop_guard());
         let server = tonic::transport::Server::builder()
