@@ -8,7 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Mesh, guest, how_many, small};
+use e2e::{
+    Mesh,
+    bench::{arguments, is_wanted, milliseconds, percentile},
+    guest, how_many, small,
+};
 use node_svc::{
     guest::{Connections, GuestClient, Identity, origin},
     guest_image::GuestImages,
@@ -39,11 +43,8 @@ const DISK_BYTES: u64 = 512 * MIB;
 
 /// All of it, or what is named: `native`, `exec`, `bulk`.
 fn main() {
-    let named: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|name| !name.starts_with('-'))
-        .collect();
-    let wanted = |name: &str| named.is_empty() || named.iter().any(|wanted| wanted == name);
+    let named = arguments();
+    let wanted = |part: &str| is_wanted(&named, part);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         if wanted("native") {
@@ -71,11 +72,6 @@ fn main() {
             bulk(&sandbox).await;
         }
     });
-}
-
-fn percentile(values: &mut [Duration], percent: usize) -> f64 {
-    values.sort();
-    values[(values.len() - 1) * percent / 100].as_secs_f64() * 1000.0
 }
 
 async fn exec(sandbox: &Sandbox) {
@@ -111,7 +107,8 @@ async fn exec(sandbox: &Sandbox) {
 
 fn compare(execs: &mut [Duration], spawns: &mut [Duration], pings: &mut [Duration]) {
     let line = |name: &str, values: &mut [Duration]| {
-        let (p50, p99) = (percentile(values, 50), percentile(values, 99));
+        let at = |percent, values: &mut [Duration]| milliseconds(percentile(values, percent));
+        let (p50, p99) = (at(50, values), at(99, values));
         println!("  {name:<44} p50 {p50:>7.2} ms  p99 {p99:>7.2} ms");
         (p50, p99)
     };
@@ -371,7 +368,7 @@ async fn bulk(sandbox: &Sandbox) {
     println!("\n{} MiB through Envoy, node and guest link", bytes / MIB);
     let rates: Vec<f64> = times
         .iter_mut()
-        .map(|times| bytes as f64 / 1000.0 / percentile(times, 50))
+        .map(|times| bytes as f64 / 1000.0 / milliseconds(percentile(times, 50)))
         .collect();
     for (index, name) in NAMES.into_iter().enumerate() {
         let floor = match index {

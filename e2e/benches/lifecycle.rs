@@ -11,7 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Mesh, guest, http, small};
+use e2e::{
+    Mesh,
+    bench::{arguments, is_wanted},
+    guest, http, small,
+};
 use futures::{StreamExt as _, stream};
 use node_svc::{
     disk,
@@ -30,16 +34,10 @@ const WAKES: usize = 10;
 
 /// All of it, or what is named; a number is how often starts are measured.
 fn main() {
-    let arguments: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|name| !name.starts_with('-'))
-        .collect();
-    let starts = arguments.iter().find_map(|text| text.parse().ok());
-    let named: Vec<&String> = arguments
-        .iter()
-        .filter(|text| text.parse::<usize>().is_err())
-        .collect();
-    let wanted = |name: &str| named.is_empty() || named.iter().any(|wanted| *wanted == name);
+    let mut named = arguments();
+    let starts = named.iter().find_map(|text| text.parse().ok());
+    named.retain(|text| text.parse::<usize>().is_err());
+    let wanted = |part: &str| is_wanted(&named, part);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         if wanted("starts") {

@@ -13,7 +13,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use e2e::{Mesh, guest, http, small};
+use e2e::{
+    Mesh,
+    bench::{arguments, is_wanted, milliseconds, percentile},
+    guest, http, small,
+};
 use http_body_util::{BodyExt as _, Empty};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
@@ -33,11 +37,8 @@ const PORT: u16 = 8000;
 
 /// All of it, or what is named: `ports`, `creates`.
 fn main() {
-    let named: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|name| !name.starts_with('-'))
-        .collect();
-    let wanted = |name: &str| named.is_empty() || named.iter().any(|wanted| wanted == name);
+    let named = arguments();
+    let wanted = |part: &str| is_wanted(&named, part);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         if wanted("ports") {
@@ -52,15 +53,6 @@ fn main() {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
-}
-
-fn percentile(values: &mut [Duration], percent: usize) -> Duration {
-    values.sort();
-    values[(values.len() - 1) * percent / 100]
-}
-
-fn milliseconds(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1000.0
 }
 
 // ---- HTTP to a port, and exec ----

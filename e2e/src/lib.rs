@@ -5,6 +5,7 @@
 //! differ before and after; [`guest`] is the server that tests run inside; [`Collector`] takes traces, [`Screen`] is a terminal with a person at it.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot be set up has failed
 
+pub mod bench;
 mod collector;
 pub mod guest;
 pub mod http;
