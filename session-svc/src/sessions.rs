@@ -355,15 +355,25 @@ impl Sessions {
 
     /// Adds an event to a session's history that changes nothing else; what has ended gets none any more.
     async fn note(&self, id: &SessionId, event: &NewEvent) -> Result<(), SessionError> {
+        self.note_with(id, event, Some).await
+    }
+
+    /// The same, with what `edit` changes beside it; if it returns nothing, nothing is added.
+    async fn note_with(
+        &self,
+        id: &SessionId,
+        event: &NewEvent,
+        edit: impl Fn(Session) -> Option<Session> + Send,
+    ) -> Result<(), SessionError> {
         for _ in 0..UPDATE_TRIES {
             let session = self.newest(id.clone()).await?;
             if session.state.is_final() {
                 return Ok(());
             }
-            let noted = Session {
-                version: session.version + 1,
-                ..session
+            let Some(mut noted) = edit(session) else {
+                return Ok(());
             };
+            noted.version += 1;
             if self.store.update(&noted, event).await? {
                 self.changes.tell();
                 return Ok(());
@@ -381,24 +391,18 @@ impl Sessions {
         };
         let event = NewEvent::new(kind, format!("node:{node}")).because("", &*notice.message);
         let sequence = i64::try_from(notice.sequence).unwrap_or(i64::MAX);
-        for _ in 0..UPDATE_TRIES {
-            let Some(session) = self.store.get(&id).await? else {
-                return Ok(());
-            };
-            if session.node_id != *node || session.state.is_final() || session.noted >= sequence {
-                return Ok(());
-            }
-            let noted = Session {
-                version: session.version + 1,
+        let is_new = |session: &Session| session.node_id == *node && session.noted < sequence;
+        let note = |session| {
+            Some(session).filter(is_new).map(|session| Session {
                 noted: sequence,
                 ..session
-            };
-            if self.store.update(&noted, &event).await? {
-                self.changes.tell();
-                return Ok(());
-            }
+            })
+        };
+        match self.note_with(&id, &event, note).await {
+            // It is forgotten already.
+            Err(SessionError::Unknown(_)) => Ok(()),
+            noted => noted,
         }
-        Err(SessionError::Contended(id))
     }
 
     /// Changes what may change while a session lives, without changing its state.

@@ -35,7 +35,7 @@ use crate::slot;
 const CONSOLE_BYTES: u32 = 64 << 10;
 const CONSOLE_TAIL: usize = 8 << 10;
 /// All that can be emulated, but for the words that make the guest's kernel and C library copy by `rep movsb`, which is emulated byte by byte:
-/// without them what is moved through a guest is moved two to four times as fast.
+/// without them the guest link moves three to five times as much (docs/qemu.md).
 const EMULATED_CPU: &str = "max,erms=off,fsrm=off";
 const CONNECT_RETRY: Duration = Duration::from_millis(2);
 /// From QEMU's start until it listens.
