@@ -1,7 +1,7 @@
 //! Processes under fire: not a byte is lost or seen twice, and every end says what it was.
 //!
-//! Longer runs, by hand: `SANDMESH_E2E_TORTURE_MIB=1024 SANDMESH_E2E_CUTS=200 SANDMESH_E2E_PAUSES=10 SANDMESH_E2E_KILLS=10` and
-//! `SANDMESH_E2E_PROCESSES=1000`.
+//! Longer runs, by hand: `SANDMESH_E2E_TORTURE_MIB=1024 SANDMESH_E2E_CUTS=200 SANDMESH_E2E_PAUSES=10 SANDMESH_E2E_KILLS=10
+//! SANDMESH_E2E_CRASHES=5` and `SANDMESH_E2E_PROCESSES=1000`.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::time::{Duration, Instant};
@@ -76,13 +76,42 @@ async fn again(sandbox: &Sandbox, received: &Received) -> Process {
     }
 }
 
+/// Root in the guest may kill its daemon; so may a bug. Returns when another one answers.
+async fn crash_envd(sandbox: &Sandbox) {
+    let restarts = async || {
+        let info = tokio::time::timeout(PATIENCE, async {
+            loop {
+                if let Ok(info) = sandbox.info().await {
+                    return info;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+        info.await.unwrap().envd_restarts
+    };
+    let before = restarts().await;
+    let script = "for pid in $(cat /proc/1/task/1/children); do
+        [ $(cat /proc/$pid/comm) != envd ] || kill -9 $pid; done";
+    let kill = Command {
+        user: "root".into(),
+        ..Command::new(["sh", "-c", script])
+    };
+    // Its answer may not come.
+    let _ = sandbox.start(kill).await;
+    let end = Instant::now() + PATIENCE;
+    while restarts().await == before {
+        assert!(Instant::now() < end, "it was not started again");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_byte_is_lost_or_doubled_whatever_is_cut() {
     let size = how_many("SANDMESH_E2E_TORTURE_MIB", 24);
     let cuts = how_many("SANDMESH_E2E_CUTS", 12);
-    let (pauses, kills) = (
+    let (pauses, kills, crashes) = (
         how_many("SANDMESH_E2E_PAUSES", 1),
         how_many("SANDMESH_E2E_KILLS", 1),
+        how_many("SANDMESH_E2E_CRASHES", 2),
     );
     let mesh = Mesh::start(&["--separate"]);
     let client = mesh.client();
@@ -99,7 +128,7 @@ async fn no_byte_is_lost_or_doubled_whatever_is_cut() {
     let total = 2 * (size << 20);
     let mut received = Received::default();
     let mut exit = None;
-    let (mut cut, mut paused, mut killed) = (0, 0, 0);
+    let (mut cut, mut paused, mut killed, mut crashed) = (0, 0, 0, 0);
     while exit.is_none() {
         match process.next().await {
             Ok(Some(Event::Stdout(bytes))) => received.take(0, &bytes),
@@ -130,8 +159,15 @@ async fn no_byte_is_lost_or_doubled_whatever_is_cut() {
             killed += 1;
             mesh.crash(if killed % 2 == 1 { "node" } else { "envoy" });
         }
+        if due(crashes, crashed) {
+            crashed += 1;
+            crash_envd(&sandbox).await;
+        }
     }
-    assert_eq!((cut, paused, killed), (cuts, pauses, kills));
+    assert_eq!(
+        (cut, paused, killed, crashed),
+        (cuts, pauses, kills, crashes)
+    );
     let exit = exit.unwrap();
     assert_eq!(exit.code(), 0);
     assert_eq!(received.all(), total);
@@ -324,7 +360,8 @@ async fn a_daemon_that_stands_still_is_told_of_and_comes_back() {
     guest::upload(&sandbox, env!("CARGO_BIN_EXE_guest-server")).await;
     let _server = guest::serve(&sandbox, "0.0.0.0:8000").await;
     // Root in the guest may do that to it; a bug could.
-    let still = "cd /sys/fs/cgroup && mkdir still && echo 1 > still/cgroup.procs
+    let still = "cd /sys/fs/cgroup && mkdir still
+        cut -d' ' -f1 /proc/1/task/1/children > still/cgroup.procs
         (sleep 90; echo 0 > still/cgroup.freeze) &
         sleep 1; echo 1 > still/cgroup.freeze; wait";
     let stills = Command {
@@ -358,4 +395,53 @@ async fn a_daemon_that_stands_still_is_told_of_and_comes_back() {
     for kind in ["GUEST_SILENT", "GUEST_ANSWERS"] {
         event(&mesh, &session, kind).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_dies_is_started_again_and_what_runs_goes_on() {
+    let mesh = Mesh::start(&[]);
+    let session = mesh.session().await;
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    guest::upload(&sandbox, env!("CARGO_BIN_EXE_guest-server")).await;
+    let _server = guest::serve(&sandbox, "0.0.0.0:8000").await;
+    let named = |id: &str, script: &str| Command {
+        process_id: Some(id.into()),
+        ..Command::new(["sh", "-c", script])
+    };
+    let finished = sandbox.start(named("finished", "echo done; exit 5")).await;
+    let finished = finished.unwrap().output().await.unwrap();
+    assert_eq!(finished.exit.code(), 5);
+    let script = "echo before; until [ -e /tmp/go ]; do sleep 0.1; done; echo after; exit 3";
+    let mut runs = sandbox.start(named("runs", script)).await.unwrap();
+    while !matches!(runs.next().await.unwrap(), Some(Event::Stdout(_))) {}
+    crash_envd(&sandbox).await;
+    // Whoever reads is not told of it, and a server whose port is open is no worse for it.
+    assert_eq!(
+        output(&sandbox, "touch /tmp/go; echo $HOME").await,
+        "/home/user"
+    );
+    let rest = runs.output().await.unwrap();
+    assert_eq!((rest.exit.code(), rest.stdout), (3, b"after\n".to_vec()));
+    let host = session.host.replace("{port}", "8000");
+    let page = http::get(mesh.edge(), &host, "/", &[]).await;
+    assert_eq!(page.status, 200);
+    let again = sandbox.attach("finished", 0, 0).await.unwrap();
+    let again = again.output().await.unwrap();
+    assert_eq!((again.exit.code(), again.stdout), (5, b"done\n".to_vec()));
+    let told = event(&mesh, &session, "ENVD_RESTARTED").await;
+    assert!(told.contains("processes go on"), "{told}");
+
+    // The next one is as good for a snapshot as the one before.
+    let client = mesh.client();
+    client.pause(&session.session_id).await.unwrap();
+    client.resume(&session.session_id, None).await.unwrap();
+    let mut processes = sandbox.processes();
+    let listed = processes.list(ProcessServiceListRequest::default());
+    let listed = listed.await.unwrap().into_inner().processes;
+    assert_eq!(listed.len(), 1, "the server: {listed:?}");
+    crash_envd(&sandbox).await;
+    assert_eq!(
+        output(&sandbox, "cat /tmp/go; echo still here").await,
+        "still here"
+    );
 }

@@ -7,7 +7,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _, Seek as _},
-    os::fd::AsFd as _,
+    os::{fd::AsFd as _, unix::process::parent_id},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -134,13 +134,17 @@ impl Freezer {
 
     /// Puts processes that are in the root where they belong.
     fn put_back(&self) -> io::Result<()> {
-        let own = std::process::id().to_string();
+        // The daemon, and its keeper.
+        let own = [std::process::id(), parent_id()].map(|pid| pid.to_string());
         for _ in 0..PASSES {
             let members = fs::read_to_string(self.root.join("cgroup.procs"))?;
             let mut strays = members
                 .lines()
                 // What has no program is the kernel's, or has ended (proc_pid_exe(5)).
-                .filter(|pid| *pid != own && fs::read_link(format!("/proc/{pid}/exe")).is_ok())
+                .filter(|pid| {
+                    own.iter().all(|own| own != pid)
+                        && fs::read_link(format!("/proc/{pid}/exe")).is_ok()
+                })
                 .peekable();
             if strays.peek().is_none() {
                 return Ok(());

@@ -30,9 +30,35 @@ enum State {
 #[derive(Debug)]
 pub(crate) struct Gate(watch::Sender<State>);
 
+/// What the next daemon begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub(crate) enum Stand {
+    New = 0,
+    Open = 1,
+    Closed = 2,
+}
+
 impl Gate {
-    pub(crate) fn new() -> Self {
-        Self(watch::Sender::new(State::New))
+    /// As it was left; the time before is no matter of those who sleep from now on.
+    pub(crate) fn left(stand: Stand) -> Self {
+        let before = Duration::ZERO;
+        Self(watch::Sender::new(match stand {
+            Stand::New => State::New,
+            Stand::Open => State::Open {
+                since: Instant::now(),
+                before,
+            },
+            Stand::Closed => State::Closed { before },
+        }))
+    }
+
+    pub(crate) fn stand(&self) -> Stand {
+        match *self.0.borrow() {
+            State::New => Stand::New,
+            State::Open { .. } => Stand::Open,
+            State::Closed { .. } => Stand::Closed,
+        }
     }
 
     pub(crate) fn is_new(&self) -> bool {
@@ -122,7 +148,7 @@ mod tests {
 
     #[tokio::test]
     async fn time_of_a_closed_gate_is_no_time() {
-        let gate = Gate::new();
+        let gate = Gate::left(Stand::New);
         gate.open();
         let began = Instant::now();
         let mut sleep = std::pin::pin!(gate.sleep(SHORT * 4));
@@ -139,7 +165,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_gate_that_closed_and_opened_unseen_counts_as_well() {
-        let gate = Gate::new();
+        let gate = Gate::left(Stand::New);
         gate.open();
         let began = Instant::now();
         let mut sleep = std::pin::pin!(gate.sleep(SHORT));
@@ -153,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_new_gate_is_not_closed_by_a_snapshot() {
-        let gate = Gate::new();
+        let gate = Gate::left(Stand::New);
         assert!(!gate.close() && gate.is_new());
         assert_eq!(gate.admit().unwrap_err().code(), Code::FailedPrecondition);
         gate.open();

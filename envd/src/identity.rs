@@ -21,6 +21,7 @@ use nix::{
     time::{ClockId, clock_settime},
     unistd::sethostname,
 };
+use prost::Message as _;
 use proto::envd::v1::{ConfigureRequest, GuestInfo, GuestNetwork};
 use tonic::{Code, Status};
 
@@ -28,15 +29,16 @@ use crate::{
     connections,
     errors::{invalid, refuse},
     freezer::Freezer,
-    gate::Gate,
+    gate::{Gate, Stand},
     group::Group,
+    keeper::{Item, Keeper, Slot},
     logs, network,
     users::{self, User},
 };
 
 const LEAST_ENTROPY: usize = 32;
 const MOST_ENTROPY: usize = 512;
-const API_LEVEL: u32 = 4;
+const API_LEVEL: u32 = 5;
 const LARGEST_ENV: usize = 1 << 20;
 
 /// The guest, closed until it is configured.
@@ -52,27 +54,72 @@ pub(crate) struct Guest {
     identity: Mutex<Option<Identity>>,
     /// What was set last.
     network: tokio::sync::Mutex<Option<GuestNetwork>>,
+    keeper: Keeper,
+    /// Daemons there were before.
+    pub(crate) restarts: u32,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone, PartialEq, prost::Message)]
 struct Identity {
+    #[prost(string, tag = "1")]
     session_id: String,
+    #[prost(string, tag = "2")]
     hostname: String,
+    #[prost(btree_map = "string, string", tag = "3")]
     env: BTreeMap<String, String>,
+    #[prost(string, tag = "4")]
     default_user: String,
+    #[prost(string, tag = "5")]
     template: String,
 }
 
+/// What the next daemon has to know of the guest.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Word {
+    #[prost(enumeration = "Stand", tag = "1")]
+    gate: i32,
+    #[prost(message, optional, tag = "2")]
+    identity: Option<Identity>,
+    #[prost(message, optional, tag = "3")]
+    network: Option<GuestNetwork>,
+}
+
 impl Guest {
-    pub(crate) fn new(owns_system: bool, freezer: Option<Freezer>) -> Self {
-        Self {
-            gate: Gate::new(),
+    #[cfg(test)]
+    pub(crate) fn for_tests() -> Self {
+        Self::left(false, None, Keeper::none(), &mut Item::default()).unwrap()
+    }
+
+    /// As it was left by a daemon before; nobody's, if there was none.
+    pub(crate) fn left(
+        owns_system: bool,
+        freezer: Option<Freezer>,
+        keeper: Keeper,
+        left: &mut Item,
+    ) -> io::Result<Self> {
+        let restarts = left.number(Slot::Starts).unwrap_or_default();
+        let word: Word = left.message(Slot::Guest)?.unwrap_or_default();
+        Ok(Self {
+            gate: Gate::left(word.gate()),
             freezer,
             owns_system,
             changing: tokio::sync::Mutex::default(),
-            identity: Mutex::default(),
-            network: tokio::sync::Mutex::default(),
-        }
+            identity: Mutex::new(word.identity),
+            network: tokio::sync::Mutex::new(word.network),
+            keeper,
+            restarts: u32::try_from(restarts).unwrap_or(u32::MAX),
+        })
+    }
+
+    /// Keeps for the next daemon whose guest this is. A network that is being set is none that was set.
+    pub(crate) fn keep(&self) {
+        let word = Word {
+            gate: self.gate.stand().into(),
+            identity: self.identity(),
+            network: self.network.try_lock().ok().and_then(|last| last.clone()),
+        };
+        self.keeper
+            .keep_of_guest(Slot::Guest, &word.encode_to_vec());
     }
 
     fn identity(&self) -> Option<Identity> {
@@ -133,6 +180,7 @@ impl Guest {
             hostname: identity
                 .map(|identity| identity.hostname)
                 .unwrap_or_default(),
+            envd_restarts: self.restarts,
         }
     }
 
@@ -197,6 +245,7 @@ impl Guest {
             freezer.thaw().map_err(failed("thaw"))?;
         }
         self.gate.open();
+        self.keep();
         logs::info("the gate is open");
         Ok(())
     }

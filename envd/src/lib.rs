@@ -12,11 +12,14 @@
 
 use std::{convert::Infallible, error::Error, io, path::Path, pin::Pin, sync::Arc, task};
 
-use guest_link::guest::{
-    Channel, Link, Listener,
-    unix::UnixChannel,
-    vport::Vport,
-    vsock::{VsockChannel, VsockListener},
+use guest_link::{
+    Epoch,
+    guest::{
+        Channel, Link, Listener,
+        unix::UnixChannel,
+        vport::Vport,
+        vsock::{VsockChannel, VsockListener},
+    },
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::server::{Connected, Server};
@@ -24,12 +27,14 @@ use tonic::transport::server::{Connected, Server};
 pub mod api;
 mod boot;
 mod connections;
+mod descriptors;
 mod errors;
 mod files;
 mod freezer;
 mod gate;
 mod group;
 mod identity;
+mod keeper;
 mod logs;
 mod network;
 mod output;
@@ -47,6 +52,7 @@ mod web;
 
 use freezer::Freezer;
 use identity::Guest;
+use keeper::{Keeper, Place, Slot};
 use ports::Ports;
 use process::Processes;
 use spans::{Spans, Trace};
@@ -59,42 +65,74 @@ const LARGEST_MESSAGE: usize = 4 << 20;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// Brings the guest up as PID 1 and serves until it is powered off.
+/// Brings the guest up as PID 1 and keeps its daemon until it is powered off.
 pub fn init() -> Result<(), Failure> {
-    let device = boot::bring_up()?;
+    let place = match boot::bring_up()? {
+        boot::LinkDevice::Port(port) => Place::Port(port),
+        boot::LinkDevice::Vsock => Place::Vsock,
+    };
     spawn::raise_own_limits();
-    runtime()?.block_on(async {
-        let freezer = Freezer::new(boot::CGROUPS.into())
-            .map_err(|error| format!("the cgroup of users' processes: {error}"))?;
-        let guest = Arc::new(Guest::new(true, Some(freezer)));
-        let processes = Processes::new(Arc::clone(&guest));
-        tokio::spawn(reap::run(processes.clone()));
-        tokio::spawn(logs::kmsg::follow());
-        match device {
-            boot::LinkDevice::Port(port) => {
-                serve(Vport::open(&port)?, guest, processes, Spans::default()).await;
-            }
-            boot::LinkDevice::Vsock => {
-                let listener = VsockListener::bind(guest_link::VSOCK_PORT)?;
-                let channel = VsockChannel::new(listener);
-                serve(channel, guest, processes, Spans::default()).await;
-            }
-        }
-        Ok(())
-    })
+    keeper::run(&place)
 }
 
-/// Serves over a unix socket with the guest link's framing; for tests. The host's clock, name and network are left alone. Processes can be
-/// frozen if there is a cgroup (v2) of their own for them.
+/// Keeps a daemon that serves over a unix socket with the guest link's framing; for tests. The host's clock, name and network are left alone.
+/// Processes can be frozen if there is a cgroup (v2) of their own for them.
 pub fn serve_on_socket(socket: &Path, cgroup: Option<&Path>) -> Result<(), Failure> {
+    keeper::run(&Place::Socket(
+        socket.to_owned(),
+        cgroup.map(Path::to_owned),
+    ))
+}
+
+/// Serves as the daemon of a keeper, which is at stdin.
+pub fn work(arguments: &[String]) -> Result<(), Failure> {
+    let place = Place::parse(arguments).ok_or("the keeper knows how to call it")?;
+    let (keeper, mut kept) = Keeper::meet()?;
     runtime()?.block_on(async {
-        let channel = UnixChannel::bind(socket)?;
-        let freezer = cgroup.map(|folder| Freezer::new(folder.to_owned()));
-        let guest = Arc::new(Guest::new(false, freezer.transpose()?));
-        let processes = Processes::new(Arc::clone(&guest));
+        logs::go_on(&keeper, &mut kept.guest)?;
+        let cgroup = match &place {
+            Place::Socket(_, cgroup) => cgroup.clone(),
+            _ => Some(boot::CGROUPS.into()),
+        };
+        let freezer = cgroup
+            .map(Freezer::new)
+            .transpose()
+            .map_err(|error| format!("the cgroup of users' processes: {error}"))?;
+        let owns_system = !matches!(place, Place::Socket(..));
+        let guest = Guest::left(owns_system, freezer, keeper.clone(), &mut kept.guest)?;
+        let guest = Arc::new(guest);
+        let processes = Processes::new(Arc::clone(&guest), keeper.clone());
+        let restarts = guest.restarts;
+        if restarts > 0 {
+            logs::warn(format_args!(
+                "the daemon died and was started again; restarts so far: {restarts}"
+            ));
+        }
+        let epoch = kept.guest.number(Slot::Epoch);
+        tokio::spawn(logs::kmsg::follow(
+            keeper.clone(),
+            kept.guest.file(Slot::Kmsg),
+        ));
+        if restarts > 0 {
+            // Before any child is collected, or any call answered.
+            processes.go_on(kept);
+        }
         tokio::spawn(reap::run(processes.clone()));
-        tokio::spawn(logs::kmsg::follow());
-        serve(channel, guest, processes, Spans::default()).await;
+        tokio::spawn(keeper.clone().listen(processes.clone()));
+        let served = Served {
+            guest,
+            processes,
+            keeper,
+            epoch: epoch.map(Epoch::from_number),
+        };
+        match place {
+            Place::Port(port) => served.run(Vport::open(&port)?).await,
+            Place::Vsock => {
+                let listener = VsockListener::bind(guest_link::VSOCK_PORT)?;
+                served.run(VsockChannel::new(listener)).await;
+            }
+            Place::Socket(socket, _) => served.run(UnixChannel::bind(&socket)?).await,
+        }
         Ok(())
     })
 }
@@ -106,19 +144,34 @@ fn runtime() -> io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-/// Serves one epoch after the other; an older one ends when its host is gone.
-async fn serve<C: Channel>(channel: C, guest: Arc<Guest>, processes: Processes, spans: Spans) {
-    let mut listener = Listener::new(channel);
-    let ports = Ports::new(Arc::clone(&guest));
-    loop {
-        let link = listener.accept().await;
-        let (guest, processes, spans) = (Arc::clone(&guest), processes.clone(), spans.clone());
-        let ports = ports.clone();
-        tokio::spawn(async move {
-            if let Err(error) = serve_link(link, guest, processes, ports, spans).await {
-                logs::warn(format_args!("an epoch ended: {error}"));
-            }
-        });
+/// What is served.
+struct Served {
+    guest: Arc<Guest>,
+    processes: Processes,
+    keeper: Keeper,
+    /// The last of a daemon before.
+    epoch: Option<Epoch>,
+}
+
+impl Served {
+    /// Serves one epoch after the other; an older one ends when its host is gone.
+    async fn run<C: Channel>(self, channel: C) {
+        let mut listener = Listener::after(channel, self.epoch);
+        self.keeper.ready();
+        let ports = Ports::new(Arc::clone(&self.guest));
+        let spans = Spans::default();
+        loop {
+            let link = listener.accept().await;
+            let epoch = link.epoch().number().to_le_bytes();
+            self.keeper.keep_of_guest(Slot::Epoch, &epoch);
+            let (guest, processes) = (Arc::clone(&self.guest), self.processes.clone());
+            let (ports, spans) = (ports.clone(), spans.clone());
+            tokio::spawn(async move {
+                if let Err(error) = serve_link(link, guest, processes, ports, spans).await {
+                    logs::warn(format_args!("an epoch ended: {error}"));
+                }
+            });
+        }
     }
 }
 
@@ -165,16 +218,16 @@ async fn serve_link(
             api::port(ports),
             gate,
         ))
-        .serve_with_incoming(OneConnection(Some(Epoch(link))))
+        .serve_with_incoming(OneConnection(Some(Connection(link))))
         .await?;
     Ok(())
 }
 
 /// A stream of one connection that stays open, so that the server serves it to its end.
-struct OneConnection(Option<Epoch>);
+struct OneConnection(Option<Connection>);
 
 impl tokio_stream::Stream for OneConnection {
-    type Item = Result<Epoch, Infallible>;
+    type Item = Result<Connection, Infallible>;
 
     fn poll_next(
         mut self: Pin<&mut Self>,
@@ -185,14 +238,14 @@ impl tokio_stream::Stream for OneConnection {
 }
 
 /// A link as tonic wants it.
-struct Epoch(Link);
+struct Connection(Link);
 
-impl Connected for Epoch {
+impl Connected for Connection {
     type ConnectInfo = ();
     fn connect_info(&self) {}
 }
 
-impl AsyncRead for Epoch {
+impl AsyncRead for Connection {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut task::Context<'_>,
@@ -202,7 +255,7 @@ impl AsyncRead for Epoch {
     }
 }
 
-impl AsyncWrite for Epoch {
+impl AsyncWrite for Connection {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut task::Context<'_>,

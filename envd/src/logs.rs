@@ -9,14 +9,19 @@
 use std::{
     collections::VecDeque,
     fmt,
-    io::Write as _,
+    fs::File,
+    io::{self, Write as _},
+    os::{fd::AsFd as _, unix::fs::FileExt as _},
     sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use futures::{Stream, stream};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use proto::envd::v1::{OomVictim, StreamLogsResponse};
 use tokio::sync::watch;
+
+use crate::keeper::{Item, Keeper, Slot};
 
 pub(crate) mod kmsg;
 mod lines;
@@ -192,6 +197,8 @@ struct Ring {
     /// In bytes, of each.
     most: usize,
     last: u64,
+    /// Where the next daemon finds the last number.
+    kept: Option<File>,
 }
 
 impl Ring {
@@ -201,13 +208,14 @@ impl Ring {
             output: Queue::default(),
             most,
             last: 0,
+            kept: None,
         }
     }
 
     fn put(&mut self, mut message: Message) {
         message.text.truncate(LONGEST);
         message.text.shrink_to_fit();
-        self.last += 1;
+        self.skip(1);
         let queue = match message.source {
             Source::Process(_) => &mut self.output,
             _ => &mut self.system,
@@ -219,6 +227,10 @@ impl Ring {
     /// So many were lost before they came here.
     fn skip(&mut self, lost: u64) {
         self.last += lost;
+        if let Some(kept) = &self.kept {
+            // Before anybody reads it, so that no number is given twice. Memory of our own takes eight bytes.
+            let _ = kept.write_all_at(&self.last.to_le_bytes(), 0);
+        }
     }
 
     fn after(&self, sequence: u64) -> Option<&Entry> {
@@ -227,6 +239,25 @@ impl Ring {
             .filter_map(|queue| queue.after(sequence))
             .min_by_key(|entry| entry.sequence)
     }
+}
+
+/// Goes on with the numbers of the daemon before, if there was one, whose messages are gone.
+pub(crate) fn go_on(keeper: &Keeper, left: &mut Item) -> io::Result<()> {
+    let number = if let Some(number) = left.file(Slot::LastMessage) {
+        number
+    } else {
+        let number = File::from(memfd_create(c"messages", MFdFlags::MFD_CLOEXEC)?);
+        number.set_len(8)?;
+        keeper.keep_file_of_guest(Slot::LastMessage, number.as_fd());
+        number
+    };
+    let mut last = [0; 8];
+    number.read_exact_at(&mut last, 0)?;
+    let mut ring = LOGS.ring();
+    ring.last += u64::from_le_bytes(last);
+    ring.kept = Some(number);
+    LOGS.last.send_replace(ring.last);
+    Ok(())
 }
 
 #[derive(Debug)]

@@ -1,5 +1,5 @@
-//! envd: init of the guest and its daemon. As PID 1 it brings the guest up; with `--serve SOCKET` it serves the same services over
-//! a unix socket, for tests outside a VM, with processes in a cgroup if one is named.
+//! envd: init of the guest and its daemon. As PID 1 it brings the guest up and keeps a daemon, which is this program called by itself with
+//! `--work`; with `--serve SOCKET` it keeps one that serves over a unix socket, for tests outside a VM, with processes in a cgroup if one is named.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -10,6 +10,7 @@ fn main() -> ExitCode {
         [flag, socket, cgroup] if flag == "--serve" => {
             envd::serve_on_socket(&PathBuf::from(socket), Some(&PathBuf::from(cgroup)))
         }
+        [flag, place @ ..] if flag == "--work" => envd::work(place),
         _ if std::process::id() == 1 => envd::init(),
         _ => {
             eprintln!("usage: envd --serve SOCKET [CGROUP] (as PID 1 it takes no arguments)");

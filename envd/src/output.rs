@@ -8,12 +8,20 @@
 //!  offset 0 ........ start ............ memory ............ end
 //!            gone     |   in the file     |   in memory      |
 //! ```
+//! A daemon that is killed loses none of it, nor its count. "In memory" is a memfd (memfd_create(2)) where each byte lies at its offset,
+//! holes where older ones were. The kernel moves bytes into it (splice(2)) and counts them by the file's own position in the same call, and
+//! no signal comes between. The [`Keeper`] has every file as well, from before anything is in it, so the next daemon finds all that was
+//! moved, and in the pipe all that was not. What it does not find is the times.
 
 use std::{
     collections::{HashMap, VecDeque},
     fs::File,
-    io,
-    os::unix::fs::FileExt as _,
+    io::{self, Seek as _, SeekFrom},
+    ops::Range,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+        unix::fs::FileExt as _,
+    },
     path::Path,
     sync::{
         Mutex, MutexGuard, PoisonError,
@@ -23,18 +31,34 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use nix::{
+    fcntl::{FallocateFlags, SpliceFFlags, fallocate, splice},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        sendfile::sendfile64,
+    },
+    unistd::{Whence, lseek64},
+};
 use proto::envd::v1::Backpressure;
 use tokio::sync::Notify;
 
-use crate::logs;
+use crate::{
+    keeper::{Keeper, Slot},
+    logs,
+};
 
 /// Where output goes that is too much for memory: on the guest's disk, where the guest has one.
 const SPILL: &str = "/var/tmp";
-/// Smaller writes are gathered, so that many of them cost neither a piece of memory each nor a long search.
-const GATHERED: usize = 32 << 10;
-const FULL: usize = 56 << 10;
-/// Largest piece read from the file at once.
+/// Bytes with the same time: a time for each small write would cost more than the write.
+const GATHERED: u64 = 32 << 10;
+/// Largest piece read at once.
 const PIECE: u64 = 64 << 10;
+/// Memory is given back in whole pages, and not for less than that.
+const PAGE: u64 = 4 << 10;
+const SLACK: u64 = 32 << 10;
+/// Moved to the file at once. Of so much there it is not known, when a daemon was killed, whether it was overwritten.
+const MOVED: u64 = 256 << 10;
 /// Bytes all processes' output may take in memory; when it is more, each stream keeps only little there.
 const MEMORY_OF_ALL: u64 = 32 << 20;
 const LITTLE: u64 = 64 << 10;
@@ -59,6 +83,16 @@ impl Default for Keeping {
     }
 }
 
+/// Where a stream's files are kept for the next daemon.
+#[derive(Debug, Clone)]
+pub(crate) struct Home {
+    pub(crate) keeper: Keeper,
+    /// Of the process.
+    pub(crate) number: u64,
+    pub(crate) memory: Slot,
+    pub(crate) file: Slot,
+}
+
 /// A reader asked for bytes that are gone, or that were never written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TooLate {
@@ -68,42 +102,35 @@ pub(crate) struct TooLate {
 /// What a reader finds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Found {
-    /// Bytes from the offset asked for, and when the first of them were written.
-    Bytes(Bytes, SystemTime),
+    /// Bytes from the offset asked for, and when the first of them were written, if that is known.
+    Bytes(Bytes, Option<SystemTime>),
     /// Nothing yet.
     Nothing,
     /// Nothing, and there will be nothing.
     End,
 }
 
-/// Bytes that were written at about the same time.
-#[derive(Debug)]
-struct Chunk {
-    bytes: Bytes,
-    time: SystemTime,
-}
-
 /// The file, as a ring: the byte at an offset lies at the offset modulo its size.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Spill {
-    file: Option<File>,
-    /// First offsets of the pieces in it, with their times, oldest first.
-    pieces: VecDeque<(u64, SystemTime)>,
+    file: File,
+    /// Offset of the first byte that was ever put there.
+    first: u64,
 }
 
 #[derive(Debug)]
 struct Ring {
     keeping: Keeping,
+    home: Home,
     /// Of the oldest byte that is kept anywhere.
     start: u64,
-    spill: Spill,
-    /// Of the oldest byte in memory.
+    spill: Option<Spill>,
+    /// Of the oldest byte in memory; a page begins there.
     memory: u64,
-    chunks: VecDeque<Chunk>,
-    /// The newest bytes, not yet a chunk.
-    tail: BytesMut,
-    tail_time: SystemTime,
+    newest: Option<File>,
     end: u64,
+    /// First offsets of bytes that were written at about the same time, oldest first.
+    times: VecDeque<(u64, SystemTime)>,
     closed: bool,
     /// How far each reader has come.
     readers: HashMap<u64, u64>,
@@ -113,34 +140,44 @@ struct Ring {
 }
 
 impl Ring {
-    fn append(&mut self, mut bytes: Bytes, time: SystemTime) {
-        self.end += bytes.len() as u64;
-        IN_MEMORY.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        if bytes.len() < GATHERED {
-            if self.tail.is_empty() {
-                self.tail_time = time;
-            }
-            self.tail.extend_from_slice(&bytes);
-            if self.tail.len() >= GATHERED {
-                self.end_tail();
-            }
-        } else {
-            self.end_tail();
-            if bytes.len() < FULL {
-                // What it was read into is larger, and would be kept with it.
-                bytes = Bytes::copy_from_slice(&bytes);
-            }
-            self.chunks.push_back(Chunk { bytes, time });
+    fn new(keeping: Keeping, home: Home) -> Self {
+        Self {
+            keeping,
+            home,
+            start: 0,
+            spill: None,
+            memory: 0,
+            newest: None,
+            end: 0,
+            times: VecDeque::new(),
+            closed: false,
+            readers: HashMap::new(),
+            furthest: 0,
+            next_reader: 0,
         }
     }
 
-    fn end_tail(&mut self) {
-        if !self.tail.is_empty() {
-            self.chunks.push_back(Chunk {
-                bytes: std::mem::take(&mut self.tail).freeze(),
-                time: self.tail_time,
-            });
+    /// Lets bytes be put at the end of what is in memory.
+    fn append(&mut self, put: impl FnOnce(&File) -> io::Result<usize>) -> io::Result<usize> {
+        let file = if let Some(file) = &self.newest {
+            file
+        } else {
+            let file = File::from(memfd_create(c"output", MFdFlags::MFD_CLOEXEC)?);
+            let files = [(self.home.memory, file.as_fd())];
+            self.home.keeper.keep(self.home.number, &files, None);
+            self.newest.insert(file)
+        };
+        let count = put(file)?;
+        if count > 0 {
+            let is_new = |(first, _): &(u64, SystemTime)| self.end - first >= GATHERED;
+            if self.times.back().is_none_or(is_new) {
+                self.times.push_back((self.end, SystemTime::now()));
+            }
+            self.end += count as u64;
+            IN_MEMORY.fetch_add(count as u64, Ordering::Relaxed);
+            self.shrink();
         }
+        Ok(count)
     }
 
     fn memory_limit(&self) -> u64 {
@@ -151,34 +188,85 @@ impl Ring {
         }
     }
 
-    fn must_shrink(&self) -> bool {
-        let oldest = self.chunks.front().map(|chunk| chunk.bytes.len() as u64);
-        oldest.is_some_and(|oldest| self.end - (self.memory + oldest) >= self.memory_limit())
+    /// Moves the oldest bytes from memory to the file, over what is oldest there.
+    fn shrink(&mut self) {
+        let limit = self.memory_limit();
+        while self.end - self.memory >= limit + SLACK {
+            let to = (self.end - limit) / PAGE * PAGE;
+            if !self.shrink_to(to.min(self.memory + MOVED)) {
+                return;
+            }
+        }
     }
 
-    /// Moves the oldest chunks from memory to the file, over what is oldest there.
-    fn shrink(&mut self) {
-        while self.must_shrink() {
-            let Some(chunk) = self.chunks.pop_front() else {
-                return;
-            };
-            let length = chunk.bytes.len() as u64;
-            IN_MEMORY.fetch_sub(length, Ordering::Relaxed);
-            let at = self.memory;
-            self.memory += length;
-            if let Err(error) = self.spill.write(self.keeping.file, at, &chunk) {
+    /// Whether there was something to move.
+    fn shrink_to(&mut self, to: u64) -> bool {
+        let from = self.memory;
+        let Some(newest) = self.newest.as_ref().filter(|_| to > from) else {
+            return false;
+        };
+        if self.keeping.file > 0 {
+            let (size, spill, home) = (self.keeping.file, &mut self.spill, &self.home);
+            if let Err(error) = blocking(|| move_to(spill, newest, from..to, size, home)) {
                 // The guest's disk is full, or there is none: what does not fit into memory is gone.
                 logs::warn(format_args!("output is not kept: {error}"));
-                self.spill = Spill::default();
+                self.spill = None;
+                self.home.keeper.remove(self.home.number, &[self.home.file]);
             }
-            self.start = match self.spill.pieces.front() {
-                Some((first, _)) => self
-                    .start
-                    .max(*first)
-                    .max(self.memory.saturating_sub(self.keeping.file)),
-                None => self.memory,
-            };
         }
+        self.memory = to;
+        IN_MEMORY.fetch_sub(to - from, Ordering::Relaxed);
+        self.start = match &self.spill {
+            Some(spill) => self
+                .start
+                .max(spill.first)
+                .max(to.saturating_sub(self.keeping.file)),
+            None => to,
+        };
+        if let Err(error) = give_back(newest, from, to) {
+            logs::warn(format_args!("memory of output is not given back: {error}"));
+        }
+        // The piece that the oldest byte is in stays, for its time.
+        while self
+            .times
+            .get(1)
+            .is_some_and(|(next, _)| *next <= self.start)
+        {
+            self.times.pop_front();
+        }
+        true
+    }
+
+    /// When the byte at an offset was written, and where those end that have its time.
+    fn time_of(&self, offset: u64) -> (Option<SystemTime>, u64) {
+        let after = self.times.partition_point(|(first, _)| *first <= offset);
+        let time = after
+            .checked_sub(1)
+            .and_then(|index| self.times.get(index))
+            .map(|(_, time)| *time);
+        let next = self.times.get(after).map_or(self.end, |(first, _)| *first);
+        (time, next)
+    }
+
+    fn read(&self, offset: u64) -> io::Result<Found> {
+        let (time, next) = self.time_of(offset);
+        let (file, place, most) = if offset < self.memory {
+            let spill = self.spill.as_ref().ok_or(io::ErrorKind::NotFound)?;
+            let place = offset % self.keeping.file;
+            let most = (self.memory - offset).min(self.keeping.file - place);
+            (&spill.file, place, most)
+        } else {
+            let newest = self.newest.as_ref().ok_or(io::ErrorKind::NotFound)?;
+            (newest, offset, self.end - offset)
+        };
+        let length = (next - offset).min(PIECE).min(most);
+        let mut bytes = BytesMut::zeroed(usize::try_from(length).unwrap_or_default());
+        if offset < self.memory {
+            blocking(|| file.read_exact_at(&mut bytes, place))?;
+        } else {
+            file.read_exact_at(&mut bytes, place)?;
+        }
+        Ok(Found::Bytes(bytes.freeze(), time))
     }
 
     /// The slowest that the process has to wait for.
@@ -195,6 +283,21 @@ impl Ring {
         self.waited_for()
             .is_none_or(|seen| self.end - seen.min(self.end) < self.keeping.memory)
     }
+
+    fn let_go(&mut self) {
+        IN_MEMORY.fetch_sub(self.end - self.memory, Ordering::Relaxed);
+        (self.newest, self.spill) = (None, None);
+        self.times.clear();
+        self.closed = true;
+        (self.start, self.memory) = (self.end, self.end);
+        let Home {
+            keeper,
+            number,
+            memory,
+            file,
+        } = &self.home;
+        keeper.remove(*number, &[*memory, *file]);
+    }
 }
 
 impl Drop for Ring {
@@ -203,48 +306,44 @@ impl Drop for Ring {
     }
 }
 
-impl Spill {
-    fn write(&mut self, size: u64, at: u64, chunk: &Chunk) -> io::Result<()> {
-        if size < chunk.bytes.len() as u64 {
-            self.pieces.clear();
-            return Ok(());
+/// Writes what is in memory between two offsets into the file, which is made if there is none.
+fn move_to(
+    spill: &mut Option<Spill>,
+    newest: &File,
+    mut range: Range<u64>,
+    size: u64,
+    home: &Home,
+) -> io::Result<()> {
+    let spill = if let Some(spill) = spill {
+        spill
+    } else {
+        let (file, first) = (unnamed()?, range.start);
+        let beginning = first.to_le_bytes();
+        let files = [(home.file, file.as_fd())];
+        let word = Some((home.file, &beginning[..]));
+        home.keeper.keep(home.number, &files, word);
+        spill.insert(Spill { file, first })
+    };
+    while range.start < range.end {
+        let place = range.start % size;
+        (&spill.file).seek(SeekFrom::Start(place))?;
+        let most = (range.end - range.start).min(size - place);
+        let mut offset = i64::try_from(range.start).map_err(io::Error::other)?;
+        let most = usize::try_from(most).map_err(io::Error::other)?;
+        match sendfile64(&spill.file, newest, Some(&mut offset), most)? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            count => range.start += count as u64,
         }
-        let file = match &self.file {
-            Some(file) => file,
-            None => self.file.insert(unnamed()?),
-        };
-        let place = at % size;
-        let fits = usize::try_from(size - place).unwrap_or(usize::MAX);
-        let (first, rest) = chunk.bytes.split_at(fits.min(chunk.bytes.len()));
-        blocking(|| {
-            file.write_all_at(first, place)?;
-            file.write_all_at(rest, 0)
-        })?;
-        self.pieces.push_back((at, chunk.time));
-        let oldest = (at + chunk.bytes.len() as u64).saturating_sub(size);
-        // The piece that the oldest byte is in stays, for its time.
-        while self.pieces.get(1).is_some_and(|(next, _)| *next <= oldest) {
-            self.pieces.pop_front();
-        }
-        Ok(())
     }
+    Ok(())
+}
 
-    fn read(&self, size: u64, offset: u64, until: u64) -> io::Result<(Bytes, SystemTime)> {
-        let Some(file) = &self.file else {
-            return Err(io::ErrorKind::NotFound.into());
-        };
-        let after = self.pieces.partition_point(|(first, _)| *first <= offset);
-        let time = after
-            .checked_sub(1)
-            .and_then(|index| self.pieces.get(index))
-            .map_or(SystemTime::UNIX_EPOCH, |(_, time)| *time);
-        let next = self.pieces.get(after).map_or(until, |(first, _)| *first);
-        let place = offset % size;
-        let length = (next.min(until) - offset).min(PIECE).min(size - place);
-        let mut bytes = BytesMut::zeroed(usize::try_from(length).unwrap_or_default());
-        blocking(|| file.read_exact_at(&mut bytes, place))?;
-        Ok((bytes.freeze(), time))
-    }
+/// Makes a hole of pages.
+fn give_back(file: &File, from: u64, to: u64) -> io::Result<()> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let signed = |offset: u64| i64::try_from(offset).map_err(io::Error::other);
+    fallocate(file, flags, signed(from)?, signed(to - from)?)?;
+    Ok(())
 }
 
 /// A file that goes with its descriptor.
@@ -269,6 +368,16 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
     }
 }
 
+/// What the daemon before left of a stream.
+#[derive(Debug, Default)]
+pub(crate) struct Left {
+    pub(crate) memory: Option<File>,
+    /// The file, and the offset of the first byte ever put there.
+    pub(crate) file: Option<(File, u64)>,
+    /// How much was written in all, if the stream has ended.
+    pub(crate) ended: Option<u64>,
+}
+
 /// One stream's output.
 #[derive(Debug)]
 pub(crate) struct Output {
@@ -280,25 +389,42 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    pub(crate) fn new(keeping: Keeping) -> Self {
+    pub(crate) fn new(keeping: Keeping, home: Home) -> Self {
         Self {
-            ring: Mutex::new(Ring {
-                keeping,
-                start: 0,
-                spill: Spill::default(),
-                memory: 0,
-                chunks: VecDeque::new(),
-                tail: BytesMut::new(),
-                tail_time: SystemTime::UNIX_EPOCH,
-                end: 0,
-                closed: false,
-                readers: HashMap::new(),
-                furthest: 0,
-                next_reader: 0,
-            }),
+            ring: Mutex::new(Ring::new(keeping, home)),
             grown: Notify::new(),
             read: Notify::new(),
         }
+    }
+
+    /// Goes on where the daemon before was.
+    pub(crate) fn restored(keeping: Keeping, home: Home, left: Left) -> io::Result<Self> {
+        let mut ring = Ring::new(keeping, home);
+        if let Some(newest) = left.memory {
+            (ring.memory, ring.end) = extent(&newest)?;
+            IN_MEMORY.fetch_add(ring.end - ring.memory, Ordering::Relaxed);
+            ring.newest = Some(newest);
+        } else {
+            ring.end = left.ended.unwrap_or_default();
+            ring.memory = ring.end;
+        }
+        ring.start = ring.memory;
+        if let Some((file, first)) = left.file
+            && ring.newest.is_some()
+        {
+            // The oldest may be half overwritten by what was on its way.
+            let whole = ring.memory + MOVED;
+            let start = first.max(whole.saturating_sub(keeping.file));
+            ring.start = start.min(ring.memory);
+            ring.spill = Some(Spill { file, first });
+        }
+        ring.furthest = ring.start;
+        ring.closed = left.ended.is_some();
+        Ok(Self {
+            ring: Mutex::new(ring),
+            grown: Notify::new(),
+            read: Notify::new(),
+        })
     }
 
     fn ring(&self) -> MutexGuard<'_, Ring> {
@@ -311,6 +437,10 @@ impl Output {
         ring.next_reader += 1;
         let number = ring.next_reader;
         ring.readers.insert(number, offset);
+        ring.furthest = ring.furthest.max(offset.min(ring.end));
+        drop(ring);
+        // After a crash nobody knew how far any had come: whoever says so may make room.
+        self.read.notify_waiters();
         number
     }
 
@@ -342,17 +472,28 @@ impl Output {
         }
     }
 
-    /// Appends.
-    pub(crate) fn push(&self, bytes: Bytes) {
-        {
+    /// Takes what a pipe holds, at most so much; 0 at its end.
+    pub(crate) fn take(&self, pipe: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
+        // Most processes say nothing to one stream or the other, which then needs no memory.
+        if self.end() == 0 && !has_something(pipe)? {
+            return Ok(0);
+        }
+        self.append(|file| {
+            let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+            Ok(splice(pipe, None, file, None, most, flags)?)
+        })
+    }
+
+    fn append(&self, put: impl FnOnce(&File) -> io::Result<usize>) -> io::Result<usize> {
+        let count = {
             let mut ring = self.ring();
             if ring.closed {
-                return;
+                return Ok(0);
             }
-            ring.append(bytes, SystemTime::now());
-            ring.shrink();
-        }
+            ring.append(put)?
+        };
         self.grown.notify_waiters();
+        Ok(count)
     }
 
     /// Nothing more will come.
@@ -371,21 +512,18 @@ impl Output {
         !self.ring().has_room()
     }
 
-    /// How much of it is kept, in memory and in all.
+    /// How much it takes to keep it, in memory and in all.
     pub(crate) fn kept(&self) -> (u64, u64) {
         let ring = self.ring();
-        (ring.end - ring.memory, ring.end - ring.start)
+        let pages = |bytes: u64| bytes.next_multiple_of(PAGE);
+        (pages(ring.end - ring.memory), pages(ring.end - ring.start))
     }
 
-    /// Keeps nothing any more, unless somebody still reads.
+    /// Keeps nothing any more of a process that has ended, unless somebody still reads.
     pub(crate) fn let_go(&self) {
         let mut ring = self.ring();
         if ring.readers.is_empty() {
-            IN_MEMORY.fetch_sub(ring.end - ring.memory, Ordering::Relaxed);
-            ring.chunks = VecDeque::new();
-            ring.tail = BytesMut::new();
-            ring.spill = Spill::default();
-            (ring.start, ring.memory) = (ring.end, ring.end);
+            ring.let_go();
         }
     }
 
@@ -394,7 +532,7 @@ impl Output {
         self.ring().end
     }
 
-    /// What is there from an offset: one chunk at most.
+    /// What is there from an offset: one piece at most.
     pub(crate) fn read(&self, offset: u64) -> Result<Found, TooLate> {
         let mut ring = self.ring();
         if offset < ring.start || offset > ring.end {
@@ -402,37 +540,24 @@ impl Output {
                 earliest: ring.start,
             });
         }
-        if offset < ring.memory {
-            let read = ring.spill.read(ring.keeping.file, offset, ring.memory);
-            return match read {
-                Ok((bytes, time)) => Ok(Found::Bytes(bytes, time)),
-                Err(error) => {
-                    logs::warn(format_args!("output cannot be read back: {error}"));
-                    ring.spill = Spill::default();
-                    ring.start = ring.memory;
-                    Err(TooLate {
-                        earliest: ring.start,
-                    })
-                }
+        if offset == ring.end {
+            return Ok(if ring.closed {
+                Found::End
+            } else {
+                Found::Nothing
+            });
+        }
+        ring.read(offset).map_err(|error| {
+            logs::warn(format_args!("output cannot be read back: {error}"));
+            ring.spill = None;
+            ring.start = if offset < ring.memory {
+                ring.memory
+            } else {
+                ring.end
             };
-        }
-        let mut at = ring.memory;
-        for chunk in &ring.chunks {
-            let next = at + chunk.bytes.len() as u64;
-            if offset < next {
-                let from = usize::try_from(offset - at).unwrap_or_default();
-                return Ok(Found::Bytes(chunk.bytes.slice(from..), chunk.time));
+            TooLate {
+                earliest: ring.start,
             }
-            at = next;
-        }
-        let fresh = usize::try_from(offset - at).unwrap_or_default();
-        if let Some(fresh) = ring.tail.get(fresh..).filter(|fresh| !fresh.is_empty()) {
-            return Ok(Found::Bytes(Bytes::copy_from_slice(fresh), ring.tail_time));
-        }
-        Ok(if ring.closed {
-            Found::End
-        } else {
-            Found::Nothing
         })
     }
 
@@ -442,8 +567,35 @@ impl Output {
     }
 }
 
+/// Whether a pipe holds something; an error if that may still come.
+fn has_something(pipe: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut fds = [PollFd::new(pipe, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    let [fd] = fds;
+    match fd.revents() {
+        Some(events) if events.contains(PollFlags::POLLIN) => Ok(true),
+        Some(events) if !events.is_empty() => Ok(false),
+        _ => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
+/// Where data begins and ends in a file of memory.
+fn extent(file: &File) -> io::Result<(u64, u64)> {
+    let end = (&*file).stream_position()?;
+    // By a description of our own: the position of that one is the count.
+    let own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    match lseek64(&own, 0, Whence::SeekData) {
+        Ok(begin) => Ok((begin.unsigned_abs().min(end), end)),
+        // Nothing but a hole.
+        Err(nix::errno::Errno::ENXIO) => Ok((end, end)),
+        Err(error) => Err(error.into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -451,28 +603,68 @@ mod tests {
     const MEMORY: u64 = 1 << 20;
     const FILE: u64 = 3 << 20;
 
+    fn nowhere() -> Home {
+        Home {
+            keeper: Keeper::none(),
+            number: 1,
+            memory: Slot::StdoutMemory,
+            file: Slot::StdoutFile,
+        }
+    }
+
+    impl Output {
+        fn push(&self, bytes: impl AsRef<[u8]>) {
+            let mut bytes = bytes.as_ref();
+            while !bytes.is_empty() {
+                let count = self.append(|mut file| file.write(bytes)).unwrap();
+                if count == 0 {
+                    return;
+                }
+                bytes = &bytes[count..];
+            }
+        }
+
+        /// As the next daemon finds it.
+        fn after_a_crash(self) -> Self {
+            let ring = self.ring.into_inner().unwrap();
+            let again = |file: &File| file.try_clone().unwrap();
+            let left = Left {
+                memory: ring.newest.as_ref().map(again),
+                file: ring.spill.as_ref().map(|it| (again(&it.file), it.first)),
+                ended: ring.closed.then_some(ring.end),
+            };
+            Self::restored(ring.keeping, nowhere(), left).unwrap()
+        }
+    }
+
     fn output(backpressure: Backpressure) -> Output {
-        Output::new(Keeping {
+        let keeping = Keeping {
             memory: MEMORY,
             file: FILE,
             backpressure,
-        })
+        };
+        Output::new(keeping, nowhere())
     }
 
     const LITTLE_MEMORY: u64 = 64 << 10;
     const LITTLE_FILE: u64 = 200 << 10;
 
     fn small(backpressure: Backpressure) -> Output {
-        Output::new(Keeping {
+        let keeping = Keeping {
             memory: LITTLE_MEMORY,
             file: LITTLE_FILE,
             backpressure,
-        })
+        };
+        Output::new(keeping, nowhere())
     }
 
     /// The bytes that belong at an offset.
     fn bytes(at: u64, length: usize) -> Bytes {
-        (at..).map(byte).take(length).collect()
+        let mut bytes = Vec::with_capacity(length);
+        for offset in at..at + length as u64 {
+            bytes.push(byte(offset));
+        }
+        bytes.into()
     }
 
     fn byte(at: u64) -> u8 {
@@ -539,34 +731,86 @@ mod tests {
     fn what_is_too_much_for_memory_is_read_from_the_file_until_that_is_full() {
         let output = output(Backpressure::Unspecified);
         let total = MEMORY + FILE / 2;
-        for at in (0..total).step_by(GATHERED) {
-            output.push(bytes(at, GATHERED));
+        const STEP: usize = 32 << 10;
+        for at in (0..total).step_by(STEP) {
+            output.push(bytes(at, STEP));
         }
-        assert!(output.kept().0 <= MEMORY + GATHERED as u64);
+        assert!(output.kept().0 <= MEMORY + SLACK + PAGE);
         assert!(all(&output, 0).unwrap() == bytes(0, total as usize));
-        assert!(
-            matches!(output.read(5), Ok(Found::Bytes(_, time)) if time > SystemTime::UNIX_EPOCH)
-        );
-        for at in (total..3 * (MEMORY + FILE)).step_by(GATHERED) {
-            output.push(bytes(at, GATHERED));
+        assert!(matches!(output.read(5), Ok(Found::Bytes(_, Some(_)))));
+        for at in (total..3 * (MEMORY + FILE)).step_by(STEP) {
+            output.push(bytes(at, STEP));
         }
         let TooLate { earliest } = output.read(0).unwrap_err();
-        assert!(output.end() - earliest >= FILE + MEMORY - GATHERED as u64);
-        assert!(output.end() - earliest <= FILE + MEMORY + GATHERED as u64);
+        assert!(output.end() - earliest >= FILE + MEMORY - PAGE);
+        assert!(output.end() - earliest <= FILE + MEMORY + SLACK + PAGE);
         let kept = all(&output, earliest).unwrap();
         assert!(kept == bytes(earliest, kept.len()));
         assert_eq!(earliest + kept.len() as u64, output.end());
     }
 
     #[test]
-    fn many_small_writes_are_few_chunks() {
+    fn many_small_writes_have_few_times() {
         let output = output(Backpressure::Unspecified);
-        let size = MEMORY * 5 / 4;
-        for number in 0..size {
-            output.push(Bytes::copy_from_slice(&[byte(number)]));
+        for number in 0..MEMORY / 4 {
+            output.push([byte(number)]);
         }
-        assert!(output.ring().chunks.len() <= MEMORY as usize / GATHERED + 1);
-        assert!(all(&output, 0).unwrap() == bytes(0, size as usize));
+        assert!(output.ring().times.len() as u64 <= MEMORY / 4 / GATHERED + 1);
+        assert!(all(&output, 0).unwrap() == bytes(0, MEMORY as usize / 4));
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_comes_back_after_a_crash_says_how_far_it_had_come() {
+        let before = small(Backpressure::Always);
+        let reader = before.enter(0);
+        for _ in 0..3 {
+            let end = before.end();
+            before.push(bytes(end, LITTLE_MEMORY as usize));
+            before.advance(reader, before.end());
+        }
+        let output = before.after_a_crash();
+        assert!(
+            is_stuck(&output).await,
+            "who may have read nothing is waited for"
+        );
+        let mut room = std::pin::pin!(output.room());
+        assert!(futures::poll!(&mut room).is_pending());
+        output.enter(output.end());
+        room.await;
+    }
+
+    #[test]
+    fn the_next_daemon_finds_all_that_was_taken_and_goes_on() {
+        let before = output(Backpressure::Unspecified);
+        before.push(bytes(0, 100));
+        let output = before.after_a_crash();
+        assert!(all(&output, 0).unwrap() == bytes(0, 100));
+        assert!(matches!(output.read(0), Ok(Found::Bytes(_, None))));
+        output.push(bytes(100, 3 * MEMORY as usize));
+        let output = output.after_a_crash();
+        let end = 100 + 3 * MEMORY;
+        assert!(all(&output, 0).unwrap() == bytes(0, end as usize));
+        output.push(bytes(end, 4 * MEMORY as usize));
+        let output = output.after_a_crash();
+        let TooLate { earliest } = output.read(0).unwrap_err();
+        // Less by what may have been overwritten.
+        assert!(output.end() - earliest >= FILE + MEMORY - MOVED - PAGE);
+        let kept = all(&output, earliest).unwrap();
+        assert!(kept == bytes(earliest, kept.len()));
+        assert_eq!(
+            (output.end(), earliest + kept.len() as u64),
+            (end + 4 * MEMORY, output.end())
+        );
+        output.close();
+        output.let_go();
+        let output = output.after_a_crash();
+        assert_eq!(
+            output.read(5),
+            Err(TooLate {
+                earliest: output.end()
+            })
+        );
+        assert_eq!(output.read(output.end()), Ok(Found::End));
     }
 
     #[test]

@@ -288,7 +288,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_mins(1);
 
     fn ports() -> Ports {
-        let guest = Arc::new(Guest::new(false, None));
+        let guest = Arc::new(Guest::for_tests());
         guest.gate.open();
         Ports::new(guest)
     }

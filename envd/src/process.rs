@@ -3,21 +3,21 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque, hash_map::Entry},
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
-use bytes::Bytes;
 use nix::{
     sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
+use prost::Message as _;
 use proto::envd::v1::{
     ProcessExited, ProcessInfo, SignalTarget, StartRequest, StdinMode, TerminalSize,
 };
 use tokio::{
-    io::AsyncWriteExt as _,
     net::unix::pipe,
     sync::{Mutex as AsyncMutex, watch},
 };
@@ -27,17 +27,24 @@ use crate::{
     errors::{invalid, refuse},
     group::Group,
     identity::Guest,
+    keeper::{EndedWord, Keeper, Slot},
     output::Output,
     spawn::{self, Ended, Plan, Stdio},
-    terminal::{END_OF_FILE, Terminal},
+    terminal::Terminal,
     users::{self, User},
 };
 
+mod input;
+mod left;
 mod request;
+mod source;
 mod supervise;
 
+use input::{Input, Progress, Sink};
+use left::Record;
 use request::{Program, look_up};
-use supervise::{Source, supervise};
+use source::{Side, Source};
+use supervise::supervise;
 
 const REMEMBERED: usize = 1024;
 const REMEMBERED_FOR: Duration = Duration::from_hours(1);
@@ -49,6 +56,7 @@ const DEFAULT_TERMINAL: &str = "xterm-256color";
 #[derive(Debug, Clone)]
 pub(crate) struct Processes {
     guest: Arc<Guest>,
+    keeper: Keeper,
     table: Arc<Mutex<Table>>,
 }
 
@@ -134,6 +142,7 @@ pub(crate) struct Process {
     ended: watch::Sender<Option<(Ended, SystemTime)>>,
     /// How it ended, told once the last byte is in.
     exited: watch::Sender<Option<ProcessExited>>,
+    keeper: Keeper,
     deadline_passed: watch::Sender<bool>,
     stdin: AsyncMutex<Input>,
     /// It and all it started, where there are cgroups.
@@ -141,29 +150,6 @@ pub(crate) struct Process {
     /// Until it has ended.
     terminal: Mutex<Option<Arc<Terminal>>>,
     size: Mutex<Option<TerminalSize>>,
-}
-
-#[derive(Debug, Default)]
-struct Input {
-    sink: Option<Sink>,
-    offset: u64,
-}
-
-/// Where input goes.
-#[derive(Debug)]
-enum Sink {
-    Pipe(pipe::Sender),
-    Terminal(Arc<Terminal>),
-}
-
-impl Sink {
-    /// How much of it was taken. Cancel-safe.
-    async fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Pipe(pipe) => pipe.write(bytes).await,
-            Self::Terminal(terminal) => terminal.write(bytes).await,
-        }
-    }
 }
 
 /// A reader's places in both streams of a process, held from before the first byte is read.
@@ -206,13 +192,9 @@ impl Drop for Places {
 pub(crate) struct Held<'a>(MutexGuard<'a, Table>);
 
 impl Held<'_> {
-    /// Notes how a child ended; whether it was known. One that is not was an orphan.
-    pub(crate) fn note_end(&self, ended: Ended) -> bool {
-        let process = self.0.by_pid.get(&ended.pid);
-        if let Some(process) = process {
-            process.ended.send_replace(Some((ended, SystemTime::now())));
-        }
-        process.is_some()
+    /// The process that a child is; without one, it is an orphan.
+    pub(crate) fn process_of(&self, pid: i32) -> Option<Arc<Process>> {
+        self.0.by_pid.get(&pid).cloned()
     }
 }
 
@@ -225,9 +207,10 @@ fn unknown(id: &str) -> Status {
 }
 
 impl Processes {
-    pub(crate) fn new(guest: Arc<Guest>) -> Self {
+    pub(crate) fn new(guest: Arc<Guest>, keeper: Keeper) -> Self {
         Self {
             guest,
+            keeper,
             table: Arc::default(),
         }
     }
@@ -297,6 +280,15 @@ impl Processes {
         let path = look_up(&program.name, &env, &cwd)?;
         table.next += 1;
         let number = table.next;
+        let started = SystemTime::now();
+        let record = Record::of(&request, &user, &cwd, started).encode_to_vec();
+        // Before it can have done anything: if the daemon dies now, the next one knows of it.
+        let word = Some((Slot::Record, &record[..]));
+        self.keeper.keep(number, &[], word);
+        let unstarted = Unstarted {
+            keeper: &self.keeper,
+            number,
+        };
         let group = self.group(number, &request)?;
         let spawned = spawn_in(&path, &program, &cwd, &env, &user, &request, group.as_ref());
         let Spawned {
@@ -311,21 +303,32 @@ impl Processes {
             }
             request::spawn_error(&program.name, &user, &cwd, &error)
         })?;
+        std::mem::forget(unstarted);
+        // Before anybody hears of it.
+        let mut files = stdout.descriptors(Slot::Stdout);
+        files.extend(stderr.descriptors(Slot::Stderr));
+        files.extend(sink.as_ref().and_then(Sink::descriptor));
+        self.keeper.keep_started(number, pid, &files);
         let keeping = request::keeping(&request);
+        let (out_home, err_home) = left::homes(&self.keeper, number);
         let process = Arc::new(Process {
             id: request.process_id.clone(),
             pid,
-            started: SystemTime::now(),
-            stdout: Arc::new(Output::new(keeping)),
-            stderr: Arc::new(Output::new(keeping)),
+            started,
+            stdout: Arc::new(Output::new(keeping, out_home)),
+            stderr: Arc::new(Output::new(keeping, err_home)),
             began: Instant::now(),
             user: user.name.clone(),
             cwd,
             number,
             ended: watch::Sender::new(None),
             exited: watch::Sender::new(None),
+            keeper: self.keeper.clone(),
             deadline_passed: watch::Sender::new(false),
-            stdin: AsyncMutex::new(Input { sink, offset: 0 }),
+            stdin: AsyncMutex::new(Input {
+                sink,
+                progress: Progress::default(),
+            }),
             group,
             terminal: Mutex::new(terminal),
             size: Mutex::new(request.terminal),
@@ -421,6 +424,7 @@ impl Processes {
         }
         while let Some(forgotten) = table.finished.forget() {
             table.by_id.remove(&forgotten.id);
+            self.keeper.forget(forgotten.number);
         }
         drop(table);
         self.sweep();
@@ -438,6 +442,14 @@ impl Processes {
         for process in self.table().by_pid.values() {
             // One that has just ended is no error.
             let _ = killpg(Pid::from_raw(process.pid), signal);
+        }
+    }
+
+    /// A child of a daemon before has ended, and was collected by the keeper.
+    pub(crate) fn note_end_of(&self, number: u64, ended: &Ended, time: SystemTime) {
+        let process = self.table().by_pid.get(&ended.pid).cloned();
+        if let Some(process) = process.filter(|process| process.number == number) {
+            process.note_end(ended, time);
         }
     }
 
@@ -464,6 +476,18 @@ impl Process {
         }
     }
 
+    /// Notes how it ended, before it is collected.
+    pub(crate) fn keep_end(&self, ended: &Ended) {
+        let word = EndedWord::of(ended, SystemTime::now()).encode_to_vec();
+        self.keeper
+            .keep(self.number, &[], Some((Slot::Ended, &word)));
+    }
+
+    /// It was collected.
+    pub(crate) fn note_end(&self, ended: &Ended, time: SystemTime) {
+        self.ended.send_replace(Some((ended.clone(), time)));
+    }
+
     /// How it ended, once the last byte of its output is in.
     pub(crate) fn exit(&self) -> watch::Receiver<Option<ProcessExited>> {
         self.exited.subscribe()
@@ -475,65 +499,6 @@ impl Process {
 
     fn over(&self) -> bool {
         self.ended.borrow().is_some()
-    }
-
-    /// Writes to stdin; bytes that were written before are passed over.
-    pub(crate) async fn send_input(&self, data: Bytes, offset: Option<u64>) -> Result<u64, Status> {
-        let mut input = self.stdin.lock().await;
-        let at = offset.unwrap_or(input.offset);
-        if at > input.offset {
-            return Err(refuse(
-                Code::OutOfRange,
-                "INPUT_GAP",
-                format!(
-                    "offset {at} leaves a gap; {} bytes were received",
-                    input.offset
-                ),
-            ));
-        }
-        let known = usize::try_from(input.offset - at).unwrap_or(usize::MAX);
-        let fresh = data.get(known..).unwrap_or_default();
-        let mut ended = self.ended.subscribe();
-        let mut written = 0;
-        while written < fresh.len() {
-            let Some(sink) = input.sink.as_mut() else {
-                return Err(input_closed());
-            };
-            let rest = fresh.get(written..).unwrap_or_default();
-            let count = tokio::select! {
-                count = sink.write(rest) => count,
-                _ = ended.wait_for(Option::is_some) => Err(io::ErrorKind::BrokenPipe.into()),
-            };
-            match count {
-                Ok(count) => {
-                    written += count;
-                    input.offset += count as u64;
-                }
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                    input.sink = None;
-                    return Err(input_closed());
-                }
-                Err(error) => return Err(refuse(Code::Unknown, "IO_ERROR", error.to_string())),
-            }
-        }
-        Ok(input.offset)
-    }
-
-    /// Closes stdin. At a terminal the end of a file is a character; the terminal stays open.
-    pub(crate) async fn close_input(&self) -> Result<(), Status> {
-        let mut input = self.stdin.lock().await;
-        let mut ended = self.ended.subscribe();
-        if let Some(sink @ Sink::Terminal(_)) = input.sink.as_mut() {
-            tokio::select! {
-                typed = sink.write(&[END_OF_FILE]) => {
-                    typed.map_err(|error| refuse(Code::Unknown, "IO_ERROR", error.to_string()))?;
-                }
-                _ = ended.wait_for(Option::is_some) => {}
-            }
-        } else {
-            input.sink = None;
-        }
-        Ok(())
     }
 
     /// Changes the size of its terminal.
@@ -596,6 +561,18 @@ impl Process {
     }
 }
 
+/// A start that did not come to be: nothing is known of it.
+struct Unstarted<'a> {
+    keeper: &'a Keeper,
+    number: u64,
+}
+
+impl Drop for Unstarted<'_> {
+    fn drop(&mut self) {
+        self.keeper.forget(self.number);
+    }
+}
+
 /// What came of starting a program.
 struct Spawned {
     pid: i32,
@@ -617,7 +594,8 @@ fn spawn_in(
 ) -> io::Result<Spawned> {
     let (terminal, stdio) = if let Some(size) = request.terminal {
         let (ours, theirs) = Terminal::open(size, user)?;
-        (Some(Arc::new(ours)), Stdio::Terminal(theirs))
+        let side = Side::new()?;
+        (Some((Arc::new(ours), side)), Stdio::Terminal(theirs))
     } else {
         let stdin = request.stdin() == StdinMode::Pipe;
         (None, Stdio::Pipes { stdin })
@@ -633,27 +611,23 @@ fn spawn_in(
         group,
     })?;
     let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
-    let (sink, stdout, stderr) = if let Some(terminal) = &terminal {
-        (
-            Some(Sink::Terminal(Arc::clone(terminal))),
-            Source::Terminal(Arc::clone(terminal)),
-            Source::Nothing,
-        )
-    } else {
-        let stdin = child.stdin.take();
-        let stdin = stdin.and_then(|stdin| pipe::Sender::from_owned_fd(stdin.into()).ok());
-        (
-            stdin.map(Sink::Pipe),
-            Source::pipe(child.stdout.take()),
-            Source::pipe(child.stderr.take()),
-        )
-    };
+    if let Some((terminal, side)) = terminal {
+        return Ok(Spawned {
+            pid,
+            sink: Some(Sink::Terminal(Arc::clone(&terminal))),
+            stdout: Source::Terminal(Arc::clone(&terminal), side),
+            stderr: Source::Nothing,
+            terminal: Some(terminal),
+        });
+    }
+    let stdin = child.stdin.take().map(OwnedFd::from);
+    let stdin = stdin.map(pipe::Sender::from_owned_fd).transpose()?;
     Ok(Spawned {
         pid,
-        sink,
-        stdout,
-        stderr,
-        terminal,
+        sink: stdin.map(Sink::Pipe),
+        stdout: Source::pipe(child.stdout.take())?,
+        stderr: Source::pipe(child.stderr.take())?,
+        terminal: None,
     })
 }
 
@@ -662,13 +636,5 @@ fn process_ended() -> Status {
         Code::FailedPrecondition,
         "PROCESS_ENDED",
         "the process has ended",
-    )
-}
-
-fn input_closed() -> Status {
-    refuse(
-        Code::FailedPrecondition,
-        "INPUT_CLOSED",
-        "the process does not read its stdin any more",
     )
 }

@@ -1,4 +1,7 @@
-//! PID 1's duty: collect every child that has ended, its own and those that were orphaned to it.
+//! The daemon's duty as the one who starts processes, and as their subreaper: to collect every child that has ended, its own and those that
+//! were orphaned to it. What is collected is gone from the kernel, so how a process ended is kept before.
+
+use std::time::SystemTime;
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -26,8 +29,18 @@ fn collect(processes: &Processes) {
     // A start in progress is let finish, so that its child is known before it is collected.
     let known = processes.hold();
     let mut has_orphans = false;
-    while let Ok(Some(ended)) = spawn::wait4(-1) {
-        has_orphans |= !known.note_end(ended);
+    while let Ok(Some(how)) = spawn::look_for_ended() {
+        let process = known.process_of(how.pid);
+        if let Some(process) = &process {
+            process.keep_end(&how);
+        }
+        let Ok(Some(ended)) = spawn::wait4(how.pid) else {
+            break;
+        };
+        match process {
+            Some(process) => process.note_end(&ended, SystemTime::now()),
+            None => has_orphans = true,
+        }
     }
     drop(known);
     if has_orphans {

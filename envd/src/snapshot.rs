@@ -38,6 +38,7 @@ pub(crate) async fn prepare(
 ) -> Result<u64, Status> {
     let _one_at_a_time = guest.changing.lock().await;
     let was_open = guest.gate.close();
+    guest.keep();
     let stopped = stop(&guest, processes, network).await;
     // One that was closed before stays so: its processes wait for Configure.
     match &stopped {
@@ -54,6 +55,7 @@ pub(crate) async fn prepare(
             })?;
         }
         guest.gate.open();
+        guest.keep();
     }
     stopped
 }

@@ -12,7 +12,11 @@ use std::{
 };
 
 use nix::{
-    sys::resource::{Resource, getrlimit, setrlimit},
+    libc,
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::Signal,
+    },
     unistd::{Gid, Uid, chdir, setgid, setgroups, setsid, setuid, write},
 };
 
@@ -106,7 +110,7 @@ pub(crate) fn spawn(plan: Plan<'_>) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Lets envd have as many files open as it keeps outputs of processes. What it starts has the usual number.
+/// Lets envd, keeper and daemon, have as many files open as it keeps outputs of processes. What it starts has the usual number.
 pub(crate) fn raise_own_limits() {
     let (_, hard) = OPEN_FILES;
     if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
@@ -119,12 +123,33 @@ fn restore_oom_score() {
     let path = c"/proc/self/oom_score_adj";
     // SAFETY: open(2), write(2) and close(2) are async-signal-safe; the path is a constant C string.
     unsafe {
-        let fd = nix::libc::open(path.as_ptr(), nix::libc::O_WRONLY | nix::libc::O_CLOEXEC);
+        let fd = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
         if fd >= 0 {
-            nix::libc::write(fd, b"0".as_ptr().cast(), 1);
-            nix::libc::close(fd);
+            libc::write(fd, b"0".as_ptr().cast(), 1);
+            libc::close(fd);
         }
     }
+}
+
+/// A child that has ended and stays to be collected: waitid(2). What it used is known only then.
+pub(crate) fn look_for_ended() -> io::Result<Option<Ended>> {
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: siginfo_t is plain data for which all zeroes is a value, and the pointer is valid for the call.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: as above.
+    if unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: of a child, or all zeroes, these are what the kernel has filled in.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    let exited = info.si_code == libc::CLD_EXITED;
+    Ok((pid != 0).then_some(Ended {
+        pid,
+        code: exited.then_some(status),
+        signal: (!exited).then_some(status),
+        cpu_micros: 0,
+        peak_memory_bytes: 0,
+    }))
 }
 
 /// CPU time and largest memory of a child that has ended, and how it ended: wait4(2), which no safe wrapper offers.
@@ -132,9 +157,9 @@ pub(crate) fn wait4(pid: i32) -> io::Result<Option<Ended>> {
     let mut status = 0;
     // SAFETY: both out-pointers are valid for the call; rusage is plain data for which all zeroes is a value.
     let (found, usage) = unsafe {
-        let mut usage: nix::libc::rusage = std::mem::zeroed();
+        let mut usage: libc::rusage = std::mem::zeroed();
         (
-            nix::libc::wait4(pid, &raw mut status, nix::libc::WNOHANG, &raw mut usage),
+            libc::wait4(pid, &raw mut status, libc::WNOHANG, &raw mut usage),
             usage,
         )
     };
@@ -142,14 +167,14 @@ pub(crate) fn wait4(pid: i32) -> io::Result<Option<Ended>> {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(None),
         pid => {
-            let micros = |time: nix::libc::timeval| {
+            let micros = |time: libc::timeval| {
                 time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_usec.unsigned_abs()
             };
-            let exited = nix::libc::WIFEXITED(status);
+            let exited = libc::WIFEXITED(status);
             Ok(Some(Ended {
                 pid,
-                code: exited.then(|| nix::libc::WEXITSTATUS(status)),
-                signal: nix::libc::WIFSIGNALED(status).then(|| nix::libc::WTERMSIG(status)),
+                code: exited.then(|| libc::WEXITSTATUS(status)),
+                signal: libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status)),
                 cpu_micros: micros(usage.ru_utime) + micros(usage.ru_stime),
                 // In KiB on Linux, getrusage(2).
                 peak_memory_bytes: usage.ru_maxrss.unsigned_abs() * 1024,
@@ -166,4 +191,17 @@ pub(crate) struct Ended {
     pub(crate) signal: Option<i32>,
     pub(crate) cpu_micros: u64,
     pub(crate) peak_memory_bytes: u64,
+}
+
+impl Ended {
+    /// One of nobody knows which PID, ended before it was known.
+    pub(crate) fn by(signal: Signal) -> Self {
+        Self {
+            pid: 0,
+            code: None,
+            signal: Some(signal as i32),
+            cpu_micros: 0,
+            peak_memory_bytes: 0,
+        }
+    }
 }

@@ -3,27 +3,29 @@
 
 use std::{
     io,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
-use bytes::BytesMut;
 use nix::{
-    fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
+    errno::Errno,
+    fcntl::{FcntlArg, FdFlag, SpliceFFlags, fcntl, splice},
     pty::{Winsize, openpty},
     sys::termios::{InputFlags, SetArg, tcgetattr, tcsetattr},
-    unistd::{Gid, Uid, fchown, read, write},
+    unistd::{Gid, Uid, fchown, write},
 };
 use proto::envd::v1::TerminalSize;
-use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, unix::AsyncFd};
 
-use crate::users::User;
+use crate::{descriptors, users::User};
 
 /// What the group `tty` is in every distribution; write(1) is of it.
 const TTY_GROUP: u32 = 5;
+const BOTH: Interest = Interest::READABLE.add(Interest::WRITABLE);
 /// VEOF as a terminal begins with it (termios(3)).
 pub(crate) const END_OF_FILE: u8 = 4;
 
 nix::ioctl_write_ptr_bad!(set_size, nix::libc::TIOCSWINSZ, Winsize);
+nix::ioctl_read_bad!(get_size, nix::libc::TIOCGWINSZ, Winsize);
 
 /// Our side. The terminal hangs up when it is dropped.
 #[derive(Debug)]
@@ -49,7 +51,7 @@ impl Terminal {
         for side in [&ours, &theirs] {
             fcntl(side, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         }
-        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        descriptors::set_nonblocking(&ours)?;
         let mut settings = tcgetattr(&theirs)?;
         // Erasing erases a character, not a byte of it.
         settings.input_flags |= InputFlags::IUTF8;
@@ -58,34 +60,69 @@ impl Terminal {
             let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(TTY_GROUP));
             fchown(theirs.as_fd(), Some(uid), Some(gid))?;
         }
-        let ours = register(ours)?;
-        Ok((Self { ours }, theirs))
+        Ok((Self::left(ours)?, theirs))
     }
 
-    /// Reads what the process wrote; 0 once nobody has the terminal open any more. Cancel-safe.
-    pub(crate) async fn read(&self, into: &mut BytesMut, most: usize) -> io::Result<usize> {
+    /// The terminal of a process that is there already.
+    pub(crate) fn left(ours: OwnedFd) -> io::Result<Self> {
+        let ours = descriptors::register(ours, BOTH)?;
+        Ok(Self { ours })
+    }
+
+    /// Our side, for the next daemon.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.ours.get_ref().as_fd()
+    }
+
+    /// Waits until there is something to move; whether nobody has it open any more.
+    pub(crate) async fn ready(&self) -> io::Result<bool> {
+        Ok(self.ours.readable().await?.ready().is_read_closed())
+    }
+
+    /// Moves what the process wrote into a pipe that has room; 0 once nobody has the terminal open any more. Cancel-safe.
+    pub(crate) async fn move_to(&self, pipe: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
         loop {
             let mut ready = self.ours.readable().await?;
-            if let Ok(count) = ready.try_io(|ours| read_from(ours.get_ref(), into, most)) {
-                return count;
+            let moved = ready.try_io(|ours| {
+                let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
+                match splice(ours.get_ref(), None, pipe, None, most, flags) {
+                    // All other sides are closed.
+                    Err(Errno::EIO) => Ok(0),
+                    moved => moved.map_err(io::Error::from),
+                }
+            });
+            if let Ok(moved) = moved {
+                return moved;
             }
         }
     }
 
-    /// Reads what the process has written already.
-    pub(crate) fn try_read(&self, into: &mut BytesMut, most: usize) -> io::Result<usize> {
-        read_from(self.ours.get_ref(), into, most)
+    /// Waits until it may take something.
+    pub(crate) async fn writable(&self) -> io::Result<()> {
+        self.ours.writable().await?.retain_ready();
+        Ok(())
     }
 
-    /// Types; how much of it the terminal took. Cancel-safe.
-    pub(crate) async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        loop {
-            let mut ready = self.ours.writable().await?;
-            let outcome = ready.try_io(|ours| write(ours.as_fd(), bytes).map_err(io::Error::from));
-            if let Ok(count) = outcome {
-                return count;
-            }
-        }
+    /// Types; how much of it the terminal took.
+    pub(crate) fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        let type_in = |ours: &OwnedFd| write(ours.as_fd(), bytes).map_err(io::Error::from);
+        self.ours.try_io(Interest::WRITABLE, type_in)
+    }
+
+    /// Its size, if it says so.
+    pub(crate) fn size(&self) -> Option<TerminalSize> {
+        let mut size = Winsize {
+            ws_row: 0,
+            ws_col: 0,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        // SAFETY: the descriptor is open, and the kernel writes no more than the size.
+        unsafe { get_size(self.ours.get_ref().as_raw_fd(), &raw mut size) }.ok()?;
+        Some(TerminalSize {
+            rows: size.ws_row.into(),
+            cols: size.ws_col.into(),
+        })
     }
 
     /// Tells its size; the processes in front of it get SIGWINCH.
@@ -95,24 +132,6 @@ impl Terminal {
         unsafe { set_size(self.ours.get_ref().as_raw_fd(), &raw const size) }?;
         Ok(())
     }
-}
-
-fn read_from(ours: &OwnedFd, into: &mut BytesMut, most: usize) -> io::Result<usize> {
-    let start = into.len();
-    into.resize(start + most, 0);
-    let space = into.get_mut(start..).unwrap_or_default();
-    let count = read(ours.as_fd(), space);
-    into.truncate(start + *count.as_ref().unwrap_or(&0));
-    match count {
-        // All other sides are closed.
-        Err(nix::errno::Errno::EIO) => Ok(0),
-        count => count.map_err(io::Error::from),
-    }
-}
-
-fn register(ours: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an owned descriptor is open, and the same, for as long as it is owned.
-    unsafe { AsyncFd::register(ours) }.map_err(io::Error::from)
 }
 
 /// Makes the terminal that is stdin the controlling one of a new session. For a child between fork and exec.

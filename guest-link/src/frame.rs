@@ -33,9 +33,14 @@ impl Epoch {
         Self(rand::random::<u64>().max(1))
     }
 
-    /// From its number, for tests; zero becomes one.
+    /// From its number; zero becomes one.
     pub fn from_number(number: u64) -> Self {
         Self(number.max(1))
+    }
+
+    /// Its number.
+    pub fn number(self) -> u64 {
+        self.0
     }
 }
 

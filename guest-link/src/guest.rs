@@ -72,6 +72,15 @@ pub struct Listener {
 impl Listener {
     /// Starts driving the channel.
     pub fn new<C: Channel>(channel: C) -> Self {
+        Self::after(channel, None)
+    }
+
+    /// Starts driving a channel in place of a listener that died, whose last epoch this was: its host is told that it is over.
+    pub fn after<C: Channel>(channel: C, last: Option<Epoch>) -> Self {
+        let mut unsent = BytesMut::new();
+        if let Some(last) = last {
+            frame::put_control(&mut unsent, Kind::Reset, last, 0);
+        }
         let newest = Arc::new(Newest::default());
         let (answers, asked) = mpsc::channel(ANSWERS);
         let pump = Pump {
@@ -86,7 +95,7 @@ impl Listener {
             outbound: Outbound {
                 asked,
                 bytes: BytesMut::with_capacity(frame::MAX_PAYLOAD),
-                unsent: BytesMut::new(),
+                unsent,
                 live: None,
                 next: 0,
             },
@@ -282,7 +291,9 @@ impl Inbound {
             return Some(self.begin(frame.epoch));
         }
         if self.last_epoch != Some(frame.epoch) {
-            return None;
+            // Whoever believes in an epoch that began before us must hear that it is over; of others it knows itself.
+            let is_before = self.last_epoch.is_none() && frame.kind != Kind::Reset;
+            return is_before.then_some(Answer::Reset(frame.epoch));
         }
         let Some(live) = &mut self.live else {
             // Of an epoch that is over, also if a late greeting asks for it again.

@@ -38,7 +38,7 @@ use tracing::{Instrument as _, Span};
 use crate::{
     artifact::{ArtifactError, Artifacts},
     disk::{DiskError, Disks},
-    guest::{GuestClient, Identity},
+    guest::{Connections, GuestClient, Identity},
     guest_image::GuestImages,
     hosted::{Ended, Hosted, NodeFull, Over, Phase, Reach, Session},
     journal::{self, Step},
@@ -296,6 +296,10 @@ struct Driver {
     log: Arc<SessionLog>,
     /// Fills the log while there is a way to the guest.
     collector: Option<JoinHandle<()>>,
+    /// How often envd had been started again, when the guest was configured last.
+    envd_restarts: u32,
+    /// When that was told last.
+    last_restart: Option<Instant>,
 }
 
 /// Something a driver has to do.
@@ -329,6 +333,8 @@ impl Workshop {
             reach: None,
             log: self.logs.begin(&session.id),
             collector: None,
+            envd_restarts: 0,
+            last_restart: None,
         };
         let was_here = matches!(plan.origin, Origin::Earlier(_));
         let work = TaskTracker::new();
@@ -529,31 +535,70 @@ impl Driver {
 
     /// The link broke while the VMM lives: it is made anew, or the guest is beyond help.
     async fn reach_again(&mut self) -> Result<(), Ended> {
-        // A guest that breaks it again and again costs no more than this.
-        tokio::time::sleep(REACH_AGAIN).await;
-        let connected = match self.vm.as_mut() {
-            Some(vm) => open(vm.as_mut(), self.shop.boot_timeout).await,
-            None => return Ok(()),
-        };
-        match connected {
-            Ok((guest, over)) => {
-                if let Some(before) = self.reach.take() {
-                    before.end(Over::Ended);
-                }
-                self.enter_running(guest, over);
-                Ok(())
-            }
-            Err(DriveError::Vmm(VmmError::Ended(exit))) => Err(self.failed(&exit).await),
-            Err(error) => {
-                let console = self.console().await;
-                tracing::error!(session_id = self.session.id.short(), %error, console, "a guest is silent");
-                Err(Ended {
-                    state: SessionState::Failed,
-                    reason: "GUEST_SILENT".into(),
-                    message: format!("its guest does not answer any more: {error}"),
-                })
-            }
+        if self.vm.is_none() {
+            return Ok(());
         }
+        let restarts = self.envd_restarts;
+        let limit = Instant::now() + self.shop.boot_timeout;
+        let (guest, over) = loop {
+            // A guest that breaks it again and again costs no more than this.
+            tokio::time::sleep(REACH_AGAIN).await;
+            match self.reach().await {
+                Ok(reached) => break reached,
+                Err(DriveError::Vmm(VmmError::Ended(exit))) => {
+                    return Err(self.failed(&exit).await);
+                }
+                // A daemon that has just begun may die as well.
+                Err(error) if Instant::now() < limit => {
+                    tracing::debug!(session_id = self.session.id.short(), %error, "a guest is not reached yet");
+                }
+                Err(error) => {
+                    let console = self.console().await;
+                    tracing::error!(session_id = self.session.id.short(), %error, console, "a guest is silent");
+                    return Err(Ended {
+                        state: SessionState::Failed,
+                        reason: "GUEST_SILENT".into(),
+                        message: format!("its guest does not answer any more: {error}"),
+                    });
+                }
+            }
+        };
+        if let Some(before) = self.reach.take() {
+            before.end(Over::Ended);
+        }
+        self.enter_running(guest, over);
+        if self.envd_restarts > restarts {
+            self.note_restart().await;
+        }
+        Ok(())
+    }
+
+    /// Makes a new way to a guest that is this session's already.
+    async fn reach(&mut self) -> Result<(GuestClient, CancellationToken), DriveError> {
+        let vm = self.vm.as_mut().ok_or(DriveError::State("not running"))?;
+        vm.run().await?;
+        let (guest, over) = open(vm.as_mut(), self.shop.boot_timeout).await?;
+        self.configure(&guest, Connections::Keep).await?;
+        Ok((guest, over))
+    }
+
+    /// Its daemon has died, and another one answers.
+    async fn note_restart(&mut self) {
+        metrics::counter!("sandmesh_node_envd_restarts_total").increment(1);
+        tracing::warn!(
+            session_id = self.session.id.short(),
+            restarts = self.envd_restarts,
+            "envd of a session died and was started again"
+        );
+        let now = Instant::now();
+        let is_early = |last: Instant| now.saturating_duration_since(last) < collect::EVENT_PAUSE;
+        if self.last_restart.is_some_and(is_early) {
+            return;
+        }
+        self.last_restart = Some(now);
+        let text = "envd in the guest died and was started again; processes go on, calls under way broke off";
+        let message = NewMessage::of_node(collect::WARNING, "ENVD_RESTARTED", text);
+        collect::put(&self.log, &self.shop.hosted, vec![message]).await;
     }
 
     fn enter_running(&mut self, guest: GuestClient, over: CancellationToken) {

@@ -42,7 +42,12 @@ use template::{Templates, sized};
 /// How often a change is tried anew when others were faster.
 const UPDATE_TRIES: usize = 8;
 /// What nodes notice.
-const NOTICES: [&str; 3] = ["OOM_KILLED", "GUEST_SILENT", "GUEST_ANSWERS"];
+const NOTICES: [&str; 4] = [
+    "OOM_KILLED",
+    "GUEST_SILENT",
+    "GUEST_ANSWERS",
+    "ENVD_RESTARTED",
+];
 /// A session begins with two events.
 const FIRST_VERSION: i64 = 2;
 

@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn a_watcher_that_is_slow_gets_the_difference_and_no_queue() {
         in_own_network(async |_| {
-            let guest = Arc::new(Guest::new(false, None));
+            let guest = Arc::new(Guest::for_tests());
             guest.gate.open();
             let ports = Ports::new(guest);
             let (stays, _) = listen();

@@ -117,7 +117,7 @@ impl Reader {
                 stream: stream.into(),
                 offset,
                 data,
-                time: Some(time.into()),
+                time: time.map(Into::into),
             })),
             Found::Nothing | Found::End => Ok(None),
         }

@@ -149,7 +149,8 @@ impl SystemService for Api {
             let _ = tokio::time::timeout(grace, ended).await;
             processes.signal_all(Signal::SIGKILL);
             nix::unistd::sync();
-            if std::process::id() == 1
+            // The keeper is the system's init, or that of a namespace, which ends as a guest would (reboot(2)).
+            if std::os::unix::process::parent_id() == 1
                 && let Err(error) = reboot(RebootMode::RB_POWER_OFF)
             {
                 logs::warn(format_args!("power off: {error}"));

@@ -7,7 +7,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::{fd::AsFd as _, unix::fs::OpenOptionsExt as _},
     time::{Duration, SystemTime},
 };
 
@@ -18,7 +18,10 @@ use nix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{LOGS, Message, OomKill, Source, note_kill, warn};
-use crate::freezer::USER;
+use crate::{
+    freezer::USER,
+    keeper::{Keeper, Slot},
+};
 use proto::envd::v1::OomVictim;
 
 const DEVICE: &str = "/dev/kmsg";
@@ -27,22 +30,29 @@ const LARGEST: usize = 8192;
 const KILLED_PROCESS: &str = "Killed process ";
 
 /// Puts what the kernel says into the logs, for as long as the guest lives.
-pub(crate) async fn follow() {
-    if let Err(error) = try_follow().await {
+/// A daemon that follows another goes on where that was, which the device knows.
+pub(crate) async fn follow(keeper: Keeper, left: Option<File>) {
+    if let Err(error) = try_follow(&keeper, left).await {
         warn(format_args!("the kernel's log ends here: {error}"));
     }
 }
 
-async fn try_follow() -> io::Result<()> {
-    let device = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(DEVICE)?;
+async fn try_follow(keeper: &Keeper, left: Option<File>) -> io::Result<()> {
+    let is_first = left.is_none();
+    let device = if let Some(device) = left {
+        device
+    } else {
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        let device = options.open(DEVICE)?;
+        keeper.keep_file_of_guest(Slot::Kmsg, device.as_fd());
+        device
+    };
     // SAFETY: a file answers with the same descriptor for as long as it lives, and it lives in there.
     let device = unsafe { AsyncFd::register_with_interest(device, Interest::READABLE)? };
     let mut record = [0; LARGEST];
-    let mut expected = 0;
-    let mut is_old = true;
+    let mut expected = is_first.then_some(0);
+    let mut is_old = is_first;
     let mut chosen = None;
     loop {
         let mut ready = device.readable().await?;
@@ -58,8 +68,12 @@ async fn try_follow() -> io::Result<()> {
             Ok(Ok(length)) => {
                 let record = record.get(..length).and_then(Record::parse);
                 let record = record.ok_or(io::ErrorKind::InvalidData)?;
-                LOGS.skip(record.number.saturating_sub(expected));
-                expected = record.number + 1;
+                LOGS.skip(
+                    record
+                        .number
+                        .saturating_sub(expected.unwrap_or(record.number)),
+                );
+                expected = Some(record.number + 1);
                 take(record, is_old, &mut chosen);
             }
         }

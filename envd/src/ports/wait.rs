@@ -154,7 +154,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(300);
 
     fn ports() -> Ports {
-        let guest = Arc::new(Guest::new(false, None));
+        let guest = Arc::new(Guest::for_tests());
         guest.gate.open();
         Ports::new(guest)
     }

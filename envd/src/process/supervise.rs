@@ -2,41 +2,31 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
     sync::{Arc, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
-use bytes::{Bytes, BytesMut};
-use nix::{
-    fcntl::{FcntlArg, fcntl},
-    sys::signal::Signal,
-};
+use nix::sys::signal::Signal;
 use proto::envd::v1::{OomVictim, ProcessExited, process_exited};
-use tokio::{io::AsyncReadExt as _, net::unix::pipe, sync::watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Process, Processes};
+use super::{
+    Process, Processes,
+    source::{LARGEST_PIPE, Source},
+};
 use crate::{
     gate::Gate,
     group::Group,
     logs::{self, Lines},
-    output::Output,
+    output::{Found, Output},
     spawn::Ended,
-    terminal::Terminal,
 };
 
-const READ_CHUNK: usize = 64 << 10;
-/// What a pipe holds (pipe(7), `F_SETPIPE_SZ`): a process that writes much in small pieces must not wait at a full one while they are gathered.
-const PIPE: i32 = 256 << 10;
-/// The kernel gives no more of a terminal at once (drivers/tty/n_tty.c, `N_TTY_BUF_SIZE`).
-const TERMINAL_CHUNK: usize = 4 << 10;
 /// How long output may stay open after the process has ended, because a grandchild holds it.
 const HELD_OPEN: Duration = Duration::from_secs(1);
 /// How often that is waited for once more while something still comes, and no reader holds it back.
 const HELD_OPEN_TIMES: u32 = 4;
-/// What a pipe can hold at most, unless root in the guest allows more (`pipe-max-size` of proc_sys_fs(5)).
-const LARGEST_PIPE: u64 = 1 << 20;
 /// Less than this is a small write, and no two of them are moved sooner after each other than that.
 const SMALL: usize = 16 << 10;
 const PACE: Duration = Duration::from_millis(2);
@@ -68,7 +58,9 @@ pub(super) async fn supervise(
     let deadline = process
         .request
         .deadline
-        .and_then(|deadline| Duration::try_from(deadline).ok());
+        .and_then(|deadline| Duration::try_from(deadline).ok())
+        // Of one that a daemon before has started, time has passed.
+        .map(|deadline| deadline.saturating_sub(process.began.elapsed()));
     let mut ended = process.ended.subscribe();
     let (how, at) = tokio::select! {
         how = seen(&mut ended) => how,
@@ -139,6 +131,7 @@ pub(super) async fn supervise(
         left_running: process.is_survived(),
         oom_victims,
     };
+    process.keeper.keep_exited(process.number, &exited);
     processes.retire(&process);
     process.exited.send_replace(Some(exited));
 }
@@ -212,62 +205,6 @@ async fn enforce(gate: &Gate, process: &Process, deadline: Option<Duration>) {
     process.end_all(Signal::SIGKILL);
 }
 
-/// Where output comes from.
-pub(super) enum Source {
-    Nothing,
-    Pipe(pipe::Receiver),
-    Terminal(Arc<Terminal>),
-}
-
-impl Source {
-    pub(super) fn pipe(end: Option<impl Into<OwnedFd>>) -> Self {
-        let pipe = end.and_then(|end| pipe::Receiver::from_owned_fd(end.into()).ok());
-        if let Some(pipe) = &pipe {
-            // One of the usual size does as well.
-            let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE));
-        }
-        pipe.map_or(Self::Nothing, Self::Pipe)
-    }
-
-    /// At most a chunk more; 0 at the end. Cancel-safe.
-    async fn read(&mut self, into: &mut BytesMut) -> io::Result<usize> {
-        match self {
-            Self::Nothing => Ok(0),
-            Self::Pipe(pipe) => pipe.read_buf(into).await,
-            Self::Terminal(terminal) => terminal.read(into, TERMINAL_CHUNK).await,
-        }
-    }
-
-    /// What a pipe holds, without waiting, nor asking the runtime whether it has seen that there is something. A terminal's rest is the kernel's:
-    /// it is gone with its last user.
-    fn read_rest(&mut self, mut take: impl FnMut(Bytes)) {
-        let Self::Pipe(pipe) = self else { return };
-        let mut left = LARGEST_PIPE;
-        let mut chunk = vec![0; READ_CHUNK];
-        while let Ok(count @ 1..) = nix::unistd::read(&*pipe, &mut chunk) {
-            take(Bytes::copy_from_slice(&chunk[..count]));
-            left = left.saturating_sub(count as u64);
-            if left == 0 {
-                break;
-            }
-        }
-    }
-
-    /// What is there already, up to a chunk in all. That there is no more, or will be, shows at the next read.
-    fn read_on(&mut self, into: &mut BytesMut) {
-        while into.len() < READ_CHUNK {
-            let read = match self {
-                Self::Nothing => return,
-                Self::Pipe(pipe) => pipe.try_read_buf(into),
-                Self::Terminal(terminal) => terminal.try_read(into, TERMINAL_CHUNK),
-            };
-            if !matches!(read, Ok(count) if count > 0) {
-                return;
-            }
-        }
-    }
-}
-
 /// Where output goes.
 struct Sink {
     output: Arc<Output>,
@@ -276,52 +213,51 @@ struct Sink {
 }
 
 impl Sink {
-    fn push(&mut self, bytes: Bytes) {
-        if let Some(lines) = &mut self.lines {
+    /// Logs what has come since an offset.
+    fn log(&mut self, mut since: u64) {
+        let Some(lines) = &mut self.lines else { return };
+        while let Ok(Found::Bytes(bytes, _)) = self.output.read(since) {
             lines.take(&bytes);
+            since += bytes.len() as u64;
         }
-        self.output.push(bytes);
     }
 }
 
-/// Moves bytes to the ring until they end, or `stop`. Small writes that follow each other closely, as those of a program that writes line
-/// by line to a terminal, are moved together: each on its own would cost its reader a message.
-async fn drain(mut source: Source, mut sink: Sink, stop: CancellationToken) {
-    let mut chunk = BytesMut::new();
+/// Moves bytes to where they are kept until they end, or `stop`. Small writes that follow each other closely, as those of a program that
+/// writes line by line to a terminal, are moved together: each on its own would cost its reader a message.
+async fn drain(source: Source, mut sink: Sink, stop: CancellationToken) {
     let read = async {
-        let mut moved: Option<Instant> = None;
+        let mut last: Option<(Instant, usize)> = None;
         loop {
             sink.output.room().await;
-            chunk.reserve(READ_CHUNK);
-            match source.read(&mut chunk).await {
-                Ok(0) => return,
-                Ok(_) => {}
-                Err(error) => {
-                    logs::warn(format_args!("reading output: {error}"));
-                    return;
-                }
-            }
-            if chunk.len() < SMALL
-                && let Some(moved) = moved
+            let is_ending = source.ready().await?;
+            if !is_ending
+                && let Some((moved, count)) = last
+                && count < SMALL
                 && let Some(early) = PACE.checked_sub(moved.elapsed())
             {
+                // What comes meanwhile waits where it is.
                 tokio::time::sleep(early).await;
-                source.read_on(&mut chunk);
             }
-            moved = Some(Instant::now());
-            sink.push(chunk.split().freeze());
+            let since = sink.output.end();
+            match source.take(&sink.output).await? {
+                0 => return Ok::<_, io::Error>(()),
+                count => last = Some((Instant::now(), count)),
+            }
+            sink.log(since);
         }
     };
     tokio::select! {
-        () = read => {}
+        ended = read => if let Err(error) = ended {
+            logs::warn(format_args!("reading output: {error}"));
+        },
         () = stop.cancelled() => {}
-    }
-    if !chunk.is_empty() {
-        sink.push(chunk.split().freeze());
     }
     if stop.is_cancelled() {
         // On a busy machine nobody may have come to read what was written before the end.
-        source.read_rest(|rest| sink.push(rest));
+        let since = sink.output.end();
+        source.take_rest(&sink.output);
+        sink.log(since);
     }
     // The last of the logs is there before the end is told.
     sink.lines = None;

@@ -2,6 +2,7 @@
 //! of a PID namespace of its own (so these tests need root, as envd does).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod crashes;
 mod files;
 mod gate;
 mod ports;

@@ -13,7 +13,7 @@ use crate::world::{SESSION, World, argv, configuration, field, sh, soon, until, 
 
 const OTHER: &str = "bbbbbccccccccccccccccccccc";
 
-async fn prepare(world: &World) -> Result<u64, Status> {
+pub(crate) async fn prepare(world: &World) -> Result<u64, Status> {
     let answer = soon(
         world
             .system()
@@ -24,7 +24,7 @@ async fn prepare(world: &World) -> Result<u64, Status> {
 }
 
 /// Configures it as this session's.
-async fn configure(world: &World, session: &str) -> Result<(), Status> {
+pub(crate) async fn configure(world: &World, session: &str) -> Result<(), Status> {
     let mut request = configuration();
     request.session_id = session.into();
     request.env = [("WHOSE".to_owned(), session.to_owned())].into();
@@ -37,7 +37,7 @@ async fn freezable() -> World {
     world
 }
 
-async fn whose(world: &World) -> String {
+pub(crate) async fn whose(world: &World) -> String {
     let answer = soon(world.system().get_info(GetInfoRequest {})).await;
     answer.unwrap().into_inner().info.unwrap().session_id
 }

@@ -21,6 +21,10 @@ use futures::{Stream, StreamExt as _};
 use http::{Request, Response, Uri};
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use proto::envd::v1::{
     AttachRequest, ConfigureRequest, GuestNetwork, OutputStream, ProcessExited, ProcessStarted,
     StartRequest, WaitRequest, filesystem_service_client::FilesystemServiceClient,
@@ -147,6 +151,43 @@ impl World {
         self.guest = Guest::connect(&self.path("socket")).await;
     }
 
+    /// The PID, outside of the namespace, of the daemon there is now.
+    fn daemon(&self) -> Option<i32> {
+        let child_of = |pid: i32| -> Option<i32> {
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+            // The keeper may have others, of a daemon before.
+            let is_envd = |child: &i32| {
+                let name = fs::read_to_string(format!("/proc/{child}/comm"));
+                name.is_ok_and(|name| name == "envd\n")
+            };
+            let mut children = children.split(' ').flat_map(str::parse);
+            children.find(is_envd)
+        };
+        // unshare, the keeper, its daemon.
+        child_of(child_of(self.envd.id().cast_signed())?)
+    }
+
+    /// Kills the daemon; its calls break. Another takes its place.
+    pub(crate) async fn crash(&mut self) {
+        let before = self.daemon().unwrap();
+        kill(Pid::from_raw(before), Signal::SIGKILL).unwrap();
+        let _ = soon(&mut self.guest.connection).await;
+        until(|| self.daemon().is_some_and(|daemon| daemon != before)).await;
+        self.guest = Guest::connect(&self.path("socket")).await;
+    }
+
+    /// Kills the daemon, and the next ones, until the keeper gives up.
+    pub(crate) async fn crash_for_good(&mut self) {
+        until(|| {
+            if let Some(daemon) = self.daemon() {
+                // One that is gone already needs no signal.
+                let _ = kill(Pid::from_raw(daemon), Signal::SIGKILL);
+            }
+            self.is_over()
+        })
+        .await;
+    }
+
     /// Whether envd has ended.
     pub(crate) fn is_over(&mut self) -> bool {
         self.envd.try_wait().unwrap().is_some()
@@ -220,6 +261,10 @@ impl World {
         Ok(answer.into_inner().exited.unwrap())
     }
 }
+
+/// Counts the open files of envd, keeper and daemon.
+pub(crate) const OPEN_FILES: &str =
+    "ls /proc/1/fd /proc/$(cut -d' ' -f1 /proc/1/task/1/children)/fd | grep -c '^[0-9]'";
 
 impl Drop for World {
     fn drop(&mut self) {

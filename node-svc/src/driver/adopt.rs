@@ -11,15 +11,13 @@ use std::{
 use proto::node::v1::StartSessionRequest;
 use service_kit::ids::SessionId;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
 use super::{
     CHECKPOINTS, Command, DriveError, Driver, Origin, PAUSED, Plan, REACH_AGAIN, UNFINISHED,
-    Workshop, blocking, keep, open, start,
+    Workshop, blocking, keep, start,
 };
 use crate::{
-    guest::{Connections, GuestClient},
     hosted::{Phase, Session},
     journal::{self, Step},
     slot::{Slot, SlotIndex},
@@ -198,7 +196,7 @@ impl Driver {
         .await?;
         let limit = Instant::now() + self.shop.boot_timeout;
         let (guest, over) = loop {
-            match self.reach_adopted().await {
+            match self.reach().await {
                 Ok(reached) => break reached,
                 Err(error @ DriveError::Vmm(VmmError::Ended(_))) => return Err(error),
                 Err(error) if Instant::now() >= limit || !process.is_alive() => return Err(error),
@@ -223,14 +221,6 @@ impl Driver {
                 tracing::error!(session_id = self.session.id.short(), %error, "the log of a session is not read");
             }
         }
-    }
-
-    async fn reach_adopted(&mut self) -> Result<(GuestClient, CancellationToken), DriveError> {
-        let vm = self.vm.as_mut().ok_or(DriveError::State("not running"))?;
-        vm.run().await?;
-        let (guest, over) = open(vm.as_mut(), self.shop.boot_timeout).await?;
-        self.configure(&guest, Connections::Keep).await?;
-        Ok((guest, over))
     }
 }
 

@@ -29,9 +29,9 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// A message on the wire, with all there is around its text.
 const LARGEST: usize = 64 << 10;
 /// Between events of one kind; what is more often is in the log.
-const EVENT_PAUSE: Duration = Duration::from_secs(10);
+pub(super) const EVENT_PAUSE: Duration = Duration::from_secs(10);
 /// As in syslog(3).
-const WARNING: u32 = 4;
+pub(super) const WARNING: u32 = 4;
 const UNKNOWN: &str = "LOG_SEQUENCE_UNKNOWN";
 /// Of a process's ID, as envd has it.
 const LONGEST_ID: usize = 128;

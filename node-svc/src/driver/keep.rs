@@ -18,7 +18,7 @@ use proto::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DriveError, Driver, Outcome, PAUSED, Stopwatch, TEMPLATE_MEMORY, blocking, link_anew, open,
+    DriveError, Driver, Outcome, PAUSED, Stopwatch, TEMPLATE_MEMORY, blocking, link_anew,
     remove_file,
     start::{Source, rules_of},
     unfinished,
@@ -77,19 +77,26 @@ impl Driver {
     /// Lets a guest that stands still go on as it was; returns how long it stood.
     pub(super) async fn go_on(&mut self, still: Still) -> Result<Duration, DriveError> {
         let vm = self.vm.as_mut().ok_or(DriveError::State("not running"))?;
+        let is_linked = vm.link_outlives_store();
         vm.run().await?;
-        if !vm.link_outlives_store() {
-            let (guest, over) = open(vm.as_mut(), self.shop.boot_timeout).await?;
-            self.configure(&guest, Connections::Keep).await?;
-            let stood = still.since.elapsed();
-            still.reach.end(Over::Ended);
-            self.enter_running(guest, over);
-            return Ok(stood);
+        if is_linked {
+            let configured = self.configure(&still.reach.guest, Connections::Keep);
+            match configured.await {
+                Ok(()) => {
+                    let stood = still.since.elapsed();
+                    self.session.enter(Phase::Running(still.reach));
+                    return Ok(stood);
+                }
+                // Its daemon may have died; the next one answers by a new link.
+                Err(error) => {
+                    tracing::warn!(session_id = self.session.id.short(), %error, "a guest that stood still is reached anew");
+                }
+            }
         }
-        self.configure(&still.reach.guest, Connections::Keep)
-            .await?;
+        let (guest, over) = self.reach().await?;
         let stood = still.since.elapsed();
-        self.session.enter(Phase::Running(still.reach));
+        still.reach.end(Over::Ended);
+        self.enter_running(guest, over);
         Ok(stood)
     }
 

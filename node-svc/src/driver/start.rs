@@ -209,7 +209,7 @@ impl Driver {
     }
 
     pub(super) async fn configure(
-        &self,
+        &mut self,
         guest: &GuestClient,
         connections: Connections,
     ) -> Result<(), DriveError> {
@@ -220,6 +220,7 @@ impl Driver {
         if info.api_level < OLDEST_ENVD {
             return Err(DriveError::EnvdTooOld(info.api_level));
         }
+        self.envd_restarts = info.envd_restarts;
         Ok(())
     }
 
