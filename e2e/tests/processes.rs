@@ -27,6 +27,21 @@ for n in range(int(sys.argv[1])):
 open('/tmp/hashes', 'w').write(' '.join(h.hexdigest() for h in hashes))
 ";
 
+/// Takes memory until less than a tenth is left to all, and then waits.
+const NEARLY_ALL: &str = "
+user = '/sys/fs/cgroup/user/memory.'
+most = int(open(user + 'max').read())
+def left():
+    stat = {key: int(size) for key, size in map(str.split, open(user + 'stat'))}
+    files = stat['inactive_file'] + stat['active_file'] + stat['slab_reclaimable']
+    return most - int(open(user + 'current').read()) + files
+taken = []
+while left() > most * 8 // 100:
+    taken.append(bytearray(1 << 20))
+import sys
+sys.stdin.read()
+";
+
 async fn larger(mesh: &Mesh, memory_bytes: u64) -> Session {
     let resources = small().resources.map(|resources| Resources {
         memory_bytes,
@@ -265,6 +280,17 @@ async fn every_end_says_what_it_was() {
     let fits = run(limited(memory, takes(8))).await;
     assert_eq!((fits.exit.code(), fits.exit.0.oom_killed), (0, false));
     assert!(fits.exit.0.peak_memory_bytes > 8 << 20 && fits.exit.0.peak_memory_bytes <= 32 << 20);
+
+    // Nearly all of it: that is told before there is none.
+    let full = Command {
+        stdin: true,
+        ..Command::new(["python3", "-c", NEARLY_ALL])
+    };
+    let full = sandbox.start(full).await.unwrap();
+    let told = self::event(&mesh, &session, "MEMORY_PRESSURE").await;
+    assert!(told.contains("MiB of memory are left"), "{told}");
+    full.remote().close_input().await.unwrap();
+    full.output().await.unwrap();
 
     // More than the guest has, bit by bit, so that nothing is refused at once.
     let all = "b = []\nwhile True: b.append(bytearray(1 << 20))";

@@ -70,7 +70,8 @@ impl Freezer {
         Ok(())
     }
 
-    fn user(&self) -> PathBuf {
+    /// Where all processes of users are.
+    pub(crate) fn user(&self) -> PathBuf {
         self.root.join(USER)
     }
 

@@ -3,7 +3,7 @@
 //! [`boot`] turns a bare kernel into a system: modules, disks, overlay. Then the services in [`api`] are served over the guest
 //! link, one HTTP/2 connection per epoch. [`process`] runs commands and keeps their output ([`output`]), [`reap`] is PID 1's duty to
 //! collect what has ended, [`group`] a cgroup for each, [`terminal`] what a shell has for stdin and stdout, [`users`] knows who is who,
-//! [`files`] acts as them, for gRPC and, in [`web`], for plain HTTP, [`ports`] knows who listens, [`usage`] what the guest uses, [`logs`] what its kernel and envd have said; [`spans`]
+//! [`files`] acts as them, for gRPC and, in [`web`], for plain HTTP, [`ports`] knows who listens, [`usage`] what the guest uses, [`memory`] when it gets little, [`logs`] what its kernel and envd have said; [`spans`]
 //! tells the node how calls went.
 //!
 //! [`identity`] makes the guest a session's, with its [`network`] and without the [`connections`] of whoever it was before; [`snapshot`]
@@ -36,6 +36,7 @@ mod group;
 mod identity;
 mod keeper;
 mod logs;
+mod memory;
 mod network;
 mod output;
 mod ports;
@@ -118,6 +119,7 @@ pub fn work(arguments: &[String]) -> Result<(), Failure> {
             processes.go_on(kept);
         }
         tokio::spawn(reap::run(processes.clone()));
+        tokio::spawn(memory::watch(Arc::clone(&guest)));
         tokio::spawn(keeper.clone().listen(processes.clone()));
         let served = Served {
             guest,

@@ -18,7 +18,7 @@ use std::{
 
 use futures::{Stream, stream};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use proto::envd::v1::{OomVictim, StreamLogsResponse};
+use proto::envd::v1::{MemoryShortage, OomVictim, StreamLogsResponse};
 use tokio::sync::watch;
 
 use crate::keeper::{Item, Keeper, Slot};
@@ -56,13 +56,25 @@ pub(crate) fn info(message: impl fmt::Display) {
 }
 
 fn say(severity: u8, message: impl fmt::Display) {
+    say_of(severity, message, None);
+}
+
+fn say_of(severity: u8, message: impl fmt::Display, about: Option<About>) {
     LOGS.put(Message {
         source: Source::Envd,
         severity,
         time: SystemTime::now(),
         text: message.to_string().into(),
-        oom_victim: None,
+        about: about.map(Box::new),
     });
+}
+
+/// Says that processes have little memory left.
+pub(crate) fn warn_of_memory(left: MemoryShortage) {
+    let mib = |bytes: u64| bytes >> 20;
+    let (available, total) = (mib(left.available_bytes), mib(left.total_bytes));
+    let text = format!("memory is short: {available} MiB of {total} MiB are left to processes");
+    say_of(WARNING, text, Some(About::Memory(left)));
 }
 
 /// A process the kernel has ended because there was no memory.
@@ -133,8 +145,15 @@ struct Message {
     severity: u8,
     time: SystemTime,
     text: Vec<u8>,
-    /// Whom it says the kernel has killed.
-    oom_victim: Option<Box<OomVictim>>,
+    /// What it says, for programs.
+    about: Option<Box<About>>,
+}
+
+#[derive(Debug, Clone)]
+enum About {
+    /// Whom the kernel has killed.
+    Kill(OomVictim),
+    Memory(MemoryShortage),
 }
 
 #[derive(Debug)]
@@ -151,6 +170,11 @@ impl Entry {
     /// For a reader who has seen all up to a number.
     fn answer(&self, seen: u64) -> StreamLogsResponse {
         let message = &self.message;
+        let (oom_victim, memory_shortage) = match message.about.as_deref() {
+            Some(About::Kill(victim)) => (Some(victim.clone()), None),
+            Some(About::Memory(left)) => (None, Some(*left)),
+            None => (None, None),
+        };
         StreamLogsResponse {
             sequence: self.sequence,
             time: Some(message.time.into()),
@@ -158,7 +182,8 @@ impl Entry {
             data: message.text.clone(),
             dropped: self.sequence - seen - 1,
             severity: message.severity.into(),
-            oom_victim: message.oom_victim.as_deref().cloned(),
+            oom_victim,
+            memory_shortage,
         }
     }
 }
@@ -334,7 +359,7 @@ mod tests {
             severity: INFORMATION,
             time: SystemTime::now(),
             text: text.into(),
-            oom_victim: None,
+            about: None,
         }
     }
 

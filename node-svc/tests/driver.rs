@@ -23,7 +23,7 @@ use node_svc::{
     vmm::{DEVICES, fake::Fake},
 };
 use proto::{
-    envd::v1::{OomVictim, StreamLogsResponse},
+    envd::v1::{MemoryShortage, OomVictim, StreamLogsResponse},
     node::v1::{
         Capacity, DeleteSnapshotRequest, ForkChild, ForkSessionRequest, PauseSessionRequest,
         ResumeSessionRequest, RollbackSessionRequest, SnapshotSessionRequest, StartSessionRequest,
@@ -325,6 +325,13 @@ async fn nonsense_of_a_guest_is_bounded_and_kills_are_noticed() {
         }),
         ..said(sequence, "Out of memory")
     };
+    let short = |sequence| StreamLogsResponse {
+        memory_shortage: Some(MemoryShortage {
+            available_bytes: u64::MAX,
+            total_bytes: 0,
+        }),
+        ..said(sequence, "short")
+    };
     let hostile = vec![
         StreamLogsResponse {
             source: "node".into(),
@@ -335,7 +342,9 @@ async fn nonsense_of_a_guest_is_bounded_and_kills_are_noticed() {
             severity: 1000,
             ..said(7, &"x".repeat(50_000))
         },
-        victim(u64::MAX - 2, 42),
+        victim(u64::MAX - 4, 42),
+        short(u64::MAX - 3),
+        short(u64::MAX - 2),
         victim(u64::MAX - 1, 43),
         said(3, "not again"),
         said(u64::MAX, "end"),
@@ -359,19 +368,20 @@ async fn nonsense_of_a_guest_is_bounded_and_kills_are_noticed() {
         assert!(number < 1 << 21);
     }
     soon(async {
-        while node.hosted.notices().is_empty() {
+        while node.hosted.notices().len() < 2 {
             tokio::task::yield_now().await;
         }
     })
     .await;
     let notices = node.hosted.notices();
-    assert_eq!(notices.len(), 1, "{notices:?}");
+    assert_eq!(notices.len(), 2, "{notices:?}");
+    assert_eq!(notices[1].r#type, "MEMORY_PRESSURE");
     assert_eq!(
         (&*notices[0].r#type, &*notices[0].session_id),
         ("OOM_KILLED", &*id)
     );
     assert_eq!(notices[0].message, event);
-    node.hosted.noted(1);
+    node.hosted.noted(2);
     assert!(node.hosted.notices().is_empty());
 }
 

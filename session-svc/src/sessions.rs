@@ -42,7 +42,8 @@ use template::{Templates, sized};
 /// How often a change is tried anew when others were faster.
 const UPDATE_TRIES: usize = 8;
 /// What nodes notice.
-const NOTICES: [&str; 4] = [
+const NOTICES: [&str; 5] = [
+    "MEMORY_PRESSURE",
     "OOM_KILLED",
     "GUEST_SILENT",
     "GUEST_ANSWERS",

@@ -17,7 +17,7 @@ use nix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{LOGS, Message, OomKill, Source, note_kill, warn};
+use super::{About, LOGS, Message, OomKill, Source, note_kill, warn};
 use crate::{
     freezer::USER,
     keeper::{Keeper, Slot},
@@ -82,7 +82,7 @@ async fn try_follow(keeper: &Keeper, left: Option<File>) -> io::Result<()> {
 
 /// `chosen` is whom the kernel has said it will kill.
 fn take(record: Record, is_old: bool, chosen: &mut Option<OomKill>) {
-    let mut oom_victim = None;
+    let mut about = None;
     if record.source == Source::Kernel {
         if let Some(choice) = choice(&record.text) {
             *chosen = Some(choice);
@@ -90,10 +90,10 @@ fn take(record: Record, is_old: bool, chosen: &mut Option<OomKill>) {
             kill.group = chosen
                 .take_if(|chosen| chosen.pid == kill.pid)
                 .and_then(|chosen| chosen.group);
-            oom_victim = Some(Box::new(OomVictim {
+            about = Some(Box::new(About::Kill(OomVictim {
                 pid: kill.pid,
                 command: kill.command.clone(),
-            }));
+            })));
             note_kill(kill);
         }
     }
@@ -106,7 +106,7 @@ fn take(record: Record, is_old: bool, chosen: &mut Option<OomKill>) {
         severity: record.severity,
         time,
         text: record.text,
-        oom_victim,
+        about,
     });
 }
 

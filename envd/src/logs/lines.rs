@@ -65,7 +65,7 @@ impl Lines {
             severity: self.severity,
             time: SystemTime::now(),
             text: std::mem::take(&mut self.begun),
-            oom_victim: None,
+            about: None,
         });
     }
 }

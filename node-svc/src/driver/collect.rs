@@ -5,12 +5,13 @@
 //! length, bytes in time, numbers in how far they jump.
 
 use std::{
+    collections::HashMap,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
-use proto::envd::v1::{OomVictim, StreamLogsRequest, StreamLogsResponse};
+use proto::envd::v1::{MemoryShortage, OomVictim, StreamLogsRequest, StreamLogsResponse};
 use service_kit::errors::reason_of;
 use tokio::time::Instant;
 use tonic::Status;
@@ -50,7 +51,7 @@ pub(super) async fn collect(reach: Arc<Reach>, log: Arc<SessionLog>, hosted: Arc
         log,
         hosted,
         window: (Instant::now(), 0),
-        last_kill: None,
+        last_events: HashMap::new(),
     };
     loop {
         if let Err(status) = collector.follow().await {
@@ -70,7 +71,8 @@ struct Collector {
     hosted: Arc<Hosted>,
     /// Since when, and how many bytes.
     window: (Instant, usize),
-    last_kill: Option<Instant>,
+    /// When one of a kind was told last.
+    last_events: HashMap<&'static str, Instant>,
 }
 
 impl Collector {
@@ -130,8 +132,10 @@ impl Collector {
                         let dropped = message.sequence - seen - 1;
                         seen = message.sequence;
                         let victim = message.oom_victim.clone();
+                        let shortage = message.memory_shortage;
                         new.push(read(message, dropped));
                         new.extend(victim.and_then(|victim| self.kill(&victim)));
+                        new.extend(shortage.and_then(|left| self.shortage(left)));
                     }
                     Ok(_) => {}
                     Err(status) => failed = Some(status),
@@ -149,15 +153,27 @@ impl Collector {
 
     /// An event, unless one was just told.
     fn kill(&mut self, victim: &OomVictim) -> Option<NewMessage> {
-        let now = Instant::now();
-        if self.last_kill.is_some_and(|last| now - last < EVENT_PAUSE) {
-            return None;
-        }
-        self.last_kill = Some(now);
         let name: String = victim.command.escape_debug().take(LONGEST_NAME).collect();
         let pid = victim.pid;
         let text = format!("the guest's kernel killed {name} (PID {pid}) for want of memory");
-        Some(NewMessage::of_node(WARNING, "OOM_KILLED", text))
+        self.event("OOM_KILLED", text)
+    }
+
+    fn shortage(&mut self, left: MemoryShortage) -> Option<NewMessage> {
+        let mib = |bytes: u64| bytes >> 20;
+        let (available, total) = (mib(left.available_bytes), mib(left.total_bytes));
+        let text = format!("{available} MiB of {total} MiB of memory are left to processes");
+        self.event("MEMORY_PRESSURE", text)
+    }
+
+    fn event(&mut self, kind: &'static str, text: String) -> Option<NewMessage> {
+        let now = Instant::now();
+        let last = self.last_events.get(kind);
+        if last.is_some_and(|last| now - *last < EVENT_PAUSE) {
+            return None;
+        }
+        self.last_events.insert(kind, now);
+        Some(NewMessage::of_node(WARNING, kind, text))
     }
 
     /// Takes no more than is agreed.
