@@ -25,6 +25,7 @@ use std::{
     path::PathBuf,
     process::{Child, Command},
     rc::Rc,
+    thread,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -56,6 +57,7 @@ use packet::{Kind, Packet};
 /// One that was started so often in that time is not started again.
 const MOST_STARTS: usize = 10;
 const WINDOW: Duration = Duration::from_mins(1);
+const TRY_AGAIN: Duration = Duration::from_millis(200);
 /// The guest itself, among the numbers of processes.
 const GUEST: u64 = 0;
 
@@ -112,6 +114,8 @@ struct Store {
     last_number: u64,
     /// Data that has not come whole.
     begun: Vec<u8>,
+    /// A daemon has once begun to serve, so another one can.
+    has_served: bool,
 }
 
 impl Store {
@@ -190,7 +194,6 @@ struct Daemon {
     child: Child,
     socket: OwnedFd,
     outgoing: VecDeque<Outgoing>,
-    has_served: bool,
 }
 
 impl Daemon {
@@ -217,7 +220,6 @@ impl Daemon {
             child,
             socket: ours,
             outgoing,
-            has_served: false,
         })
     }
 
@@ -236,14 +238,14 @@ impl Daemon {
         Ok(())
     }
 
-    /// Takes what it has said so far.
-    fn hear(&mut self, store: &mut Store) -> io::Result<()> {
+    /// Takes what it has said so far; whether it may say more.
+    fn hear(&self, store: &mut Store) -> io::Result<bool> {
         loop {
             match packet::receive(&self.socket, MsgFlags::MSG_DONTWAIT) {
-                Ok(None) => return Ok(()),
-                Ok(Some((packet, _))) if packet.kind() == Kind::Ready => self.has_served = true,
+                Ok(None) => return Ok(false),
+                Ok(Some((packet, _))) if packet.kind() == Kind::Ready => store.has_served = true,
                 Ok(Some((packet, files))) => store.take(packet, files),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
                 Err(error) => return Err(error),
             }
         }
@@ -268,13 +270,22 @@ pub(crate) fn run(place: &Place) -> Result<(), Failure> {
             return Err(format!("the daemon died {MOST_STARTS} times in {WINDOW:?}").into());
         }
         starts.push_back(now);
-        let mut daemon = Daemon::start(place, &store)?;
+        let mut daemon = match Daemon::start(place, &store) {
+            Ok(daemon) => daemon,
+            // There may be no memory for it right now.
+            Err(error) if store.has_served => {
+                eprintln!("envd: the daemon does not start: {error}");
+                thread::sleep(TRY_AGAIN);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         let how = look_after(&mut daemon, &children, &mut store)?;
         // What it said before it died counts.
         daemon.hear(&mut store)?;
         store.begun.clear();
         eprintln!("envd: the daemon ended: {how}");
-        if !daemon.has_served {
+        if !store.has_served {
             return Err("the daemon could not begin".into());
         }
         let count = store.items.entry(GUEST).or_default();
@@ -321,33 +332,32 @@ fn look_after(
             };
             daemon.outgoing.push_back((packet, None));
         }
-        let alive = daemon.hear(store).and_then(|()| daemon.flush());
-        let mut wanted = PollFlags::POLLIN;
-        if !daemon.outgoing.is_empty() {
-            wanted |= PollFlags::POLLOUT;
+        let heard = daemon.hear(store).and_then(|open| {
+            daemon.flush()?;
+            Ok(open)
+        });
+        let mut fds = vec![PollFd::new(children.as_fd(), PollFlags::POLLIN)];
+        match heard {
+            Ok(true) => {
+                let mut wanted = PollFlags::POLLIN;
+                if !daemon.outgoing.is_empty() {
+                    wanted |= PollFlags::POLLOUT;
+                }
+                fds.push(PollFd::new(daemon.socket.as_fd(), wanted));
+            }
+            // It has ended, and is about to be collected.
+            Ok(false) => {}
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            Err(error) => {
+                eprintln!("envd: the daemon is ended, it cannot be heard: {error}");
+                daemon.child.kill()?;
+            }
         }
-        let socket = PollFd::new(daemon.socket.as_fd(), wanted);
-        let mut fds = [PollFd::new(children.as_fd(), PollFlags::POLLIN), socket];
-        // One that has hung up is about to be collected.
-        let is_gone = alive.is_err() || fds_hung_up(&mut fds)?;
-        let count = if is_gone { 1 } else { 2 };
-        let waited = poll(fds.get_mut(..count).unwrap_or_default(), PollTimeout::NONE);
-        if let Err(error) = waited
-            && error != Errno::EINTR
-        {
-            return Err(error.into());
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
         }
     }
-}
-
-fn fds_hung_up(fds: &mut [PollFd<'_>; 2]) -> io::Result<bool> {
-    match poll(fds, PollTimeout::ZERO) {
-        Ok(_) | Err(Errno::EINTR) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let [_, socket] = fds;
-    let events = socket.revents().unwrap_or(PollFlags::empty());
-    Ok(events.contains(PollFlags::POLLHUP) && !events.contains(PollFlags::POLLIN))
 }
 
 #[cfg(test)]

@@ -303,6 +303,14 @@ async fn feed_stdin(process: Remote) {
             }
             match process.send_input(offset, part.freeze()).await {
                 Ok(next) => offset = next,
+                Err(error) if is_uncertain(&error) => {
+                    // It must not take a part for the whole.
+                    eprintln!("sandmesh: stdin: {error}; the command is ended");
+                    if let Err(error) = process.signal(nix::libc::SIGTERM).await {
+                        eprintln!("sandmesh: {error}");
+                    }
+                    return;
+                }
                 // The command does not read any more; its exit says the rest.
                 Err(_) => return,
             }
@@ -315,6 +323,11 @@ async fn feed_stdin(process: Remote) {
         () = feed => {}
         () = read => {}
     }
+}
+
+/// Whether it is not known if some of the input arrived. It is said once, and from then on counts as written.
+fn is_uncertain(error: &sdk::Error) -> bool {
+    error.reason().as_deref() == Some("INPUT_UNCERTAIN")
 }
 
 /// Passes keys on. `left` hears when the user wants to leave.
@@ -346,10 +359,15 @@ async fn type_keys(process: Remote, mut offset: Option<u64>, left: Option<Cancel
             continue;
         }
         // With an offset a call that broke is made again, and nothing is typed twice.
-        let taken = match offset {
-            Some(at) => process.send_input(at, typed).await,
-            None => process.append_input(typed).await,
+        let send = async || match offset {
+            Some(at) => process.send_input(at, typed.clone()).await,
+            None => process.append_input(typed.clone()).await,
         };
+        let mut taken = send().await;
+        if taken.as_ref().is_err_and(is_uncertain) {
+            // Whoever types sees what has come of it, and what was typed after that is wanted.
+            taken = send().await;
+        }
         match (taken, &mut offset) {
             (Ok(next), Some(at)) => *at = next,
             (Ok(_), None) => {}

@@ -26,6 +26,9 @@ use crate::{
     terminal::{END_OF_FILE, Terminal},
 };
 
+/// Written to a pipe at once, or not at all (pipe(7), `PIPE_BUF`).
+const PIECE: usize = 4 << 10;
+
 #[derive(Debug)]
 pub(super) struct Input {
     pub(super) sink: Option<Sink>,
@@ -156,8 +159,9 @@ impl Process {
                 _ = ended.wait_for(Option::is_some) => Err(io::ErrorKind::BrokenPipe.into()),
             };
             let written = writable.and_then(|()| {
-                progress.begin(&self.keeper, self.number, fresh.len())?;
-                let written = open.try_write(fresh);
+                let piece = fresh.get(..PIECE).unwrap_or(fresh);
+                progress.begin(&self.keeper, self.number, piece.len())?;
+                let written = open.try_write(piece);
                 progress.end(*written.as_ref().unwrap_or(&0))?;
                 written
             });
