@@ -12,7 +12,7 @@ use std::{
 
 use e2e::{Mesh, guest, how_many, http, small};
 use nix::sys::signal::{Signal, kill};
-use proto::session::v1::{Resources, Session, SessionState};
+use proto::session::v1::{PortReadiness, Resources, Session, SessionState};
 use sdk::{Command, NewFork, NewSession, Sandbox};
 use tonic::Code;
 
@@ -496,4 +496,35 @@ async fn a_new_envd_reaches_what_starts_and_what_has_another_is_told() {
         let sandbox = client.sandbox(session).unwrap();
         assert_eq!(output(&sandbox, "echo here").await, "here");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_waits_for_a_good_answer_at_a_port() {
+    let mesh = Mesh::start(&[]);
+    let client = mesh.client();
+    let new = NewSession {
+        request_id: "with-a-port".into(),
+        wait_for_port: Some(PortReadiness {
+            port: 8000,
+            http_path: "/".into(),
+            timeout: Duration::from_secs(10).try_into().ok(),
+        }),
+        ..small()
+    };
+    // Nothing listens in a new one, and it stays for whoever wants to see why.
+    let early = client.create(new.clone()).await.unwrap_err();
+    assert_eq!(early.code(), Some(Code::DeadlineExceeded), "{early}");
+    assert_eq!(early.reason().as_deref(), Some("PORT_CLOSED"));
+    let id = early.fact("sessionId").unwrap();
+    let session = client.get(&id).await.unwrap();
+    assert_eq!(session.state(), SessionState::Running);
+    let sandbox = client.sandbox(&session).unwrap();
+    guest::upload(&sandbox, env!("CARGO_BIN_EXE_guest-server")).await;
+    // The same request is the same session, and waits again.
+    let serve = guest::serve(&sandbox, "127.0.0.1:8000");
+    let (ready, _server) = tokio::join!(client.create(new), serve);
+    let ready = ready.unwrap();
+    assert_eq!(ready.session_id, id);
+    let host = ready.host.replace("{port}", "8000");
+    assert_eq!(http::get(mesh.edge(), &host, "/", &[]).await.status, 200);
 }
