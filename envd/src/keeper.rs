@@ -12,6 +12,9 @@
 //! one that died are the kernel's gift to init, which tells the next how they ended. How a child ended is kept before it is collected, so
 //! it is known whatever dies.
 //!
+//! What the daemon says waits in the socket, until somebody waits for a descriptor to be closed, or there is much of it, or the daemon is dead: a
+//! keeper that woke for every word would cost each process, however short, eight changes between the two.
+//!
 //! The keeper does nothing else, and nothing that waits: a guest whose init dies is at its end. It is one thread, and takes from the daemon,
 //! which is the same program, without further questions. A daemon that cannot begin, or dies again and again, takes the guest with it.
 
@@ -58,6 +61,9 @@ use packet::{Kind, Packet};
 const MOST_STARTS: usize = 10;
 const WINDOW: Duration = Duration::from_mins(1);
 const TRY_AGAIN: Duration = Duration::from_millis(200);
+/// Wakes the keeper to read what the daemon has said. For init, too, a signal that is blocked is not ignored (Linux, kernel/signal.c,
+/// `sig_ignored`).
+const BELL: Signal = Signal::SIGUSR1;
 /// The guest itself, among the numbers of processes.
 const GUEST: u64 = 0;
 
@@ -238,14 +244,14 @@ impl Daemon {
         Ok(())
     }
 
-    /// Takes what it has said so far; whether it may say more.
-    fn hear(&self, store: &mut Store) -> io::Result<bool> {
+    /// Takes what it has said so far.
+    fn hear(&self, store: &mut Store) -> io::Result<()> {
         loop {
             match packet::receive(&self.socket, MsgFlags::MSG_DONTWAIT) {
-                Ok(None) => return Ok(false),
+                Ok(None) => return Ok(()),
                 Ok(Some((packet, _))) if packet.kind() == Kind::Ready => store.has_served = true,
                 Ok(Some((packet, files))) => store.take(packet, files),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
@@ -255,10 +261,11 @@ impl Daemon {
 /// Runs until the guest is powered off, or the daemon cannot be helped.
 pub(crate) fn run(place: &Place) -> Result<(), Failure> {
     set_child_subreaper(true)?;
-    let mut children = SigSet::empty();
-    children.add(Signal::SIGCHLD);
-    children.thread_block()?;
-    let children = SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGCHLD);
+    signals.add(BELL);
+    signals.thread_block()?;
+    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let mut store = Store::default();
     let mut starts: VecDeque<Instant> = VecDeque::new();
     loop {
@@ -280,7 +287,7 @@ pub(crate) fn run(place: &Place) -> Result<(), Failure> {
             }
             Err(error) => return Err(error),
         };
-        let how = look_after(&mut daemon, &children, &mut store)?;
+        let how = look_after(&mut daemon, &signals, &mut store)?;
         // What it said before it died counts.
         daemon.hear(&mut store)?;
         store.begun.clear();
@@ -298,12 +305,14 @@ pub(crate) fn run(place: &Place) -> Result<(), Failure> {
 /// Until the daemon has ended; how it did.
 fn look_after(
     daemon: &mut Daemon,
-    children: &SignalFd,
+    signals: &SignalFd,
     store: &mut Store,
 ) -> Result<String, Failure> {
     let own = i32::try_from(daemon.child.id())?;
     loop {
-        while children.read_signal()?.is_some() {}
+        while signals.read_signal()?.is_some() {}
+        // Whose child has ended may just have been said.
+        let heard = daemon.hear(store);
         let mut has_orphans = false;
         while let Ok(Some(ended)) = spawn::wait4(-1) {
             if ended.pid == own {
@@ -332,21 +341,11 @@ fn look_after(
             };
             daemon.outgoing.push_back((packet, None));
         }
-        let heard = daemon.hear(store).and_then(|open| {
-            daemon.flush()?;
-            Ok(open)
-        });
-        let mut fds = vec![PollFd::new(children.as_fd(), PollFlags::POLLIN)];
-        match heard {
-            Ok(true) => {
-                let mut wanted = PollFlags::POLLIN;
-                if !daemon.outgoing.is_empty() {
-                    wanted |= PollFlags::POLLOUT;
-                }
-                fds.push(PollFd::new(daemon.socket.as_fd(), wanted));
-            }
+        let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+        match heard.and_then(|()| daemon.flush()) {
+            Ok(()) if daemon.outgoing.is_empty() => {}
+            Ok(()) => fds.push(PollFd::new(daemon.socket.as_fd(), PollFlags::POLLOUT)),
             // It has ended, and is about to be collected.
-            Ok(false) => {}
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             Err(error) => {
                 eprintln!("envd: the daemon is ended, it cannot be heard: {error}");

@@ -12,19 +12,22 @@ use std::{
 use nix::{
     sys::{
         prctl::{set_child_subreaper, set_name, set_pdeathsig},
-        signal::{SigSet, Signal},
+        signal::{SigSet, Signal, kill},
         socket::MsgFlags,
     },
-    unistd::dup2_stdin,
+    unistd::{dup2_stdin, getppid},
 };
 use prost::Message;
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
-    GUEST,
+    BELL, GUEST,
     packet::{self, Kind, Packet, Slot},
 };
 use crate::{descriptors, logs, process::Processes, spawn::Ended};
+
+/// Packets that wait in the socket until the keeper is woken.
+const MOST_WAITING: usize = 64;
 
 /// How a child ended, as it is kept.
 #[derive(Clone, PartialEq, Message)]
@@ -76,8 +79,41 @@ pub(crate) fn number_of(word: &[u8]) -> Option<u64> {
 /// Keeps what is given for the next daemon. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Keeper {
-    /// Held while the parts of one word are sent. Without one, nothing is kept.
-    socket: Option<Arc<Mutex<OwnedFd>>>,
+    /// Without one, nothing is kept.
+    line: Option<Arc<Mutex<Line>>>,
+}
+
+/// The way to the keeper; held while the parts of one word are sent.
+#[derive(Debug)]
+struct Line {
+    socket: OwnedFd,
+    /// Packets that it may not have read.
+    waiting: usize,
+}
+
+impl Line {
+    fn send(&mut self, packet: &Packet, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let socket = self.socket.as_fd();
+        match packet::send(socket, packet, files, MsgFlags::MSG_DONTWAIT) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.waiting = 0;
+                ring()?;
+                packet::send(socket, packet, files, MsgFlags::empty())?;
+            }
+            sent => sent?,
+        }
+        self.waiting += 1;
+        if self.waiting == MOST_WAITING {
+            self.waiting = 0;
+            ring()?;
+        }
+        Ok(())
+    }
+}
+
+/// Wakes the keeper to read what was sent.
+fn ring() -> io::Result<()> {
+    Ok(kill(getppid(), BELL)?)
 }
 
 /// What was kept of one process, or of the guest.
@@ -126,7 +162,7 @@ impl Keeper {
     /// Keeps nothing; for tests of what has no process.
     #[cfg(test)]
     pub(crate) fn none() -> Self {
-        Self { socket: None }
+        Self { line: None }
     }
 
     /// Becomes the daemon of the keeper that is at stdin: takes what was kept, and what orphans come. Blocking.
@@ -150,23 +186,35 @@ impl Keeper {
             }
             kept.take(packet, files);
         }
-        let socket = Some(Arc::new(Mutex::new(socket)));
-        Ok((Self { socket }, kept))
+        let line = Line { socket, waiting: 0 };
+        let line = Some(Arc::new(Mutex::new(line)));
+        Ok((Self { line }, kept))
     }
 
+    /// Sends it, to be read whenever the keeper is awake, or the daemon dead.
     fn send(&self, packet: Packet, files: &[BorrowedFd<'_>]) {
-        let Some(socket) = &self.socket else { return };
-        let socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(line) = &self.line else { return };
+        let mut line = line.lock().unwrap_or_else(PoisonError::into_inner);
         let parts = packet.parts();
         let last = parts.len().saturating_sub(1);
         for (at, part) in parts.iter().enumerate() {
             let files = if at == last { files } else { &[] };
-            if let Err(error) = packet::send(socket.as_fd(), part, files, MsgFlags::empty()) {
+            if let Err(error) = line.send(part, files) {
                 logs::warn(format_args!(
                     "a next daemon would not know of this: {error}"
                 ));
                 return;
             }
+        }
+    }
+
+    /// Sends it, to be read now: somebody waits for a descriptor to be closed.
+    fn send_now(&self, packet: Packet) {
+        self.send(packet, &[]);
+        if self.line.is_some()
+            && let Err(error) = ring()
+        {
+            logs::warn(format_args!("the keeper does not hear: {error}"));
         }
     }
 
@@ -219,8 +267,9 @@ impl Keeper {
         self.keep(GUEST, &[(slot, file)], None);
     }
 
-    /// Keeps how a process ended, in place of what it needed to run.
-    pub(crate) fn keep_exited(&self, number: u64, exited: &impl Message) {
+    /// Keeps how a process ended, in place of what it needed to run. What it has started, and is still there, gets to know that nobody is at
+    /// the other end of its pipes and terminals.
+    pub(crate) fn keep_exited(&self, number: u64, exited: &impl Message, is_survived: bool) {
         let removed = [
             Slot::Ended,
             Slot::Stdin,
@@ -238,17 +287,21 @@ impl Keeper {
             removed: removed.map(i32::from).to_vec(),
             ..Packet::default()
         };
-        self.send(packet, &[]);
+        if is_survived {
+            self.send_now(packet);
+        } else {
+            self.send(packet, &[]);
+        }
     }
 
-    /// Keeps that no more.
+    /// Keeps that no more, and closes it.
     pub(crate) fn remove(&self, number: u64, slots: &[Slot]) {
         let packet = Packet {
             number,
             removed: slots.iter().map(|slot| (*slot).into()).collect(),
             ..Packet::default()
         };
-        self.send(packet, &[]);
+        self.send_now(packet);
     }
 
     /// Keeps nothing of a process any more.
@@ -278,12 +331,13 @@ impl Keeper {
     }
 
     async fn try_listen(&self, processes: &Processes) -> io::Result<()> {
-        let Some(socket) = &self.socket else {
+        let Some(line) = &self.line else {
             return Ok(());
         };
-        let socket = socket
+        let socket = line
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+            .socket
             .try_clone()?;
         let socket = descriptors::register(socket, Interest::READABLE)?;
         loop {

@@ -26,6 +26,10 @@ const PIPE: i32 = 256 << 10;
 /// What a pipe can hold at most, unless root in the guest allows more (`pipe-max-size` of proc_sys_fs(5)).
 pub(super) const LARGEST_PIPE: u64 = 1 << 20;
 
+const SMALL: usize = 16 << 10;
+/// The kernel gives no more of a terminal at once than 4 KiB (drivers/tty/n_tty.c, `N_TTY_BUF_SIZE`).
+const SMALL_AT_TERMINAL: usize = 2 << 10;
+
 /// One stream.
 #[derive(Debug)]
 pub(super) enum Source {
@@ -66,6 +70,14 @@ impl Source {
                 (Slot::FromTerminal, side.leave.as_fd()),
                 (Slot::ToTerminal, side.enter.as_fd()),
             ],
+        }
+    }
+
+    /// Less than so many bytes are a small write: a program that writes much fills most of what there is room for.
+    pub(super) fn small(&self) -> usize {
+        match self {
+            Self::Nothing | Self::Pipe(_) => SMALL,
+            Self::Terminal(..) => SMALL_AT_TERMINAL,
         }
     }
 

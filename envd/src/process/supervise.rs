@@ -27,8 +27,7 @@ use crate::{
 const HELD_OPEN: Duration = Duration::from_secs(1);
 /// How often that is waited for once more while something still comes, and no reader holds it back.
 const HELD_OPEN_TIMES: u32 = 4;
-/// Less than this is a small write, and no two of them are moved sooner after each other than that.
-const SMALL: usize = 16 << 10;
+/// No two small writes are moved sooner after each other than that.
 const PACE: Duration = Duration::from_millis(2);
 /// As many are named in the exit event.
 const MOST_VICTIMS: usize = 16;
@@ -131,7 +130,10 @@ pub(super) async fn supervise(
         left_running: process.is_survived(),
         oom_victims,
     };
-    process.keeper.keep_exited(process.number, &exited);
+    let is_survived = held_open || exited.left_running || process.has_terminal();
+    process
+        .keeper
+        .keep_exited(process.number, &exited, is_survived);
     processes.retire(&process);
     process.exited.send_replace(Some(exited));
 }
@@ -233,7 +235,7 @@ async fn drain(source: Source, mut sink: Sink, stop: CancellationToken) {
             let is_ending = source.ready().await?;
             if !is_ending
                 && let Some((moved, count)) = last
-                && count < SMALL
+                && count < source.small()
                 && let Some(early) = PACE.checked_sub(moved.elapsed())
             {
                 // What comes meanwhile waits where it is.
