@@ -535,14 +535,16 @@ impl Driver {
 
     /// The link broke while the VMM lives: it is made anew, or the guest is beyond help.
     async fn reach_again(&mut self) -> Result<(), Ended> {
-        if self.vm.is_none() {
-            return Ok(());
-        }
         let restarts = self.envd_restarts;
         let limit = Instant::now() + self.shop.boot_timeout;
         let (guest, over) = loop {
-            // A guest that breaks it again and again costs no more than this.
-            tokio::time::sleep(REACH_AGAIN).await;
+            let Some(vm) = self.vm.as_mut() else {
+                return Ok(());
+            };
+            // A guest that breaks it again and again costs no more than this. What broke it may be the end of its VMM.
+            if let Ok(exit) = tokio::time::timeout(REACH_AGAIN, vm.wait()).await {
+                return Err(self.failed(&exit).await);
+            }
             match self.reach().await {
                 Ok(reached) => break reached,
                 Err(DriveError::Vmm(VmmError::Ended(exit))) => {

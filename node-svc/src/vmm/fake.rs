@@ -114,7 +114,28 @@ struct FakeVm {
     guests: Vec<DropGuard>,
 }
 
+/// A process is collected after its channels have broken.
+const SEEN_LATER: std::time::Duration = std::time::Duration::from_millis(50);
+
+/// Never, if it cannot die.
+async fn died(dies: Option<watch::Receiver<bool>>) {
+    if let Some(mut dies) = dies
+        && dies.wait_for(|dies| *dies).await.is_ok()
+    {
+        return;
+    }
+    std::future::pending::<()>().await;
+}
+
 impl FakeVm {
+    /// Whether its control channel is still there.
+    fn answer(&self) -> Result<(), VmmError> {
+        if self.dies.as_ref().is_some_and(|dies| *dies.borrow()) {
+            return Err(VmmError::Control(std::io::ErrorKind::BrokenPipe.into()));
+        }
+        Ok(())
+    }
+
     fn put(&self, to: &Path) -> Result<(), VmmError> {
         if self.disk_full.as_ref().is_some_and(|full| *full.borrow()) {
             return Err(VmmError::Control(std::io::ErrorKind::StorageFull.into()));
@@ -132,7 +153,7 @@ impl Vm for FakeVm {
     fn moved(&mut self, _: &Path) {}
 
     async fn run(&mut self) -> Result<(), VmmError> {
-        Ok(())
+        self.answer()
     }
 
     async fn pause(&mut self) -> Result<(), VmmError> {
@@ -152,7 +173,21 @@ impl Vm for FakeVm {
     }
 
     async fn connect(&mut self, _: Instant) -> Result<Box<dyn LinkStream>, VmmError> {
-        let (ours, guests) = tokio::io::duplex(PIPE);
+        self.answer()?;
+        let (ours, mut far) = tokio::io::duplex(PIPE);
+        let (mut near, guests) = tokio::io::duplex(PIPE);
+        let dies = self.dies.clone();
+        // As a VMM's channel, which ends with it, whatever the guest would still say.
+        tokio::spawn(async move {
+            tokio::select! {
+                () = died(dies) => {}
+                ended = tokio::io::copy_bidirectional(&mut far, &mut near) => {
+                    if let Err(error) = ended {
+                        tracing::debug!(%error, "the link to a fake guest broke");
+                    }
+                }
+            }
+        });
         let one_less = |left: u32| left.checked_sub(1);
         if self
             .cut
@@ -183,12 +218,9 @@ impl Vm for FakeVm {
     }
 
     async fn wait(&mut self) -> VmExit {
-        if let Some(dies) = self.dies.as_mut()
-            && dies.wait_for(|dies| *dies).await.is_ok()
-        {
-            return VmExit::Signal(9);
-        }
-        std::future::pending().await
+        died(self.dies.clone()).await;
+        tokio::time::sleep(SEEN_LATER).await;
+        VmExit::Signal(9)
     }
 
     async fn last_words(&mut self) -> LastWords {
