@@ -1,8 +1,8 @@
 //! envd: the daemon inside the guest, and the guest's init.
 //!
 //! [`boot`] turns a bare kernel into a system: modules, disks, overlay. Then the services in [`api`] are served over the guest
-//! link, one HTTP/2 connection per epoch. [`process`] runs commands and keeps their output ([`output`]), [`reap`] is PID 1's duty to
-//! collect what has ended, [`group`] a cgroup for each, [`terminal`] what a shell has for stdin and stdout, [`users`] knows who is who,
+//! link, one HTTP/2 connection per epoch. [`process`] runs commands and keeps their output ([`output`]), [`reap`] collects
+//! what has ended, [`keeper`] is PID 1 and starts all of this again if it dies, [`group`] a cgroup for each, [`terminal`] what a shell has for stdin and stdout, [`users`] knows who is who,
 //! [`files`] acts as them, for gRPC and, in [`web`], for plain HTTP, [`ports`] knows who listens, [`usage`] what the guest uses, [`memory`] when it gets little, [`logs`] what its kernel and envd have said; [`spans`]
 //! tells the node how calls went.
 //!

@@ -236,8 +236,8 @@ async fn a_client_that_vanishes_closes_the_connection() {
 async fn a_client_that_vanishes_leaves_no_connection_to_a_server_that_does_not_read() {
     let mut world = World::new().await;
     let before = world.printed(OPEN_FILES).await;
-    // What was printed is kept, by both.
-    let before: u32 = before.trim().parse::<u32>().unwrap() + 2;
+    // What was printed is kept.
+    let before: u32 = before.trim().parse::<u32>().unwrap() + 1;
     let (forward, _socket) = pair(&world).await;
     let megabyte = vec![0; 1 << 20];
     let stuck = async {
@@ -486,18 +486,23 @@ async fn a_wait_in_vain_names_the_port_and_what_was_answered() {
     let unopened = unopened.local_addr().unwrap().port().into();
     let (listener, open) = listen().await;
     let served = tokio::spawn(async move {
-        loop {
+        'next: loop {
             let (mut socket, _) = listener.accept().await.unwrap();
             let mut head = Vec::new();
             while !head.ends_with(b"\r\n\r\n") {
-                head.push(socket.read_u8().await.unwrap());
+                match socket.read_u8().await {
+                    Ok(byte) => head.push(byte),
+                    // Whoever asked had no more time.
+                    Err(_) => continue 'next,
+                }
             }
             let answer = if head.starts_with(b"GET /good ") {
                 "HTTP/1.1 204 No Content\r\n\r\n"
             } else {
                 "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"
             };
-            socket.write_all(answer.as_bytes()).await.unwrap();
+            // As above.
+            let _ = socket.write_all(answer.as_bytes()).await;
         }
     });
     for (port, path, words) in [

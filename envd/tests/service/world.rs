@@ -262,9 +262,8 @@ impl World {
     }
 }
 
-/// Counts the open files of envd, keeper and daemon.
-pub(crate) const OPEN_FILES: &str =
-    "ls /proc/1/fd /proc/$(cut -d' ' -f1 /proc/1/task/1/children)/fd | grep -c '^[0-9]'";
+/// Counts the open files of the daemon.
+pub(crate) const OPEN_FILES: &str = "ls /proc/$(cut -d' ' -f1 /proc/1/task/1/children)/fd | wc -l";
 
 impl Drop for World {
     fn drop(&mut self) {
