@@ -17,11 +17,13 @@ use std::{
 };
 
 use futures::{Stream, stream};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use proto::envd::v1::{MemoryShortage, OomVictim, StreamLogsResponse};
 use tokio::sync::watch;
 
-use crate::keeper::{Item, Keeper, Slot};
+use crate::{
+    descriptors,
+    keeper::{Item, Keeper, Slot},
+};
 
 pub(crate) mod kmsg;
 mod lines;
@@ -271,8 +273,7 @@ pub(crate) fn go_on(keeper: &Keeper, left: &mut Item) -> io::Result<()> {
     let number = if let Some(number) = left.file(Slot::LastMessage) {
         number
     } else {
-        let number = File::from(memfd_create(c"messages", MFdFlags::MFD_CLOEXEC)?);
-        number.set_len(8)?;
+        let number = descriptors::memory_file("messages", 8)?;
         keeper.keep_file_of_guest(Slot::LastMessage, number.as_fd());
         number
     };

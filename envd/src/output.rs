@@ -34,16 +34,14 @@ use bytes::{Bytes, BytesMut};
 use nix::{
     fcntl::{FallocateFlags, SpliceFFlags, fallocate, splice},
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::{
-        memfd::{MFdFlags, memfd_create},
-        sendfile::sendfile64,
-    },
+    sys::sendfile::sendfile64,
     unistd::{Whence, lseek64},
 };
 use proto::envd::v1::Backpressure;
 use tokio::sync::Notify;
 
 use crate::{
+    descriptors,
     keeper::{Keeper, Slot},
     logs,
 };
@@ -162,7 +160,7 @@ impl Ring {
         let file = if let Some(file) = &self.newest {
             file
         } else {
-            let file = File::from(memfd_create(c"output", MFdFlags::MFD_CLOEXEC)?);
+            let file = descriptors::memory_file("output", 0)?;
             let files = [(self.home.memory, file.as_fd())];
             self.home.keeper.keep(self.home.number, &files, None);
             self.newest.insert(file)

@@ -22,6 +22,7 @@ use nix::{
 
 use crate::{group::Group, logs, terminal, users::User};
 
+/// Nine times the part of the CPU that a process with the usual 0 has (Linux, kernel/sched/core.c, `sched_prio_to_weight`).
 const AHEAD: i32 = -10;
 /// Files a process may have open, as at a login, and how far it may raise that (getrlimit(2)).
 const OPEN_FILES: (u64, u64) = (1024, 1 << 19);

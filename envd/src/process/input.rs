@@ -15,12 +15,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use tokio::net::unix::pipe;
 use tonic::{Code, Status};
 
 use super::Process;
 use crate::{
+    descriptors,
     errors::{refuse, refuse_with},
     keeper::{Keeper, Slot},
     terminal::{END_OF_FILE, Terminal},
@@ -93,8 +93,7 @@ impl Progress {
     /// Keeps it, and notes what is about to be written.
     fn begin(&mut self, keeper: &Keeper, number: u64, length: usize) -> io::Result<()> {
         if self.file.is_none() {
-            let file = File::from(memfd_create(c"input", MFdFlags::MFD_CLOEXEC)?);
-            file.set_len(16)?;
+            let file = descriptors::memory_file("input", 16)?;
             keeper.keep(number, &[(Slot::Input, file.as_fd())], None);
             self.file = Some(file);
         }
