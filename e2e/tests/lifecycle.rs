@@ -110,7 +110,10 @@ async fn a_session_is_paused_and_resumed_as_it_was() {
         assert_eq!(output(&sandbox, "cat ~/file").await, "kept");
         assert_eq!(identity(&sandbox).await, before, "round {round}");
         let now = count(&sandbox).await;
-        assert!(now > last, "the counter is the same process, and goes on");
+        assert!(
+            now > last,
+            "the counter is the same process, and goes on: {now} after {last} in round {round}"
+        );
         last = now;
         let clock: u64 = output(&sandbox, "date +%s").await.parse().unwrap();
         let host = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();

@@ -73,7 +73,6 @@ pub fn init() -> Result<(), Failure> {
         boot::LinkDevice::Vsock => Place::Vsock,
     };
     spawn::raise_own_limits();
-    spawn::raise_own_priority();
     keeper::run(&place)
 }
 

@@ -594,8 +594,9 @@ fn spawn_in(
 ) -> io::Result<Spawned> {
     let (terminal, stdio) = if let Some(size) = request.terminal {
         let (ours, theirs) = Terminal::open(size, user)?;
-        let side = Side::new()?;
-        (Some((Arc::new(ours), side)), Stdio::Terminal(theirs))
+        let ours = Arc::new(ours);
+        let source = Source::terminal(Arc::clone(&ours), Side::new()?)?;
+        (Some((ours, source)), Stdio::Terminal(theirs))
     } else {
         let stdin = request.stdin() == StdinMode::Pipe;
         (None, Stdio::Pipes { stdin })
@@ -611,11 +612,11 @@ fn spawn_in(
         group,
     })?;
     let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
-    if let Some((terminal, side)) = terminal {
+    if let Some((terminal, stdout)) = terminal {
         return Ok(Spawned {
             pid,
             sink: Some(Sink::Terminal(Arc::clone(&terminal))),
-            stdout: Source::Terminal(Arc::clone(&terminal), side),
+            stdout,
             stderr: Source::Nothing,
             terminal: Some(terminal),
         });

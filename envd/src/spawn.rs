@@ -22,8 +22,6 @@ use nix::{
 
 use crate::{group::Group, logs, terminal, users::User};
 
-/// Nine times the part of the CPU that a process with the usual 0 has (Linux, kernel/sched/core.c, `sched_prio_to_weight`).
-const AHEAD: i32 = -10;
 /// Files a process may have open, as at a login, and how far it may raise that (getrlimit(2)).
 const OPEN_FILES: (u64, u64) = (1024, 1 << 19);
 
@@ -95,7 +93,6 @@ pub(crate) fn spawn(plan: Plan<'_>) -> io::Result<Child> {
                 terminal::take_control()?;
             }
             restore_oom_score();
-            set_nice(0);
             setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
             if let Some(entrance) = &entrance {
                 write(entrance.as_fd(), b"0")?;
@@ -119,19 +116,6 @@ pub(crate) fn raise_own_limits() {
     if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
         logs::warn(format_args!("the limit of open files: {error}"));
     }
-}
-
-/// Ahead of what users run, however many those are: envd must answer.
-pub(crate) fn raise_own_priority() {
-    if !set_nice(AHEAD) {
-        logs::warn("envd has no more of the CPU than anybody");
-    }
-}
-
-/// How nice the calling thread and what it starts are (setpriority(2)).
-fn set_nice(nice: i32) -> bool {
-    // SAFETY: setpriority(2) is one system call, and its arguments are numbers.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) == 0 }
 }
 
 /// envd itself is protected from the out-of-memory killer; what it starts is not (proc_pid_oom_score_adj(5)).

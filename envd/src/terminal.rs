@@ -20,7 +20,6 @@ use crate::{descriptors, users::User};
 
 /// What the group `tty` is in every distribution; write(1) is of it.
 const TTY_GROUP: u32 = 5;
-const BOTH: Interest = Interest::READABLE.add(Interest::WRITABLE);
 /// VEOF as a terminal begins with it (termios(3)).
 pub(crate) const END_OF_FILE: u8 = 4;
 
@@ -40,6 +39,26 @@ fn winsize(size: TerminalSize) -> Winsize {
         ws_col: characters(size.cols),
         ws_xpixel: 0,
         ws_ypixel: 0,
+    }
+}
+
+/// Moves what the process wrote from our side into a pipe that has room; 0 once nobody has the terminal open any more.
+pub(crate) fn move_to(
+    ours: BorrowedFd<'_>,
+    pipe: BorrowedFd<'_>,
+    most: usize,
+) -> io::Result<usize> {
+    match splice(
+        ours,
+        None,
+        pipe,
+        None,
+        most,
+        SpliceFFlags::SPLICE_F_NONBLOCK,
+    ) {
+        // All other sides are closed.
+        Err(Errno::EIO) => Ok(0),
+        moved => moved.map_err(io::Error::from),
     }
 }
 
@@ -65,36 +84,13 @@ impl Terminal {
 
     /// The terminal of a process that is there already.
     pub(crate) fn left(ours: OwnedFd) -> io::Result<Self> {
-        let ours = descriptors::register(ours, BOTH)?;
+        let ours = descriptors::register(ours, Interest::WRITABLE)?;
         Ok(Self { ours })
     }
 
     /// Our side, for the next daemon.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.ours.get_ref().as_fd()
-    }
-
-    /// Waits until there is something to move; whether nobody has it open any more.
-    pub(crate) async fn ready(&self) -> io::Result<bool> {
-        Ok(self.ours.readable().await?.ready().is_read_closed())
-    }
-
-    /// Moves what the process wrote into a pipe that has room; 0 once nobody has the terminal open any more. Cancel-safe.
-    pub(crate) async fn move_to(&self, pipe: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
-        loop {
-            let mut ready = self.ours.readable().await?;
-            let moved = ready.try_io(|ours| {
-                let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
-                match splice(ours.get_ref(), None, pipe, None, most, flags) {
-                    // All other sides are closed.
-                    Err(Errno::EIO) => Ok(0),
-                    moved => moved.map_err(io::Error::from),
-                }
-            });
-            if let Ok(moved) = moved {
-                return moved;
-            }
-        }
     }
 
     /// Waits until it may take something.

@@ -280,6 +280,23 @@ impl Stopwatch {
         });
         self.0 = Instant::now();
     }
+
+    /// What was done, and how long the step that came next has taken.
+    fn so_far(&self) -> String {
+        let word = |step: &StartStep| {
+            let elapsed = step
+                .elapsed
+                .and_then(|elapsed| Duration::try_from(elapsed).ok());
+            format!(
+                "{} {:.3}",
+                step.name,
+                elapsed.unwrap_or_default().as_secs_f64()
+            )
+        };
+        let mut words: Vec<String> = self.1.iter().map(word).collect();
+        words.push(format!("then {:.3}", self.0.elapsed().as_secs_f64()));
+        words.join(", ")
+    }
 }
 
 /// Drives one session; all it has taken is in here.

@@ -117,10 +117,10 @@ impl Processes {
             (None, None) => None,
         };
         let stdout = match (&terminal, Side::left(&mut item)) {
-            (Some(terminal), Some(side)) => Source::Terminal(Arc::clone(terminal), side),
-            _ => Source::left(&mut item, Slot::Stdout)?,
+            (Some(terminal), Some(side)) => Source::terminal(Arc::clone(terminal), side)?,
+            _ => Source::left(&mut item, Slot::Stdout),
         };
-        let stderr = Source::left(&mut item, Slot::Stderr)?;
+        let stderr = Source::left(&mut item, Slot::Stderr);
         let progress = Progress::left(item.file(Slot::Input))?;
         let keeping = request::keeping(&request);
         let mut left = |memory, file, ended| Left {

@@ -10,13 +10,12 @@ use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
     unistd::pipe2,
 };
-use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
-    descriptors,
+    descriptors::{self, Watched},
     keeper::{Item, Slot},
     output::Output,
-    terminal::Terminal,
+    terminal::{self, Terminal},
 };
 
 /// Taken at once.
@@ -34,8 +33,9 @@ const SMALL_AT_TERMINAL: usize = 2 << 10;
 #[derive(Debug)]
 pub(super) enum Source {
     Nothing,
-    Pipe(AsyncFd<OwnedFd>),
-    Terminal(Arc<Terminal>, Side),
+    Pipe(Watched),
+    /// Watched apart from the side that is written to.
+    Terminal(Arc<Terminal>, Side, Watched),
 }
 
 impl Source {
@@ -47,25 +47,27 @@ impl Source {
         // One of the usual size does as well.
         let _ = fcntl(&end, FcntlArg::F_SETPIPE_SZ(PIPE));
         descriptors::set_nonblocking(&end)?;
-        Self::pipe_again(end)
+        Ok(Self::Pipe(Watched::new(end)))
     }
 
-    fn pipe_again(end: OwnedFd) -> io::Result<Self> {
-        Ok(Self::Pipe(descriptors::register(end, Interest::READABLE)?))
+    /// Our side of a terminal.
+    pub(super) fn terminal(terminal: Arc<Terminal>, side: Side) -> io::Result<Self> {
+        let ours = terminal.descriptor().try_clone_to_owned()?;
+        Ok(Self::Terminal(terminal, side, Watched::new(ours)))
     }
 
     /// As it was left; what was not is at its end.
-    pub(super) fn left(item: &mut Item, slot: Slot) -> io::Result<Self> {
+    pub(super) fn left(item: &mut Item, slot: Slot) -> Self {
         let end = item.descriptor(slot);
-        end.map_or(Ok(Self::Nothing), Self::pipe_again)
+        end.map_or(Self::Nothing, |end| Self::Pipe(Watched::new(end)))
     }
 
     /// What the next daemon needs of it.
     pub(super) fn descriptors(&self, slot: Slot) -> Vec<(Slot, BorrowedFd<'_>)> {
         match self {
             Self::Nothing => Vec::new(),
-            Self::Pipe(pipe) => vec![(slot, pipe.get_ref().as_fd())],
-            Self::Terminal(terminal, side) => vec![
+            Self::Pipe(pipe) => vec![(slot, pipe.as_fd())],
+            Self::Terminal(terminal, side, _) => vec![
                 (Slot::Terminal, terminal.descriptor()),
                 (Slot::FromTerminal, side.leave.as_fd()),
                 (Slot::ToTerminal, side.enter.as_fd()),
@@ -81,32 +83,42 @@ impl Source {
         }
     }
 
-    /// Waits until there is something; whether nobody writes any more, so that what is there is the last.
-    pub(super) async fn ready(&self) -> io::Result<bool> {
+    fn watched(&mut self) -> Option<&mut Watched> {
         match self {
-            Self::Nothing => Ok(true),
-            Self::Pipe(pipe) => Ok(pipe.readable().await?.ready().is_read_closed()),
-            Self::Terminal(terminal, _) => terminal.ready().await,
+            Self::Nothing => None,
+            Self::Pipe(watched) | Self::Terminal(_, _, watched) => Some(watched),
         }
     }
 
+    /// Waits until there is something; whether nobody writes any more, so that what is there is the last.
+    pub(super) async fn ready(&mut self) -> io::Result<bool> {
+        match self.watched() {
+            Some(watched) => watched.ready().await,
+            None => Ok(true),
+        }
+    }
+
+    /// How many bytes are there. Whoever writes more is not noticed before the next [`take`](Self::take).
+    pub(super) fn look_away(&mut self) -> io::Result<usize> {
+        self.watched().map_or(Ok(0), |watched| {
+            watched.look_away();
+            watched.waiting()
+        })
+    }
+
     /// Waits until there is something, and lets the output take of it; 0 at the end. Cancel-safe.
-    pub(super) async fn take(&self, output: &Output) -> io::Result<usize> {
+    pub(super) async fn take(&mut self, output: &Output) -> io::Result<usize> {
         match self {
             Self::Nothing => Ok(0),
-            Self::Pipe(pipe) => loop {
-                let mut ready = pipe.readable().await?;
-                let taken = ready.try_io(|pipe| output.take(pipe.get_ref().as_fd(), CHUNK));
-                if let Ok(taken) = taken {
-                    return taken;
-                }
-            },
-            Self::Terminal(terminal, side) => {
+            Self::Pipe(pipe) => pipe.read(|pipe| output.take(pipe, CHUNK)).await,
+            Self::Terminal(_, side, watched) => {
                 let rest = side.take(output)?;
                 if rest > 0 {
                     return Ok(rest);
                 }
-                if terminal.move_to(side.enter.as_fd(), CHUNK).await? == 0 {
+                let enter = side.enter.as_fd();
+                let moved = watched.read(|ours| terminal::move_to(ours, enter, CHUNK));
+                if moved.await? == 0 {
                     return Ok(0);
                 }
                 side.take(output)
@@ -120,8 +132,8 @@ impl Source {
         let mut left = LARGEST_PIPE;
         let take = || match self {
             Self::Nothing => Ok(0),
-            Self::Pipe(pipe) => output.take(pipe.get_ref().as_fd(), CHUNK),
-            Self::Terminal(_, side) => side.take(output),
+            Self::Pipe(pipe) => output.take(pipe.as_fd(), CHUNK),
+            Self::Terminal(_, side, _) => side.take(output),
         };
         while left > 0
             && let Ok(count @ 1..) = take()

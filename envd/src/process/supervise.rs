@@ -29,6 +29,8 @@ const HELD_OPEN: Duration = Duration::from_secs(1);
 const HELD_OPEN_TIMES: u32 = 4;
 /// No two small writes are moved sooner after each other than that.
 const PACE: Duration = Duration::from_millis(2);
+/// Nor sooner than that, if there are more and more of them.
+const SLOWEST_PACE: Duration = Duration::from_millis(16);
 /// As many are named in the exit event.
 const MOST_VICTIMS: usize = 16;
 /// Between SIGTERM and SIGKILL when a deadline has passed.
@@ -225,26 +227,75 @@ impl Sink {
     }
 }
 
-/// Moves bytes to where they are kept until they end, or `stop`. Small writes that follow each other closely, as those of a program that
-/// writes line by line to a terminal, are moved together: each on its own would cost its reader a message.
-async fn drain(source: Source, mut sink: Sink, stop: CancellationToken) {
+/// How long is waited after a small write, to move what follows it closely together with it: each on its own would cost its reader a message,
+/// and of a program that writes line by line, as all do at a terminal, messages would take more of the CPU than the program. The first after
+/// a while is moved at once, so that nobody who types waits; longer than [`PACE`] is waited only where waiting has brought more.
+struct Pace {
+    last: Option<Moved>,
+    next: Duration,
+}
+
+struct Moved {
+    when: Instant,
+    count: usize,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self {
+            last: None,
+            next: PACE,
+        }
+    }
+
+    /// What is to be waited for more of what has just come.
+    fn wait(&self, small: usize) -> Option<Duration> {
+        let last = self.last.as_ref()?;
+        if last.count >= small {
+            // A program that writes much has filled what there is room for again.
+            return None;
+        }
+        self.next.checked_sub(last.when.elapsed())
+    }
+
+    /// So much was moved, and so much of it was there before it was waited, if it was.
+    fn moved(&mut self, count: usize, before: Option<usize>) {
+        self.next = match before {
+            Some(before) if count > before => (self.next * 2).min(SLOWEST_PACE),
+            // Many small ones that fill the room are still small ones.
+            None if self
+                .last
+                .as_ref()
+                .is_some_and(|last| last.when.elapsed() < self.next) =>
+            {
+                self.next
+            }
+            _ => PACE,
+        };
+        self.last = Some(Moved {
+            when: Instant::now(),
+            count,
+        });
+    }
+}
+
+/// Moves bytes to where they are kept until they end, or `stop`.
+async fn drain(mut source: Source, mut sink: Sink, stop: CancellationToken) {
     let read = async {
-        let mut last: Option<(Instant, usize)> = None;
+        let mut pace = Pace::new();
         loop {
             sink.output.room().await;
             let is_ending = source.ready().await?;
-            if !is_ending
-                && let Some((moved, count)) = last
-                && count < source.small()
-                && let Some(early) = PACE.checked_sub(moved.elapsed())
-            {
+            let mut before = None;
+            if !is_ending && let Some(early) = pace.wait(source.small()) {
+                before = Some(source.look_away()?);
                 // What comes meanwhile waits where it is.
                 tokio::time::sleep(early).await;
             }
             let since = sink.output.end();
             match source.take(&sink.output).await? {
                 0 => return Ok::<_, io::Error>(()),
-                count => last = Some((Instant::now(), count)),
+                count => pace.moved(count, before),
             }
             sink.log(since);
         }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use proto::envd::v1::{
-    AttachRequest, Backpressure, OutputKept, SignalTarget, StartRequest, process_event::Event,
+    AttachRequest, Backpressure, OutputKept, SignalTarget, StartRequest, TerminalSize,
+    process_event::Event,
 };
 use tonic::Code;
 
@@ -62,6 +63,36 @@ async fn stdout_and_stderr_are_apart() {
     );
     let exited = finished.exited();
     assert_eq!((exited.stdout_bytes, exited.stderr_bytes), (7, 7));
+}
+
+/// Line by line, as programs write that want to be followed. Each on its own would take its reader longer than the program.
+#[tokio::test]
+async fn small_writes_that_follow_each_other_come_together() {
+    const LINES: usize = 20_000;
+    let world = World::new().await;
+    let script = format!("i=0; while [ $i -lt {LINES} ]; do echo $i; i=$((i+1)); done");
+    for terminal in [
+        None,
+        Some(TerminalSize {
+            rows: 30,
+            cols: 100,
+        }),
+    ] {
+        let mut events = world
+            .start(StartRequest {
+                terminal,
+                ..sh(&script)
+            })
+            .await;
+        let mut messages = 0;
+        while events.step().await.unwrap() {
+            messages += 1;
+        }
+        let seen = &events.seen().stdout;
+        let lines = String::from_utf8_lossy(seen).lines().count();
+        assert_eq!(lines, LINES);
+        assert!(messages < LINES / 4, "{messages} messages");
+    }
 }
 
 // Output and its readers

@@ -243,7 +243,7 @@ impl Driver {
             }
             Err(error) => {
                 let console = self.console().await;
-                tracing::error!(session_id = self.session.id.short(), %error, console, "a session is not resumed");
+                tracing::error!(session_id = self.session.id.short(), %error, steps = watch.so_far(), console, "a session is not resumed");
                 self.end_vm().await;
                 self.forget_running().await;
                 self.shop.hosted.park(&self.session);
