@@ -19,16 +19,37 @@ pub(crate) struct User {
 
 const DEFAULT_SHELL: &str = "/bin/sh";
 
-/// Finds a user by name or number; empty means the default: `user` if there is one, else root.
+/// Finds a user by name or number, which may be without a name; empty means the default: `user` if there is one, else root.
 pub(crate) fn find(asked: &str) -> Option<User> {
-    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let group = fs::read_to_string("/etc/group").unwrap_or_default();
     if asked.is_empty() {
-        return find_in(&passwd, &group, "user")
-            .or_else(|| find_in(&passwd, &group, "root"))
+        return named("user")
+            .or_else(|| named("root"))
             .or_else(|| Some(root()));
     }
+    named(asked).or_else(|| nameless(asked))
+}
+
+fn named(asked: &str) -> Option<User> {
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let group = fs::read_to_string("/etc/group").unwrap_or_default();
     find_in(&passwd, &group, asked)
+}
+
+/// A number without a name, as images have them. It is nobody's home, so that is the root, as container engines have it.
+fn nameless(asked: &str) -> Option<User> {
+    let is_number = asked.bytes().all(|byte| byte.is_ascii_digit());
+    let uid: u32 = asked
+        .parse()
+        .ok()
+        .filter(|uid| is_number && *uid != u32::MAX)?;
+    Some(User {
+        name: asked.to_owned(),
+        uid,
+        gid: uid,
+        groups: vec![uid],
+        home: "/".into(),
+        shell: DEFAULT_SHELL.into(),
+    })
 }
 
 fn root() -> User {
@@ -97,7 +118,7 @@ pub(crate) fn expand(user: &User, path: &str) -> Option<PathBuf> {
     if name.is_empty() {
         return Some(below(&user.home, rest));
     }
-    Some(below(&find(name)?.home, rest))
+    Some(below(&named(name)?.home, rest))
 }
 
 /// Joined, but without the slash an empty path would leave at the end.

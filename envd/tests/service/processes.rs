@@ -352,6 +352,18 @@ async fn limits_that_cannot_be_set_are_refused_not_forgotten() {
 
 // Refusals
 
+/// As images have them whose makers gave their programs no name.
+#[tokio::test]
+async fn a_user_may_be_a_number_without_a_name() {
+    let world = World::new().await;
+    let script = "id -u; id -g; id -G; echo $HOME $USER";
+    let finished = world.run(as_user("54321", sh(script))).await;
+    assert_eq!(
+        String::from_utf8_lossy(&finished.stdout),
+        "54321\n54321\n54321\n/ 54321\n"
+    );
+}
+
 #[tokio::test]
 async fn what_cannot_start_says_why_and_leaves_nothing() {
     let world = World::new().await;
@@ -405,7 +417,7 @@ async fn what_cannot_start_says_why_and_leaves_nothing() {
             "USER_UNKNOWN",
         ),
         (
-            as_user("12345", argv(&["true"])),
+            as_user("4294967295", argv(&["true"])),
             Code::NotFound,
             "USER_UNKNOWN",
         ),
