@@ -165,6 +165,7 @@ async fn native() {
     let guest = guest.unwrap();
     let identity = Identity {
         session_id: "aaaaabbbbbbbbbbbbbbbbbbbb".parse().unwrap(),
+        default_user: String::new(),
         env: [].into(),
         nameservers: Vec::new(),
         template: String::new(),

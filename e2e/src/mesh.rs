@@ -141,8 +141,10 @@ impl Mesh {
         let memory = format!("{GUEST_MEMORY}B");
         let imported = mesh.run(&[
             "template",
-            "import",
+            "build",
+            "-t",
             "base",
+            "--rootfs",
             &tarball.to_string_lossy(),
             "--shared",
             "--memory",

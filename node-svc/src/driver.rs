@@ -690,14 +690,20 @@ impl Driver {
     }
 
     fn identity(&self) -> Identity {
+        let template = self.request.template.as_ref();
+        // The template's below the session's.
+        let env = template.map(|template| &template.env);
+        let env = env.into_iter().flatten().chain(&self.request.env);
         Identity {
             session_id: self.session.id.clone(),
-            env: self.request.env.clone().into_iter().collect(),
+            env: env
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect(),
+            default_user: template
+                .map(|template| template.default_user.clone())
+                .unwrap_or_default(),
             nameservers: self.shop.nameservers.clone(),
-            template: self
-                .request
-                .template
-                .as_ref()
+            template: template
                 .map(|template| format!("{}@{}", template.name, template.version))
                 .unwrap_or_default(),
             // The journal's checksum was right, so it is what was written.

@@ -62,6 +62,8 @@ pub struct Identity {
     pub session_id: SessionId,
     /// Environment of its processes.
     pub env: BTreeMap<String, String>,
+    /// User of processes that name none; empty if envd is to choose.
+    pub default_user: String,
     /// Its name servers.
     pub nameservers: Vec<String>,
     /// Its template, as "name@version"; empty for nobody's.
@@ -139,7 +141,7 @@ impl GuestClient {
             network: Some(network(&identity.nameservers)),
             env: identity.env.clone().into_iter().collect(),
             machine_id: identity.machine_id.clone(),
-            default_user: String::new(),
+            default_user: identity.default_user.clone(),
             reset_connections: connections == Connections::Reset,
             template: identity.template.clone(),
         });

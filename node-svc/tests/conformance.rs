@@ -145,6 +145,7 @@ async fn configure(guest: &GuestClient) {
     let identity = Identity {
         session_id: SessionId::parse("abcde01234567890123456789").unwrap(),
         env: [].into(),
+        default_user: String::new(),
         nameservers: Vec::new(),
         template: String::new(),
         machine_id: vec![7; 16],

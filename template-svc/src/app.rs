@@ -17,7 +17,7 @@ use tonic::service::Routes;
 use crate::{
     api::{ArtifactApi, TemplateApi},
     artifact::Artifacts,
-    builds::{Builder, Kernel},
+    builds::{self, Builder, Kernel},
     config::Config,
     store::{Store, StoreError},
 };
@@ -132,14 +132,19 @@ impl App {
             store: store.clone(),
             artifacts: artifacts.clone(),
             uploads: uploads.clone(),
-            work,
+            work: work.clone(),
             kernel,
             max_rootfs: config.max_rootfs,
             wake: Arc::clone(&wake),
         };
         let background = TaskTracker::new();
         background.spawn(builder.run(shutdown.clone()));
-        background.spawn(sweep(uploads.clone(), shutdown.clone()));
+        background.spawn(sweep(
+            uploads.clone(),
+            work,
+            store.clone(),
+            shutdown.clone(),
+        ));
         let templates =
             TemplateServiceServer::new(TemplateApi::new(store, uploads, config.max_upload, wake))
                 .max_decoding_message_size(8 << 20);
@@ -160,12 +165,15 @@ impl App {
     }
 }
 
-async fn sweep(uploads: Artifacts, shutdown: CancellationToken) {
+async fn sweep(uploads: Artifacts, work: PathBuf, store: Store, shutdown: CancellationToken) {
     let mut ticks = tokio::time::interval(SWEEP_EVERY);
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
             _ = ticks.tick() => {}
+        }
+        if let Err(error) = builds::sweep(&work, &store).await {
+            tracing::warn!(%error, "what builds left behind is not removed");
         }
         let uploads = uploads.clone();
         match tokio::task::spawn_blocking(move || uploads.sweep(UPLOADS_KEPT)).await {

@@ -1,13 +1,21 @@
 //! Runs builds: takes one at a time, unpacks, packs, publishes. A replica that dies leaves its build to the next.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use proto::template::v1::{Artifact, BuildState, Template, build_source::Source};
-use tokio::sync::Notify;
+use tempfile::TempDir;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
+    image::{Defaults, Image, ImageError},
+    layer::{Applied, LayerError, Limits, Root, Whiteouts},
     rootfs::{self, RootfsError},
     store::{Store, StoreError, StoredBuild},
 };
@@ -16,7 +24,14 @@ const LEASE: Duration = Duration::from_secs(30);
 const RENEW_EVERY: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+/// Lines of a log that wait to be stored.
+const LINES: usize = 16;
+/// Where an archive is unpacked, in the folder of a build.
+const ARCHIVE: &str = "archive";
+
 const MIB: u64 = 1 << 20;
+/// Files, folders and links of a template; as many as a large distribution has with everything installed.
+const MOST_ENTRIES: u64 = 4_000_000;
 const DEFAULT_MEMORY: u64 = 512 * MIB;
 const DEFAULT_DISK: u64 = 4096 * MIB;
 
@@ -60,7 +75,7 @@ pub struct Builder {
     /// Largest root filesystem after unpacking.
     pub max_rootfs: u64,
     /// Word of a new build.
-    pub wake: std::sync::Arc<Notify>,
+    pub wake: Arc<Notify>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +89,21 @@ enum BuildError {
     },
     #[error("cancelled")]
     Cancelled,
+}
+
+impl From<ImageError> for BuildError {
+    fn from(error: ImageError) -> Self {
+        Self::Failed {
+            reason: error.reason(),
+            message: error.to_string(),
+        }
+    }
+}
+
+impl From<LayerError> for BuildError {
+    fn from(error: LayerError) -> Self {
+        RootfsError::from(error).into()
+    }
 }
 
 impl From<RootfsError> for BuildError {
@@ -91,6 +121,36 @@ fn io_failed(error: std::io::Error) -> BuildError {
         reason: if full { "DISK_FULL" } else { "BUILD_FAILED" },
         message: error.to_string(),
     }
+}
+
+/// Removes what builds have left behind that do not run any more, because whoever ran them was killed.
+pub async fn sweep(work: &Path, store: &Store) -> Result<(), SweepError> {
+    for entry in std::fs::read_dir(work)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let id = name.split_once('.').map_or(&*name, |(id, _)| id);
+        let state = store.build(id).await?.map(|stored| stored.build.state());
+        if state == Some(BuildState::Running) {
+            continue;
+        }
+        tracing::info!(build_id = id, "what a build has left behind is removed");
+        match tokio::task::spawn_blocking(move || std::fs::remove_dir_all(path)).await {
+            Ok(removed) => removed?,
+            Err(error) => return Err(std::io::Error::other(error).into()),
+        }
+    }
+    Ok(())
+}
+
+/// What builds left behind stays for now.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    /// The rows.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The disk.
+    #[error(transparent)]
+    Disk(#[from] std::io::Error),
 }
 
 impl Builder {
@@ -145,6 +205,36 @@ impl Builder {
         }
     }
 
+    fn uploaded(&self, digest: &str) -> Result<PathBuf, BuildError> {
+        ArtifactDigest::parse(digest)
+            .and_then(|digest| self.uploads.find(&digest))
+            .ok_or_else(|| BuildError::Failed {
+                reason: "SOURCE_UNKNOWN",
+                message: format!("no uploaded source {digest}; upload it again"),
+            })
+    }
+
+    /// Unpacks an image, and logs what is said meanwhile.
+    async fn unpack_image(
+        &self,
+        id: &str,
+        tarball: PathBuf,
+        unpacking: Unpacking,
+    ) -> Result<Defaults, BuildError> {
+        let (lines, mut said) = mpsc::channel(LINES);
+        let work = blocking(move || unpacking.run(&tarball, &lines));
+        let log = async {
+            while let Some(line) = said.recv().await {
+                self.store.log(id, &line).await?;
+            }
+            Ok(())
+        };
+        // What failed comes after what was said before it.
+        let (unpacked, logged) = tokio::join!(work, log);
+        let defaults = unpacked?;
+        logged.map(|()| defaults).map_err(BuildError::Store)
+    }
+
     /// Renews the lease for as long as the build runs; returns when it was cancelled.
     async fn keep(&self, id: &str) -> Result<(), BuildError> {
         loop {
@@ -159,47 +249,62 @@ impl Builder {
 
     async fn build(&self, stored: &StoredBuild) -> Result<(), BuildError> {
         let id = &stored.build.build_id;
-        let source = stored
-            .request
-            .source
-            .clone()
-            .and_then(|source| source.source);
-        let Some(Source::RootfsTarball(digest)) = source else {
-            return Err(BuildError::Failed {
-                reason: "NOT_YET_AVAILABLE",
-                message: "only tarballs can be built".into(),
-            });
-        };
-        let tarball = ArtifactDigest::parse(&digest)
-            .and_then(|digest| self.uploads.find(&digest))
-            .ok_or_else(|| BuildError::Failed {
-                reason: "SOURCE_UNKNOWN",
-                message: format!("no uploaded source {digest}; upload it again"),
-            })?;
+        let source = stored.request.source.as_ref();
+        let source = source.and_then(|source| source.source.clone());
+        // Whoever still works in it when the build is given up has it, too, and removes it last.
         let work = tempfile::Builder::new()
-            .prefix("build-")
-            .tempdir_in(&self.work)
-            .map_err(io_failed)?;
+            .prefix(&format!("{id}."))
+            .tempdir_in(&self.work);
+        let work = Arc::new(work.map_err(io_failed)?);
         let (root, image) = (work.path().join("root"), work.path().join("rootfs.erofs"));
-        self.store.log(id, "unpacking the root filesystem").await?;
-        let limit = self.max_rootfs;
-        let entries = blocking({
-            let root = root.clone();
-            move || {
-                std::fs::create_dir(&root).map_err(RootfsError::Unpack)?;
-                rootfs::unpack(&tarball, &root, limit)
+        for folder in [&root, &work.path().join(ARCHIVE)] {
+            std::fs::create_dir(folder).map_err(io_failed)?;
+        }
+        let limits = Limits {
+            bytes: self.max_rootfs,
+            entries: MOST_ENTRIES,
+        };
+        // The thread ends soon after this future, which a cancelled build drops.
+        let cancel = CancellationToken::new();
+        let _cancelled = cancel.clone().drop_guard();
+        let defaults = match source {
+            Some(Source::RootfsTarball(digest)) => {
+                let tarball = self.uploaded(&digest)?;
+                self.store.log(id, "unpacking the root filesystem").await?;
+                let (to, held) = (root.clone(), Arc::clone(&work));
+                let applied = blocking(move || {
+                    let _held = held;
+                    Ok(rootfs::unpack(&tarball, &to, limits, &cancel)?)
+                });
+                let applied = applied.await?;
+                self.store.log(id, &said(&applied)).await?;
+                Defaults::default()
             }
-        })
-        .await?;
-        self.store
-            .log(id, &format!("{entries} entries; packing the image"))
-            .await?;
+            Some(Source::ImageArchive(archive)) => {
+                let tarball = self.uploaded(&archive.digest)?;
+                self.store.log(id, "unpacking the archive").await?;
+                let unpacking = Unpacking {
+                    folder: work.path().join(ARCHIVE),
+                    name: archive.image,
+                    root: root.clone(),
+                    limits,
+                    cancel,
+                    _held: Arc::clone(&work),
+                };
+                self.unpack_image(id, tarball, unpacking).await?
+            }
+            _ => {
+                return Err(BuildError::Failed {
+                    reason: "NOT_YET_AVAILABLE",
+                    message: "only uploaded files can be built".into(),
+                });
+            }
+        };
+        self.store.log(id, "packing the root filesystem").await?;
         let artifacts = self.artifacts.clone();
         let rootfs = blocking(move || {
             rootfs::pack(&root, &image)?;
-            let artifact = artifacts
-                .ingest(&image)
-                .map_err(|error| RootfsError::Pack(error.to_string()))?;
+            let artifact = artifacts.ingest(&image).map_err(io_failed)?;
             // The folder may hold a million files; removing it belongs on this thread too.
             drop(work);
             Ok(artifact)
@@ -219,6 +324,8 @@ impl Builder {
             default_vcpus: request.default_vcpus.max(1),
             default_memory_bytes: or(request.default_memory_bytes, DEFAULT_MEMORY),
             default_disk_bytes: or(request.default_disk_bytes, DEFAULT_DISK),
+            env: defaults.env.into_iter().collect(),
+            default_user: defaults.user,
             ..Template::default()
         };
         match self.store.publish(stored, &spec).await? {
@@ -239,11 +346,69 @@ impl Builder {
     }
 }
 
+/// An image on its way from an archive to a root.
+struct Unpacking {
+    /// Where the archive's files go.
+    folder: PathBuf,
+    /// Which image; empty for the only one.
+    name: String,
+    root: PathBuf,
+    limits: Limits,
+    cancel: CancellationToken,
+    _held: Arc<TempDir>,
+}
+
+impl Unpacking {
+    /// Blocking. What is to be said of it goes to `lines`, whoever reads those.
+    fn run(self, tarball: &Path, lines: &mpsc::Sender<String>) -> Result<Defaults, BuildError> {
+        // Nobody hears it any more if the build was given up; then it is cancelled, too.
+        let say = |line: String| drop(lines.blocking_send(line));
+        let mut archive = Root::new(self.folder.clone(), self.limits);
+        let file = File::open(tarball).map_err(io_failed)?;
+        archive.apply(file, Whiteouts::Keep, &self.cancel)?;
+        let name = Some(self.name.as_str()).filter(|name| !name.is_empty());
+        let image = Image::open(&self.folder, name)?;
+        let layers = image.layers();
+        image.unpack(&self.root, self.limits, &self.cancel, |number, applied| {
+            say(format!("layer {number} of {layers}: {}", said(&applied)));
+        })?;
+        rootfs::check(&self.root)?;
+        let mut defaults = image.defaults();
+        if let Some((user, group)) = defaults.user.clone().split_once(':') {
+            say(format!(
+                "the image's user has a group, {group:?}; processes have those of {user:?}"
+            ));
+            user.clone_into(&mut defaults.user);
+        }
+        if !defaults.command.is_empty() {
+            say("the image's command is not started: a session runs what it is asked to".into());
+        }
+        defaults.check(&self.root)?;
+        Ok(defaults)
+    }
+}
+
+/// What was unpacked, for people.
+fn said(applied: &Applied) -> String {
+    let Applied {
+        entries,
+        bytes,
+        left_out,
+        ..
+    } = applied;
+    let mut words = format!("{entries} entries, {bytes} bytes");
+    if *left_out > 0 {
+        words.push_str("; left out attributes that only a host has a meaning for: ");
+        words.push_str(&left_out.to_string());
+    }
+    words
+}
+
 async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, RootfsError> + Send + 'static,
+    work: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
 ) -> Result<T, BuildError> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(result) => Ok(result?),
+        Ok(result) => result,
         Err(error) => Err(BuildError::Failed {
             reason: "BUILD_FAILED",
             message: error.to_string(),

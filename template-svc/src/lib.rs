@@ -1,6 +1,6 @@
 //! template-svc: what sessions start from. Names and versions in Postgres, files by digest on its disk.
 //!
-//! A source is uploaded ([`api`]), a build is queued, [`builds`] takes it: [`rootfs`] unpacks and packs it, [`artifact`] keeps the
+//! A source is uploaded ([`api`]), a build is queued, [`builds`] takes it: [`image`] reads what an image is, [`layer`] unpacks it, [`rootfs`] packs it, [`artifact`] keeps the
 //! image under its digest, [`store`] publishes the version. Nodes fetch artifacts by digest. [`names`] parses references.
 
 pub mod api;
@@ -8,6 +8,8 @@ mod app;
 pub mod artifact;
 pub mod builds;
 mod config;
+pub mod image;
+pub mod layer;
 pub mod names;
 pub mod rootfs;
 pub mod store;

@@ -1,6 +1,9 @@
 //! `sandmesh template`.
 
-use std::{io::IsTerminal as _, path::PathBuf};
+use std::{
+    io::IsTerminal as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -8,7 +11,7 @@ use clap::Subcommand;
 use indicatif::ProgressBar;
 use proto::template::v1::{
     BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, GetBuildRequest,
-    ListTemplatesRequest, StreamBuildLogsRequest, Template, UploadSourceRequest,
+    ImageArchive, ListTemplatesRequest, StreamBuildLogsRequest, Template, UploadSourceRequest,
     UploadSourceResponse, build_source::Source, template_service_client::TemplateServiceClient,
 };
 use service_kit::{config::parse_bytes, mesh::MeshChannel};
@@ -28,12 +31,21 @@ const IN_FLIGHT: usize = 4;
 pub(crate) enum Command {
     /// List templates
     List,
-    /// Make a new version of a template from a root filesystem tarball
-    Import {
-        /// Its name.
-        name: String,
-        /// The tarball: plain, gzip or zstd.
-        tarball: PathBuf,
+    /// Make a new version of a template
+    #[command(group = clap::ArgGroup::new("source").required(true))]
+    Build {
+        /// Its name, and a tag for the new version besides "latest": name or name:tag.
+        #[arg(short, long, value_name = "NAME[:TAG]")]
+        tag: String,
+        /// From a tarball of a root filesystem: plain, gzip or zstd.
+        #[arg(long, group = "source", value_name = "TARBALL")]
+        rootfs: Option<PathBuf>,
+        /// From a tarball of an image: an OCI layout, or what "docker save" wrote.
+        #[arg(long, group = "source", value_name = "TARBALL")]
+        image_archive: Option<PathBuf>,
+        /// Which image of the archive, if it has several: its tag in a layout, its name:tag if docker wrote it.
+        #[arg(long, requires = "image_archive", value_name = "NAME")]
+        image_name: Option<String>,
         /// Default memory of its sessions.
         #[arg(long, value_parser = parse_bytes, default_value = "512MiB")]
         memory: u64,
@@ -89,16 +101,28 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
             )?;
             Ok(())
         }
-        Command::Import {
-            name,
-            tarball,
+        Command::Build {
+            tag,
+            rootfs,
+            image_archive,
+            image_name,
             memory,
             vcpus,
             disk,
             shared,
         } => {
+            let (name, tags) = match tag.split_once(':') {
+                Some((name, tag)) => (name.to_owned(), vec![tag.to_owned()]),
+                None => (tag, Vec::new()),
+            };
+            let (file, image) = match (rootfs, image_archive) {
+                (Some(tarball), _) => (tarball, None),
+                (None, Some(archive)) => (archive, Some(image_name.unwrap_or_default())),
+                (None, None) => bail!("say what to build from"),
+            };
             let request = BuildTemplateRequest {
                 name,
+                tags,
                 default_memory_bytes: memory,
                 default_vcpus: vcpus,
                 default_disk_bytes: disk,
@@ -114,9 +138,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 };
                 let client =
                     TemplateServiceClient::new(InterceptedService::new(channel, as_operator));
-                import(client, &tarball, request).await?
+                build(client, &file, image, request).await?
             } else {
-                import(context.client()?.templates(), &tarball, request).await?
+                build(context.client()?.templates(), &file, image, request).await?
             };
             output::print(
                 context.format(),
@@ -129,9 +153,11 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
     }
 }
 
-async fn import<T>(
+/// From an uploaded file: an archive, of which that image is meant, or a root file system.
+async fn build<T>(
     mut client: TemplateServiceClient<T>,
-    tarball: &PathBuf,
+    file: &Path,
+    image: Option<String>,
     mut request: BuildTemplateRequest,
 ) -> anyhow::Result<Template>
 where
@@ -141,10 +167,13 @@ where
     <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
     T::Future: Send,
 {
-    let UploadSourceResponse { source } = upload(&mut client, tarball).await?;
+    let UploadSourceResponse { source } = upload(&mut client, file).await?;
     let digest = source.context("the upload was not answered")?.digest;
     request.source = Some(BuildSource {
-        source: Some(Source::RootfsTarball(digest)),
+        source: Some(match image {
+            Some(image) => Source::ImageArchive(ImageArchive { digest, image }),
+            None => Source::RootfsTarball(digest),
+        }),
     });
     let BuildTemplateResponse { build } = client
         .build_template(request)
@@ -183,7 +212,7 @@ where
 
 async fn upload<T>(
     client: &mut TemplateServiceClient<T>,
-    tarball: &PathBuf,
+    file: &Path,
 ) -> anyhow::Result<UploadSourceResponse>
 where
     T: tonic::client::GrpcService<tonic::body::Body> + Send,
@@ -192,9 +221,9 @@ where
     <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
     T::Future: Send,
 {
-    let mut file = File::open(tarball)
+    let mut file = File::open(file)
         .await
-        .with_context(|| tarball.display().to_string())?;
+        .with_context(|| file.display().to_string())?;
     let total = file.metadata().await?.len();
     let bar = if std::io::stderr().is_terminal() {
         ProgressBar::new(total)

@@ -311,6 +311,7 @@ impl Workshop {
         let nobody = Identity {
             session_id: SessionId::random(&HomeTag::random()),
             env: BTreeMap::new(),
+            default_user: String::new(),
             nameservers: self.nameservers.clone(),
             template: String::new(),
             machine_id: rand::random::<[u8; 16]>().to_vec(),

@@ -186,6 +186,7 @@ async fn all_calls(answer: Answer) {
     let identity = Identity {
         session_id: SessionId::random(&HomeTag::random()),
         env: [].into(),
+        default_user: String::new(),
         nameservers: Vec::new(),
         template: "t@1".into(),
         machine_id: vec![1; 16],

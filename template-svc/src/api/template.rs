@@ -6,7 +6,7 @@ use futures::Stream;
 use proto::template::v1::{
     BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
     CancelBuildResponse, DeleteTemplateRequest, DeleteTemplateResponse, GetBuildRequest,
-    GetBuildResponse, GetTemplateRequest, GetTemplateResponse, ListTemplatesRequest,
+    GetBuildResponse, GetTemplateRequest, GetTemplateResponse, ImageArchive, ListTemplatesRequest,
     ListTemplatesResponse, StreamBuildLogsRequest, StreamBuildLogsResponse, TagTemplateRequest,
     TagTemplateResponse, Template, UploadSourceRequest, UploadSourceResponse, build_source::Source,
     template_service_server::TemplateService,
@@ -177,7 +177,9 @@ impl TemplateService for TemplateApi {
             .as_ref()
             .and_then(|source| source.source.as_ref())
         {
-            Some(Source::RootfsTarball(digest)) => {
+            Some(
+                Source::RootfsTarball(digest) | Source::ImageArchive(ImageArchive { digest, .. }),
+            ) => {
                 if ArtifactDigest::parse(digest)
                     .and_then(|digest| self.uploads.find(&digest))
                     .is_none()

@@ -1,0 +1,147 @@
+//! What it takes to make a template's image of layers, as ratios against `tar` and `mkfs.erofs` in the same run. Run by `./deploy/bench templates`.
+//!
+//! Rounds of all variants take turns, and medians are shown. What is read is in the page cache, what is written is not waited for: by nobody.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rand::{Rng as _, RngExt as _, SeedableRng as _, rngs::SmallRng};
+use template_svc::{
+    layer::{Limits, Root, Whiteouts},
+    rootfs,
+};
+use tokio_util::sync::CancellationToken;
+
+const ROUNDS: usize = 3;
+const MIB: u64 = 1 << 20;
+const LIMITS: Limits = Limits {
+    bytes: 1 << 40,
+    entries: 10_000_000,
+};
+
+/// Of so many MiB, 256 if not named.
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let mib = arguments.find_map(|word| word.parse().ok()).unwrap_or(256);
+    let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let at = |name: &str| work.path().join(name);
+    let files = plant(&at("tree"), mib * MIB);
+    println!("a root of {mib} MiB in {files} files; medians of {ROUNDS} rounds");
+    tar(&["-C", path(&at("tree")), "-cf", path(&at("plain.tar")), "."]);
+    packed("gzip", &["-1"], &at("plain.tar"), &at("gzip.tar"));
+    packed("zstd", &["-q", "-1"], &at("plain.tar"), &at("zstd.tar"));
+    for kind in ["plain", "gzip", "zstd"] {
+        let layer = at(&format!("{kind}.tar"));
+        let (mut theirs, mut ours) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            theirs.push(timed(&at("theirs"), |to| {
+                tar(&[
+                    "-xpf",
+                    path(&layer),
+                    "--numeric-owner",
+                    "--xattrs",
+                    "-C",
+                    path(to),
+                ]);
+            }));
+            ours.push(timed(&at("ours"), |to| apply(&layer, to)));
+        }
+        report(&format!("unpack, {kind}"), "tar x", &mut ours, &mut theirs);
+    }
+    let root = at("packed");
+    fs::create_dir(&root).unwrap();
+    apply(&at("plain.tar"), &root);
+    let (mut theirs, mut ours) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        theirs.push(timed(&at("theirs"), |to| {
+            let image = to.join("image");
+            run(Command::new("mkfs.erofs").args(["-zlz4", "--quiet", path(&image), path(&root)]));
+        }));
+        ours.push(timed(&at("ours"), |to| {
+            rootfs::pack(&root, &to.join("image")).unwrap();
+        }));
+    }
+    report("pack", "mkfs.erofs", &mut ours, &mut theirs);
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn run(command: &mut Command) {
+    let status = command.stdin(Stdio::null()).status().unwrap();
+    assert!(status.success(), "{command:?}");
+}
+
+fn tar(arguments: &[&str]) {
+    run(Command::new("tar").args(arguments));
+}
+
+fn packed(program: &str, arguments: &[&str], from: &Path, to: &Path) {
+    let (from, to) = (File::open(from).unwrap(), File::create(to).unwrap());
+    let mut command = Command::new(program);
+    let status = command.args(arguments).arg("-c").stdin(from).stdout(to);
+    assert!(status.status().unwrap().success());
+}
+
+fn apply(layer: &Path, to: &Path) {
+    let mut root = Root::new(to.to_owned(), LIMITS);
+    let layer = File::open(layer).unwrap();
+    root.apply(layer, Whiteouts::Apply, &CancellationToken::new())
+        .unwrap();
+    root.finish().unwrap();
+}
+
+/// How long it takes in an empty folder, which is removed after.
+fn timed(folder: &Path, work: impl FnOnce(&Path)) -> Duration {
+    fs::create_dir(folder).unwrap();
+    let since = Instant::now();
+    work(folder);
+    let took = since.elapsed();
+    fs::remove_dir_all(folder).unwrap();
+    took
+}
+
+fn report(what: &str, floor: &str, ours: &mut [Duration], theirs: &mut [Duration]) {
+    let median = |values: &mut [Duration]| {
+        values.sort();
+        values.get(values.len() / 2).unwrap().as_secs_f64()
+    };
+    let (ours, theirs) = (median(ours), median(theirs));
+    println!(
+        "{what:15} {ours:6.2} s   {floor:10} {theirs:6.2} s   ratio {:4.2}",
+        ours / theirs
+    );
+}
+
+/// Many small files and some large ones, half of what is in them noise, as in a system with its libraries and packages.
+fn plant(root: &Path, mut bytes: u64) -> u64 {
+    let mut random = SmallRng::seed_from_u64(7);
+    let mut files = 0;
+    for name in ["bin", "etc", "usr"] {
+        fs::create_dir_all(root.join(name)).unwrap();
+    }
+    while bytes > 0 {
+        let folder = root.join(format!("usr/{}/{}", files / 1000, files % 1000 / 50));
+        fs::create_dir_all(&folder).unwrap();
+        let size = 1_u64 << random.random_range(9..=if files % 200 == 0 { 25 } else { 16 });
+        let size = size.min(bytes);
+        let mut file = File::create(folder.join(files.to_string())).unwrap();
+        let mut noise = [0; 2048];
+        for _ in 0..size.div_ceil(4096) {
+            random.fill_bytes(&mut noise);
+            file.write_all(&noise).unwrap();
+            file.write_all(&[b'a'; 2048]).unwrap();
+        }
+        file.set_len(size).unwrap();
+        bytes -= size;
+        files += 1;
+    }
+    files
+}

@@ -1,0 +1,632 @@
+//! An image: its layers, and what it says of the programs in it. It lies in a folder as an OCI layout (image-layout.md of the OCI image
+//! specification, 1.1) or as `docker save` has written it.
+//!
+//! ```text
+//!   index.json --> [index -->] manifest --> config, layers      an OCI layout; each arrow is a digest
+//!   manifest.json ---------------------> config, layers      docker save before it wrote layouts, too
+//! ```
+//! Whoever made the folder is not trusted: files are looked for within it only, whatever links there are (openat2(2), `RESOLVE_IN_ROOT`);
+//! documents are bounded; and nothing is taken whose digest is not what the document above says: of a layer both that of its blob and that
+//! of its content (DiffID).
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
+
+use oci_spec::image::{
+    Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os,
+};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
+use tokio_util::sync::CancellationToken;
+
+use crate::layer::{Applied, LayerError, Limits, Root, Whiteouts};
+
+/// Largest manifest, index or config: as registries take them (distribution-spec, "Pushing Manifests").
+const MOST_DOCUMENT: u64 = 4 << 20;
+/// An index may list indexes.
+const DEEPEST_INDEX: u32 = 3;
+/// As the runtimes of containers have it; overlayfs takes no more, and no tool makes more.
+const MOST_LAYERS: usize = 500;
+const REFERENCE: &str = "org.opencontainers.image.ref.name";
+
+/// An image that is none, or not the one it says it is.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It holds neither index.json nor manifest.json.
+    #[error(
+        "it is no image: there is neither index.json (an OCI layout) nor manifest.json (docker save) in it"
+    )]
+    NoImage,
+    /// A document does not parse, or says what cannot be.
+    #[error("{what}: {why}")]
+    Malformed {
+        /// Which document.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Something that is listed is not there.
+    #[error("{0} is listed, but not there")]
+    Missing(String),
+    /// Something is not what it should be.
+    #[error("{what} is damaged: its digest is {found}, not {wanted}")]
+    Digest {
+        /// Which.
+        what: String,
+        /// As the document above says.
+        wanted: String,
+        /// Of what is there.
+        found: String,
+    },
+    /// None of its images runs here.
+    #[error("it has no image for {wanted}, only for {there}")]
+    Platform {
+        /// Of this host's guests.
+        wanted: String,
+        /// What it has.
+        there: String,
+    },
+    /// Several images of which none is meant more than the others.
+    #[error("it has several images; say which: {0}")]
+    Several(String),
+    /// None has the name that was asked for.
+    #[error("it has no image {wanted:?}, only {there}")]
+    NoSuchImage {
+        /// Asked for.
+        wanted: String,
+        /// What it has.
+        there: String,
+    },
+    /// A layer does not unpack.
+    #[error("layer {number} ({digest}): {error}")]
+    Layer {
+        /// Counted from 1.
+        number: usize,
+        /// Of its blob, or of its content.
+        digest: String,
+        /// Why.
+        error: LayerError,
+    },
+    /// The disk of template-svc.
+    #[error("the disk of template-svc: {0}")]
+    Disk(io::Error),
+}
+
+impl ImageError {
+    /// The stable word of a build's failure.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NoImage | Self::Malformed { .. } | Self::Missing(_) => "IMAGE_INVALID",
+            Self::Digest { .. } => "DIGEST_MISMATCH",
+            Self::Platform { .. } => "PLATFORM_MISSING",
+            Self::Several(_) | Self::NoSuchImage { .. } => "IMAGE_UNKNOWN",
+            Self::Layer { error, .. } => error.reason(),
+            Self::Disk(_) => "BUILD_FAILED",
+        }
+    }
+}
+
+/// One layer.
+#[derive(Debug)]
+struct Layer {
+    /// In the folder.
+    path: String,
+    /// Of the blob, if a document says it; and its size.
+    blob: Option<(String, u64)>,
+    /// Of the content.
+    diff_id: String,
+}
+
+/// An image whose documents are read and sound.
+#[derive(Debug)]
+pub struct Image {
+    folder: PathBuf,
+    config: ImageConfiguration,
+    layers: Vec<Layer>,
+}
+
+/// What an image says of its programs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Defaults {
+    /// Environment, in order.
+    pub env: Vec<(String, String)>,
+    /// Who runs them; empty for root.
+    pub user: String,
+    /// Where they begin; empty for the root.
+    pub cwd: String,
+    /// What is started when nothing else is said.
+    pub command: Vec<String>,
+}
+
+impl Defaults {
+    /// Whether processes can be started so, in that root. Blocking.
+    pub fn check(&self, root: &Path) -> Result<(), ImageError> {
+        let wrong = |why: String| malformed("config", why);
+        for (name, value) in &self.env {
+            if name.is_empty() || name.contains('\0') || value.contains('\0') {
+                return Err(wrong(format!(
+                    "{name:?} is no name of an environment variable"
+                )));
+            }
+        }
+        if self.user.is_empty() || self.user.parse::<u32>().is_ok() {
+            // Numbers need no name.
+            return Ok(());
+        }
+        let reader = Reader { folder: root };
+        let users = reader.document("etc/passwd")?.unwrap_or_default();
+        let is_one =
+            |line: &[u8]| line.split(|byte| *byte == b':').next() == Some(self.user.as_bytes());
+        if users.split(|byte| *byte == b'\n').any(is_one) {
+            Ok(())
+        } else {
+            Err(wrong(format!(
+                "its user {:?} is not in its /etc/passwd",
+                self.user
+            )))
+        }
+    }
+}
+
+/// An entry of `manifest.json`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Saved {
+    config: String,
+    repo_tags: Option<Vec<String>>,
+    layers: Vec<String>,
+}
+
+impl Image {
+    /// Finds the image of that name, or the only one. Blocking.
+    pub fn open(folder: &Path, name: Option<&str>) -> Result<Self, ImageError> {
+        let reader = Reader { folder };
+        if let Some(index) = reader.document("index.json")? {
+            let index: ImageIndex = parse("index.json", &index)?;
+            return reader.image_of_layout(&index, name);
+        }
+        match reader.document("manifest.json")? {
+            Some(saved) => reader.saved_image(&parse::<Vec<Saved>>("manifest.json", &saved)?, name),
+            None => Err(ImageError::NoImage),
+        }
+    }
+
+    /// How many layers it has.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// What it says of its programs.
+    pub fn defaults(&self) -> Defaults {
+        let Some(config) = self.config.config() else {
+            return Defaults::default();
+        };
+        let words = |words: &Option<Vec<String>>| words.clone().unwrap_or_default();
+        let pair = |line: String| match line.split_once('=') {
+            Some((name, value)) => (name.to_owned(), value.to_owned()),
+            None => (line, String::new()),
+        };
+        let mut command = words(config.entrypoint());
+        command.extend(words(config.cmd()));
+        Defaults {
+            env: words(config.env()).into_iter().map(pair).collect(),
+            user: config.user().clone().unwrap_or_default(),
+            cwd: config.working_dir().clone().unwrap_or_default(),
+            command,
+        }
+    }
+
+    /// Puts its layers upon each other in an empty folder; `said` hears of each that is done. Blocking.
+    pub fn unpack(
+        &self,
+        to: &Path,
+        limits: Limits,
+        cancel: &CancellationToken,
+        mut said: impl FnMut(usize, Applied),
+    ) -> Result<(), ImageError> {
+        let reader = Reader {
+            folder: &self.folder,
+        };
+        let mut root = Root::new(to.to_owned(), limits);
+        for (number, layer) in (1..).zip(&self.layers) {
+            let failed = |error| ImageError::Layer {
+                number,
+                digest: layer
+                    .blob
+                    .as_ref()
+                    .map_or(&layer.diff_id, |(digest, _)| digest)
+                    .clone(),
+                error,
+            };
+            let file = reader.file(&layer.path)?;
+            let mut blob =
+                Hashed::new(file.ok_or_else(|| ImageError::Missing(layer.path.clone()))?);
+            let applied = root
+                .apply(&mut blob, Whiteouts::Apply, cancel)
+                .map_err(failed)?;
+            let what = || format!("layer {number}");
+            if let Some((digest, size)) = &layer.blob {
+                let (found, read) = blob.finish().map_err(ImageError::Disk)?;
+                is_same(what, digest, &found)?;
+                if read != *size {
+                    return Err(malformed(
+                        "the manifest",
+                        format!("layer {number} has {read} bytes, not {size}"),
+                    ));
+                }
+            }
+            is_same(what, &layer.diff_id, &format!("sha256:{}", applied.digest))?;
+            said(number, applied);
+        }
+        root.finish().map_err(|error| ImageError::Layer {
+            number: self.layers.len(),
+            digest: String::new(),
+            error,
+        })
+    }
+}
+
+fn malformed(what: &str, why: impl ToString) -> ImageError {
+    ImageError::Malformed {
+        what: what.to_owned(),
+        why: why.to_string(),
+    }
+}
+
+fn parse<T: for<'a> Deserialize<'a>>(what: &str, bytes: &[u8]) -> Result<T, ImageError> {
+    serde_json::from_slice(bytes).map_err(|error| malformed(what, error))
+}
+
+fn is_same(what: impl Fn() -> String, wanted: &str, found: &str) -> Result<(), ImageError> {
+    if wanted == found {
+        Ok(())
+    } else {
+        Err(ImageError::Digest {
+            what: what(),
+            wanted: wanted.to_owned(),
+            found: found.to_owned(),
+        })
+    }
+}
+
+/// A digest of the one kind there is in practice, as text.
+fn sha256(what: &str, digest: &str) -> Result<String, ImageError> {
+    let is_one = digest.strip_prefix("sha256:").is_some_and(|hex| {
+        hex.len() == 64
+            && hex
+                .bytes()
+                .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    });
+    if is_one {
+        Ok(digest.to_owned())
+    } else {
+        Err(malformed(what, format!("{digest:?} is no SHA-256 digest")))
+    }
+}
+
+/// Where a blob lies in a layout.
+fn blob_path(digest: &str) -> String {
+    format!("blobs/{}", digest.replacen(':', "/", 1))
+}
+
+/// The platform that guests of this host have.
+fn platform() -> (Os, Arch) {
+    (Os::Linux, Arch::default())
+}
+
+/// Reads what lies in the folder, and nothing else.
+struct Reader<'a> {
+    folder: &'a Path,
+}
+
+impl Reader<'_> {
+    fn file(&self, path: &str) -> Result<Option<File>, ImageError> {
+        let opened = (|| {
+            let folder =
+                rustix::fs::open(self.folder, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            // Not to be held up by a FIFO.
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+            let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+            rustix::fs::openat2(&folder, path, flags, Mode::empty(), resolve)
+        })();
+        match opened {
+            Ok(file) => {
+                let file = File::from(file);
+                let metadata = file.metadata().map_err(ImageError::Disk)?;
+                if metadata.is_file() {
+                    Ok(Some(file))
+                } else {
+                    Err(malformed(path, "is no file"))
+                }
+            }
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(None),
+            Err(error) => Err(malformed(path, error)),
+        }
+    }
+
+    fn document(&self, path: &str) -> Result<Option<Vec<u8>>, ImageError> {
+        let Some(file) = self.file(path)? else {
+            return Ok(None);
+        };
+        let mut bytes = Vec::new();
+        file.take(MOST_DOCUMENT + 1)
+            .read_to_end(&mut bytes)
+            .map_err(ImageError::Disk)?;
+        if bytes.len() as u64 > MOST_DOCUMENT {
+            return Err(malformed(
+                path,
+                format!("is larger than {MOST_DOCUMENT} bytes"),
+            ));
+        }
+        Ok(Some(bytes))
+    }
+
+    /// A document that another one lists.
+    fn listed(&self, what: &str, descriptor: &Descriptor) -> Result<Vec<u8>, ImageError> {
+        let digest = sha256(what, descriptor.digest().as_ref())?;
+        let path = blob_path(&digest);
+        let bytes = self.document(&path)?.ok_or(ImageError::Missing(path))?;
+        is_same(
+            || what.to_owned(),
+            &digest,
+            &format!("sha256:{}", hex::encode(Sha256::digest(&bytes))),
+        )?;
+        Ok(bytes)
+    }
+
+    fn image_of_layout(&self, index: &ImageIndex, name: Option<&str>) -> Result<Image, ImageError> {
+        let named = |descriptor: &Descriptor| {
+            let annotations = descriptor.annotations().as_ref();
+            annotations.and_then(|annotations| annotations.get(REFERENCE).cloned())
+        };
+        let listed = index.manifests();
+        let names = || join(listed.iter().filter_map(named));
+        let meant: Vec<&Descriptor> = match name {
+            Some(wanted) => listed
+                .iter()
+                .filter(|it| named(it).as_deref() == Some(wanted))
+                .collect(),
+            None => listed.iter().collect(),
+        };
+        if let (Some(wanted), []) = (name, meant.as_slice()) {
+            return Err(ImageError::NoSuchImage {
+                wanted: wanted.to_owned(),
+                there: names(),
+            });
+        }
+        let mut found = Vec::new();
+        let mut there = Vec::new();
+        for descriptor in meant {
+            self.candidates(descriptor, DEEPEST_INDEX, &mut found, &mut there)?;
+        }
+        // The same image under several names is one.
+        found.dedup_by(|a: &mut Descriptor, b| a.digest() == b.digest());
+        match found.as_slice() {
+            [manifest] => self.image_of_manifest(manifest),
+            [] => Err(ImageError::Platform {
+                wanted: shown(&platform()),
+                there: join(there),
+            }),
+            _ => Err(ImageError::Several(names())),
+        }
+    }
+
+    /// Manifests of this host's platform that a descriptor leads to, and the platforms of all others.
+    fn candidates(
+        &self,
+        descriptor: &Descriptor,
+        depth: u32,
+        found: &mut Vec<Descriptor>,
+        there: &mut Vec<String>,
+    ) -> Result<(), ImageError> {
+        match descriptor.media_type() {
+            MediaType::ImageIndex => {
+                let what = format!("index {}", descriptor.digest());
+                let depth = depth
+                    .checked_sub(1)
+                    .ok_or_else(|| malformed(&what, "it is an index in an index in an index"))?;
+                let index: ImageIndex = parse(&what, &self.listed(&what, descriptor)?)?;
+                for descriptor in index.manifests() {
+                    self.candidates(descriptor, depth, found, there)?;
+                }
+            }
+            MediaType::Other(kind) if kind == DOCKER_LIST => {
+                let mut index = descriptor.clone();
+                index.set_media_type(MediaType::ImageIndex);
+                self.candidates(&index, depth, found, there)?;
+            }
+            MediaType::ImageManifest => self.candidate(descriptor, found, there)?,
+            MediaType::Other(kind) if kind == DOCKER_MANIFEST => {
+                self.candidate(descriptor, found, there)?;
+            }
+            // Signatures, attestations and whatever else is kept beside images.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn manifest(
+        &self,
+        descriptor: &Descriptor,
+    ) -> Result<(ImageManifest, ImageConfiguration), ImageError> {
+        let what = format!("manifest {}", descriptor.digest());
+        let manifest: ImageManifest = parse(&what, &self.listed(&what, descriptor)?)?;
+        let what = format!("config {}", manifest.config().digest());
+        let config = parse(&what, &self.listed(&what, manifest.config())?)?;
+        Ok((manifest, config))
+    }
+
+    fn candidate(
+        &self,
+        descriptor: &Descriptor,
+        found: &mut Vec<Descriptor>,
+        there: &mut Vec<String>,
+    ) -> Result<(), ImageError> {
+        let of = if let Some(platform) = descriptor.platform() {
+            (platform.os().clone(), platform.architecture().clone())
+        } else {
+            // A manifest that stands alone does not say it; its config does.
+            let (_, config) = self.manifest(descriptor)?;
+            (config.os().clone(), config.architecture().clone())
+        };
+        if of == platform() {
+            found.push(descriptor.clone());
+        } else {
+            there.push(shown(&of));
+        }
+        Ok(())
+    }
+
+    fn image_of_manifest(&self, descriptor: &Descriptor) -> Result<Image, ImageError> {
+        let (manifest, config) = self.manifest(descriptor)?;
+        let what = format!("manifest {}", descriptor.digest());
+        let diff_ids = diff_ids(&config, manifest.layers().len())?;
+        let mut layers = Vec::new();
+        for (layer, diff_id) in manifest.layers().iter().zip(diff_ids) {
+            let kind = layer.media_type().to_string();
+            if !LAYERS.contains(&kind.as_str()) {
+                return Err(malformed(
+                    &what,
+                    format!("a layer of the kind {kind}, which is not known"),
+                ));
+            }
+            let digest = sha256(&what, layer.digest().as_ref())?;
+            layers.push(Layer {
+                path: blob_path(&digest),
+                blob: Some((digest, layer.size())),
+                diff_id,
+            });
+        }
+        Ok(Image {
+            folder: self.folder.to_owned(),
+            config,
+            layers,
+        })
+    }
+
+    fn saved_image(&self, saved: &[Saved], name: Option<&str>) -> Result<Image, ImageError> {
+        let names = || {
+            join(
+                saved
+                    .iter()
+                    .flat_map(|it| it.repo_tags.clone().unwrap_or_default()),
+            )
+        };
+        let is_meant = |it: &&Saved| match name {
+            Some(wanted) => it.repo_tags.iter().flatten().any(|tag| tag == wanted),
+            None => true,
+        };
+        let meant: Vec<&Saved> = saved.iter().filter(is_meant).collect();
+        let image = match (meant.as_slice(), name) {
+            ([image], _) => image,
+            ([], Some(wanted)) => {
+                return Err(ImageError::NoSuchImage {
+                    wanted: wanted.to_owned(),
+                    there: names(),
+                });
+            }
+            ([], None) => return Err(ImageError::NoImage),
+            _ => return Err(ImageError::Several(names())),
+        };
+        let bytes = self
+            .document(&image.config)?
+            .ok_or_else(|| ImageError::Missing(image.config.clone()))?;
+        let config: ImageConfiguration = parse(&image.config, &bytes)?;
+        let of = (config.os().clone(), config.architecture().clone());
+        if of != platform() {
+            return Err(ImageError::Platform {
+                wanted: shown(&platform()),
+                there: shown(&of),
+            });
+        }
+        let diff_ids = diff_ids(&config, image.layers.len())?;
+        let layer = |(path, diff_id): (&String, String)| Layer {
+            path: path.clone(),
+            blob: None,
+            diff_id,
+        };
+        Ok(Image {
+            folder: self.folder.to_owned(),
+            layers: image.layers.iter().zip(diff_ids).map(layer).collect(),
+            config,
+        })
+    }
+}
+
+const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+/// How a layer is compressed is seen from its first bytes; these are the kinds that are layers.
+const LAYERS: [&str; 5] = [
+    "application/vnd.oci.image.layer.v1.tar",
+    "application/vnd.oci.image.layer.v1.tar+gzip",
+    "application/vnd.oci.image.layer.v1.tar+zstd",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.diff.tar.gzip",
+];
+
+fn diff_ids(config: &ImageConfiguration, layers: usize) -> Result<Vec<String>, ImageError> {
+    let listed = config.rootfs().diff_ids();
+    if listed.len() != layers {
+        return Err(malformed(
+            "config",
+            format!("{} DiffIDs for {layers} layers", listed.len()),
+        ));
+    }
+    if layers > MOST_LAYERS {
+        return Err(malformed(
+            "config",
+            format!("more than {MOST_LAYERS} layers"),
+        ));
+    }
+    listed.iter().map(|id| sha256("config", id)).collect()
+}
+
+fn shown((os, architecture): &(Os, Arch)) -> String {
+    format!("{os}/{architecture}")
+}
+
+fn join(words: impl IntoIterator<Item = String>) -> String {
+    let words: Vec<String> = words.into_iter().take(20).collect();
+    if words.is_empty() {
+        "such without a name".to_owned()
+    } else {
+        words.join(", ")
+    }
+}
+
+/// Counts and hashes what is read.
+struct Hashed<R> {
+    inner: R,
+    hasher: Sha256,
+    count: u64,
+}
+
+impl<R: Read> Hashed<R> {
+    fn new(inner: R) -> Self {
+        Self {
+            inner,
+            hasher: Sha256::new(),
+            count: 0,
+        }
+    }
+
+    /// Digest and size of all of it, also of what nobody has read.
+    fn finish(mut self) -> io::Result<(String, u64)> {
+        io::copy(&mut self, &mut io::sink())?;
+        let digest = hex::encode(self.hasher.finalize());
+        Ok((format!("sha256:{digest}"), self.count))
+    }
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(into)?;
+        self.hasher.update(into.get(..count).unwrap_or_default());
+        self.count += count as u64;
+        Ok(count)
+    }
+}
