@@ -5,9 +5,10 @@ use std::{
     fs,
     path::Path,
     process::{Command, Stdio},
+    time::Duration,
 };
 
-use e2e::{Mesh, small};
+use e2e::{Mesh, small, wait_for};
 use sdk::NewSession;
 use service_kit::config::tools_folder;
 
@@ -134,9 +135,7 @@ async fn an_image_becomes_a_template() {
         "{said}"
     );
     let work = mesh.state().join("templates/work");
-    assert_eq!(
-        fs::read_dir(work).unwrap().count(),
-        0,
-        "nothing is left behind"
-    );
+    wait_for("nothing is left behind", Duration::from_secs(10), || {
+        fs::read_dir(&work).unwrap().count() == 0
+    });
 }

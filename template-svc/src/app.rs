@@ -1,6 +1,6 @@
 //! Puts template-svc together: bind, migrate, take the kernel in, serve and build.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc, time::Duration};
 
 use proto::template::v1::{
     artifact_service_server::ArtifactServiceServer, template_service_server::TemplateServiceServer,
@@ -77,6 +77,7 @@ impl App {
         let uploads = Artifacts::open(config.state.join("uploads")).map_err(state)?;
         let work = config.state.join("work");
         std::fs::create_dir_all(&work).map_err(state)?;
+        std::fs::set_permissions(&work, std::fs::Permissions::from_mode(0o700)).map_err(state)?;
         let kernel =
             Kernel::ingest(&config.kernel_dir, &artifacts).map_err(|source| AppError::Folder {
                 setting: "--kernel-dir",

@@ -1,7 +1,8 @@
 //! Runs builds: takes one at a time, unpacks, packs, publishes. A replica that dies leaves its build to the next.
 
 use std::{
-    fs::File,
+    fs::{File, Permissions},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -23,6 +24,8 @@ use crate::{
 const LEASE: Duration = Duration::from_secs(30);
 const RENEW_EVERY: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// A build is taken again when its builder has died; not for ever, since it may be what builders die of.
+const MOST_ATTEMPTS: u32 = 5;
 
 /// Lines of a log that wait to be stored.
 const LINES: usize = 16;
@@ -133,10 +136,14 @@ pub async fn sweep(work: &Path, store: &Store) -> Result<(), SweepError> {
         if state == Some(BuildState::Running) {
             continue;
         }
-        tracing::info!(build_id = id, "what a build has left behind is removed");
-        match tokio::task::spawn_blocking(move || std::fs::remove_dir_all(path)).await {
-            Ok(removed) => removed?,
-            Err(error) => return Err(std::io::Error::other(error).into()),
+        let id = id.to_owned();
+        let removed = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(path)).await;
+        match removed.map_err(std::io::Error::other).flatten() {
+            Ok(()) => tracing::info!(build_id = id, "what a build left behind is removed"),
+            // Its own thread may be at it still. Others are not held up.
+            Err(error) => {
+                tracing::warn!(build_id = id, %error, "what a build left behind is not removed");
+            }
         }
     }
     Ok(())
@@ -180,8 +187,17 @@ impl Builder {
     async fn one(&self, stored: StoredBuild) {
         let id = stored.build.build_id.clone();
         tracing::info!(build_id = id, name = stored.build.name, "build begins");
+        let build = async {
+            if stored.attempts > MOST_ATTEMPTS {
+                return Err(BuildError::Failed {
+                    reason: "BUILDER_DIED",
+                    message: format!("{MOST_ATTEMPTS} builders ended before it did"),
+                });
+            }
+            self.build(&stored).await
+        };
         let outcome = tokio::select! {
-            outcome = self.build(&stored) => outcome,
+            outcome = build => outcome,
             outcome = self.keep(&id) => outcome,
         };
         let ended = match outcome {
@@ -223,7 +239,8 @@ impl Builder {
     ) -> Result<Defaults, BuildError> {
         let (lines, mut said) = mpsc::channel(LINES);
         let work = blocking(move || unpacking.run(&tarball, &lines));
-        let log = async {
+        // Owns the receiver: whoever still speaks when this has failed is not held up.
+        let log = async move {
             while let Some(line) = said.recv().await {
                 self.store.log(id, &line).await?;
             }
@@ -254,10 +271,12 @@ impl Builder {
         // Whoever still works in it when the build is given up has it, too, and removes it last.
         let work = tempfile::Builder::new()
             .prefix(&format!("{id}."))
+            // Programs and devices of images are nobody's of this host.
+            .permissions(Permissions::from_mode(0o700))
             .tempdir_in(&self.work);
-        let work = Arc::new(work.map_err(io_failed)?);
-        let (root, image) = (work.path().join("root"), work.path().join("rootfs.erofs"));
-        for folder in [&root, &work.path().join(ARCHIVE)] {
+        let work = Work::new(work.map_err(io_failed)?);
+        let (root, image) = (work.path("root"), work.path("rootfs.erofs"));
+        for folder in [&root, &work.path(ARCHIVE)] {
             std::fs::create_dir(folder).map_err(io_failed)?;
         }
         let limits = Limits {
@@ -271,7 +290,7 @@ impl Builder {
             Some(Source::RootfsTarball(digest)) => {
                 let tarball = self.uploaded(&digest)?;
                 self.store.log(id, "unpacking the root filesystem").await?;
-                let (to, held) = (root.clone(), Arc::clone(&work));
+                let (to, held) = (root.clone(), work.clone());
                 let applied = blocking(move || {
                     let _held = held;
                     Ok(rootfs::unpack(&tarball, &to, limits, &cancel)?)
@@ -284,12 +303,12 @@ impl Builder {
                 let tarball = self.uploaded(&archive.digest)?;
                 self.store.log(id, "unpacking the archive").await?;
                 let unpacking = Unpacking {
-                    folder: work.path().join(ARCHIVE),
+                    folder: work.path(ARCHIVE),
                     name: archive.image,
                     root: root.clone(),
                     limits,
                     cancel,
-                    _held: Arc::clone(&work),
+                    _held: work.clone(),
                 };
                 self.unpack_image(id, tarball, unpacking).await?
             }
@@ -346,6 +365,38 @@ impl Builder {
     }
 }
 
+/// The folder of a build, which goes with the last that has it; removing it may take long, and is done by a thread of its own.
+#[derive(Debug, Clone)]
+struct Work(Option<Arc<TempDir>>);
+
+impl Work {
+    fn new(folder: TempDir) -> Self {
+        Self(Some(Arc::new(folder)))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        let folder = self.0.as_ref().map(|folder| folder.path().join(name));
+        folder.unwrap_or_default()
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let Some(folder) = self.0.take().and_then(Arc::into_inner) else {
+            return;
+        };
+        let remove = move || {
+            if let Err(error) = folder.close() {
+                tracing::warn!(%error, "what a build left behind is removed later");
+            }
+        };
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
+            Err(_) => remove(),
+        }
+    }
+}
+
 /// An image on its way from an archive to a root.
 struct Unpacking {
     /// Where the archive's files go.
@@ -355,7 +406,7 @@ struct Unpacking {
     root: PathBuf,
     limits: Limits,
     cancel: CancellationToken,
-    _held: Arc<TempDir>,
+    _held: Work,
 }
 
 impl Unpacking {

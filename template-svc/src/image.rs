@@ -10,14 +10,14 @@
 //! of its content (DiffID).
 
 use std::{
+    collections::HashSet,
     fs::File,
     io::{self, Read},
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
 };
 
-use oci_spec::image::{
-    Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os,
-};
+use oci_spec::image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, Os};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
@@ -27,8 +27,13 @@ use crate::layer::{Applied, LayerError, Limits, Root, Whiteouts};
 
 /// Largest manifest, index or config: as registries take them (distribution-spec, "Pushing Manifests").
 const MOST_DOCUMENT: u64 = 4 << 20;
-/// An index may list indexes.
+/// An index may list indexes, so deep and so many of anything.
 const DEEPEST_INDEX: u32 = 3;
+const MOST_LISTED: usize = 1000;
+/// Names and values of an environment together: as much as the kernel takes for one of them (execve(2)).
+const MOST_ENV: usize = 128 << 10;
+/// While something on the host is renamed, a path within a root may have to be looked up again (openat2(2), `EAGAIN`).
+const TRIES: u32 = 100;
 /// As the runtimes of containers have it; overlayfs takes no more, and no tool makes more.
 const MOST_LAYERS: usize = 500;
 const REFERENCE: &str = "org.opencontainers.image.ref.name";
@@ -152,6 +157,12 @@ impl Defaults {
                     "{name:?} is no name of an environment variable"
                 )));
             }
+        }
+        let length = |(name, value): &(String, String)| name.len() + value.len();
+        if self.env.iter().map(length).sum::<usize>() > MOST_ENV {
+            return Err(wrong(format!(
+                "its environment is larger than {MOST_ENV} bytes"
+            )));
         }
         if self.user.is_empty() || self.user.parse::<u32>().is_ok() {
             // Numbers need no name.
@@ -318,6 +329,15 @@ fn platform() -> (Os, Arch) {
     (Os::Linux, Arch::default())
 }
 
+/// What a walk through indexes has come to.
+#[derive(Default)]
+struct Seen {
+    digests: HashSet<String>,
+    found: Vec<Descriptor>,
+    /// Platforms that are not this host's.
+    others: Vec<String>,
+}
+
 /// Reads what lies in the folder, and nothing else.
 struct Reader<'a> {
     folder: &'a Path,
@@ -325,23 +345,27 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn file(&self, path: &str) -> Result<Option<File>, ImageError> {
-        let opened = (|| {
-            let folder =
-                rustix::fs::open(self.folder, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-            // Not to be held up by a FIFO.
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let found = (|| {
+            let named = OFlags::PATH | OFlags::CLOEXEC;
+            let folder = rustix::fs::open(self.folder, named, Mode::empty())?;
             let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-            rustix::fs::openat2(&folder, path, flags, Mode::empty(), resolve)
-        })();
-        match opened {
-            Ok(file) => {
-                let file = File::from(file);
-                let metadata = file.metadata().map_err(ImageError::Disk)?;
-                if metadata.is_file() {
-                    Ok(Some(file))
-                } else {
-                    Err(malformed(path, "is no file"))
+            for _ in 0..TRIES {
+                match rustix::fs::openat2(&folder, path, named, Mode::empty(), resolve) {
+                    Err(rustix::io::Errno::AGAIN) => {}
+                    found => return found,
                 }
+            }
+            Err(rustix::io::Errno::AGAIN)
+        })();
+        match found {
+            // Opened is only what is a file: of a device that would be the host's.
+            Ok(found) => {
+                let found = File::from(found);
+                if !found.metadata().map_err(ImageError::Disk)?.is_file() {
+                    return Err(malformed(path, "is no file"));
+                }
+                let name = format!("/proc/self/fd/{}", found.as_raw_fd());
+                File::open(name).map(Some).map_err(ImageError::Disk)
             }
             Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => Ok(None),
             Err(error) => Err(malformed(path, error)),
@@ -398,18 +422,15 @@ impl Reader<'_> {
                 there: names(),
             });
         }
-        let mut found = Vec::new();
-        let mut there = Vec::new();
+        let mut seen = Seen::default();
         for descriptor in meant {
-            self.candidates(descriptor, DEEPEST_INDEX, &mut found, &mut there)?;
+            self.candidates(descriptor, DEEPEST_INDEX, &mut seen)?;
         }
-        // The same image under several names is one.
-        found.dedup_by(|a: &mut Descriptor, b| a.digest() == b.digest());
-        match found.as_slice() {
+        match seen.found.as_slice() {
             [manifest] => self.image_of_manifest(manifest),
             [] => Err(ImageError::Platform {
                 wanted: shown(&platform()),
-                there: join(there),
+                there: join(seen.others),
             }),
             _ => Err(ImageError::Several(names())),
         }
@@ -420,28 +441,43 @@ impl Reader<'_> {
         &self,
         descriptor: &Descriptor,
         depth: u32,
-        found: &mut Vec<Descriptor>,
-        there: &mut Vec<String>,
+        seen: &mut Seen,
     ) -> Result<(), ImageError> {
-        match descriptor.media_type() {
-            MediaType::ImageIndex => {
+        // The same image under several names is one.
+        if !seen.digests.insert(descriptor.digest().to_string()) {
+            return Ok(());
+        }
+        if seen.digests.len() > MOST_LISTED {
+            return Err(malformed(
+                "index.json",
+                format!("more than {MOST_LISTED} manifests and indexes"),
+            ));
+        }
+        let kind = descriptor.media_type().to_string();
+        match kind.as_str() {
+            INDEX | DOCKER_LIST => {
                 let what = format!("index {}", descriptor.digest());
                 let depth = depth
                     .checked_sub(1)
                     .ok_or_else(|| malformed(&what, "it is an index in an index in an index"))?;
                 let index: ImageIndex = parse(&what, &self.listed(&what, descriptor)?)?;
                 for descriptor in index.manifests() {
-                    self.candidates(descriptor, depth, found, there)?;
+                    self.candidates(descriptor, depth, seen)?;
                 }
             }
-            MediaType::Other(kind) if kind == DOCKER_LIST => {
-                let mut index = descriptor.clone();
-                index.set_media_type(MediaType::ImageIndex);
-                self.candidates(&index, depth, found, there)?;
-            }
-            MediaType::ImageManifest => self.candidate(descriptor, found, there)?,
-            MediaType::Other(kind) if kind == DOCKER_MANIFEST => {
-                self.candidate(descriptor, found, there)?;
+            MANIFEST | DOCKER_MANIFEST => {
+                let of = if let Some(platform) = descriptor.platform() {
+                    (platform.os().clone(), platform.architecture().clone())
+                } else {
+                    // A manifest that stands alone does not say it; its config does.
+                    let (_, config) = self.manifest(descriptor)?;
+                    (config.os().clone(), config.architecture().clone())
+                };
+                if of == platform() {
+                    seen.found.push(descriptor.clone());
+                } else if seen.others.len() < MOST_NAMED {
+                    seen.others.push(shown(&of));
+                }
             }
             // Signatures, attestations and whatever else is kept beside images.
             _ => {}
@@ -458,27 +494,6 @@ impl Reader<'_> {
         let what = format!("config {}", manifest.config().digest());
         let config = parse(&what, &self.listed(&what, manifest.config())?)?;
         Ok((manifest, config))
-    }
-
-    fn candidate(
-        &self,
-        descriptor: &Descriptor,
-        found: &mut Vec<Descriptor>,
-        there: &mut Vec<String>,
-    ) -> Result<(), ImageError> {
-        let of = if let Some(platform) = descriptor.platform() {
-            (platform.os().clone(), platform.architecture().clone())
-        } else {
-            // A manifest that stands alone does not say it; its config does.
-            let (_, config) = self.manifest(descriptor)?;
-            (config.os().clone(), config.architecture().clone())
-        };
-        if of == platform() {
-            found.push(descriptor.clone());
-        } else {
-            there.push(shown(&of));
-        }
-        Ok(())
     }
 
     fn image_of_manifest(&self, descriptor: &Descriptor) -> Result<Image, ImageError> {
@@ -557,6 +572,8 @@ impl Reader<'_> {
     }
 }
 
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 /// How a layer is compressed is seen from its first bytes; these are the kinds that are layers.
@@ -585,12 +602,18 @@ fn diff_ids(config: &ImageConfiguration, layers: usize) -> Result<Vec<String>, I
     listed.iter().map(|id| sha256("config", id)).collect()
 }
 
+/// As many are listed in an error, and so much of each.
+const MOST_NAMED: usize = 20;
+const LONGEST_NAMED: usize = 128;
+
 fn shown((os, architecture): &(Os, Arch)) -> String {
-    format!("{os}/{architecture}")
+    let shown = format!("{os}/{architecture}");
+    shown.chars().take(LONGEST_NAMED).collect()
 }
 
 fn join(words: impl IntoIterator<Item = String>) -> String {
-    let words: Vec<String> = words.into_iter().take(20).collect();
+    let short = |word: String| word.chars().take(LONGEST_NAMED).collect();
+    let words: Vec<String> = words.into_iter().take(MOST_NAMED).map(short).collect();
     if words.is_empty() {
         "such without a name".to_owned()
     } else {

@@ -52,8 +52,13 @@ const AUFS: &[u8] = b".wh..wh.";
 const COPY: usize = 1 << 20;
 /// Bytes of all folders' names at most, which are kept until the last layer is there.
 const MOST_NAMES: u64 = 256 << 20;
+/// Names of a path at most: whoever removes a tree has as many files open.
+const DEEPEST: usize = 256;
 /// Of a path, as of the kernel (path_resolution(7), `MAXSYMLINKS`).
 const MOST_LINKS: u32 = 40;
+/// Access control lists, and those that what is made in a folder has (acl(5)).
+const ACCESS_LIST: &str = "system.posix_acl_access";
+const DEFAULT_LIST: &str = "system.posix_acl_default";
 /// Attributes with a meaning to whoever mounts or labels, not to the image.
 const LEFT_OUT: [&str; 4] = [
     "trusted.overlay.",
@@ -141,6 +146,8 @@ pub enum Whiteouts {
 pub struct Applied {
     /// Entries of any kind.
     pub entries: u64,
+    /// Folders it needs and does not name.
+    pub folders: u64,
     /// Bytes of the tarball, and those that its sparse files claim.
     pub bytes: u64,
     /// SHA-256 of the tarball, in hexadecimal: in an image, its DiffID.
@@ -164,6 +171,8 @@ struct Folders {
     times: BTreeMap<PathBuf, Time>,
     /// Bytes of their names.
     names: u64,
+    /// Whether what is made in some of them inherits access control lists (acl(5)).
+    have_defaults: bool,
 }
 
 impl Folders {
@@ -209,6 +218,7 @@ impl Root {
             folders: Folders {
                 times: BTreeMap::from([(PathBuf::from("/"), Time::default())]),
                 names: 1,
+                have_defaults: false,
             },
         }
     }
@@ -228,6 +238,7 @@ impl Root {
             let meter = Meter {
                 left: Cell::new(limits.bytes.saturating_sub(before.bytes)),
                 hasher: RefCell::default(),
+                cancel,
             };
             let metered = Metered {
                 inner: layer,
@@ -242,6 +253,8 @@ impl Root {
                 cancel,
                 folders,
                 touched: HashSet::new(),
+                hidden: HashSet::new(),
+                emptied: HashSet::new(),
                 parent: None,
                 applied: Applied::default(),
                 buffer: vec![0; COPY],
@@ -249,7 +262,7 @@ impl Root {
             applying.run()
         })?;
         self.used.bytes += applied.bytes;
-        self.used.entries += applied.entries;
+        self.used.entries += applied.entries + applied.folders;
         Ok(applied)
     }
 
@@ -302,12 +315,13 @@ fn decompress<'a>(layer: impl Read + Send + 'a) -> io::Result<Box<dyn Read + Sen
 const BEYOND: io::ErrorKind = io::ErrorKind::FileTooLarge;
 
 /// What passed, and how much more may.
-struct Meter {
+struct Meter<'a> {
     left: Cell<u64>,
     hasher: RefCell<Sha256>,
+    cancel: &'a CancellationToken,
 }
 
-impl Meter {
+impl Meter<'_> {
     /// Whether there was so much left.
     fn take(&self, count: u64) -> bool {
         let left = self.left.get().checked_sub(count);
@@ -318,11 +332,14 @@ impl Meter {
 
 struct Metered<'a, R> {
     inner: R,
-    meter: &'a Meter,
+    meter: &'a Meter<'a>,
 }
 
 impl<R: Read> Read for Metered<'_, R> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.meter.cancel.is_cancelled() {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
         let count = self.inner.read(into)?;
         let read = into.get(..count).unwrap_or_default();
         self.meter.hasher.borrow_mut().update(read);
@@ -337,7 +354,7 @@ impl<R: Read> Read for Metered<'_, R> {
 /// One layer, within the root.
 struct Applying<'a, R> {
     entries: Entries<Metered<'a, R>>,
-    meter: &'a Meter,
+    meter: &'a Meter<'a>,
     entries_left: u64,
     limits: Limits,
     whiteouts: Whiteouts,
@@ -345,6 +362,9 @@ struct Applying<'a, R> {
     folders: &'a mut Folders,
     /// Real paths this layer has made, and all above them.
     touched: HashSet<Mark>,
+    /// Real paths at which nothing of the layers below is left, and folders in which nothing of them is: to look again and again would be endless.
+    hidden: HashSet<Mark>,
+    emptied: HashSet<Mark>,
     /// The parent of the entry before as it was named, and its real path.
     parent: Option<(PathBuf, PathBuf)>,
     applied: Applied,
@@ -399,11 +419,13 @@ impl<R: Read> Applying<'_, R> {
                 Ok(false) => break,
                 Err(failed) => return Err(self.explain(failed)),
             }
-            if self.applied.entries > self.entries_left {
+            if self.applied.entries + self.applied.folders > self.entries_left {
                 return Err(LayerError::TooMany(self.limits.entries));
             }
         }
+        let cancel = self.cancel;
         self.entries.drain().map_err(|error| match error.kind() {
+            _ if cancel.is_cancelled() => LayerError::Cancelled,
             BEYOND => LayerError::TooLarge(self.limits.bytes),
             _ => LayerError::Compression(error),
         })?;
@@ -414,6 +436,7 @@ impl<R: Read> Applying<'_, R> {
 
     fn explain(&self, failed: Failed) -> LayerError {
         match failed {
+            _ if self.cancel.is_cancelled() => LayerError::Cancelled,
             Failed::TooLarge => LayerError::TooLarge(self.limits.bytes),
             Failed::Names => LayerError::Names,
             Failed::Cancelled => LayerError::Cancelled,
@@ -453,6 +476,9 @@ impl<R: Read> Applying<'_, R> {
             self.hide(parent, &name)?;
         } else {
             let path = self.real_parent(parent)?.join(name);
+            if path.components().count() > DEEPEST {
+                return Err(EntryError::Name("it lies deeper than 256 folders").into());
+            }
             self.make(&path, &entry)?;
             self.touch(&path);
         }
@@ -511,7 +537,12 @@ impl<R: Read> Applying<'_, R> {
                 }
                 Ok(_) => return Err(io::Error::from(io::ErrorKind::NotADirectory).into()),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    if real.components().count() > DEEPEST {
+                        return Err(EntryError::Name("it lies deeper than 256 folders").into());
+                    }
                     fs::create_dir(&real)?;
+                    self.applied.folders += 1;
+                    self.forget_inherited(&real)?;
                     fs::set_permissions(&real, Permissions::from_mode(0o755))?;
                     self.folders.insert(&real, Time::default())?;
                     self.touch(&real);
@@ -543,13 +574,27 @@ impl<R: Read> Applying<'_, R> {
             return Ok(());
         };
         if is_opaque {
-            for child in fs::read_dir(&parent)? {
-                self.remove_lower(&child?.path())?;
-            }
-            Ok(())
-        } else {
-            self.remove_lower(&parent.join(OsStr::from_bytes(name)))
+            return self.empty_lower(&parent);
         }
+        let path = parent.join(OsStr::from_bytes(name));
+        if self.hidden.insert(mark(&path)) {
+            self.remove_lower(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Removes what layers below have in a folder.
+    fn empty_lower(&mut self, folder: &Path) -> Result<(), Failed> {
+        if !self.emptied.insert(mark(folder)) {
+            return Ok(());
+        }
+        for child in fs::read_dir(folder)? {
+            if self.cancel.is_cancelled() {
+                return Err(Failed::Cancelled);
+            }
+            self.remove_lower(&child?.path())?;
+        }
+        Ok(())
     }
 
     /// Removes what layers below have made there.
@@ -559,9 +604,7 @@ impl<R: Read> Applying<'_, R> {
         }
         // Of a link that this layer has made there is nothing below.
         if fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir()) {
-            for child in fs::read_dir(path)? {
-                self.remove_lower(&child?.path())?;
-            }
+            self.empty_lower(path)?;
         }
         Ok(())
     }
@@ -589,6 +632,7 @@ impl<R: Read> Applying<'_, R> {
             if !is_there {
                 self.remove(path)?;
                 fs::create_dir(path)?;
+                self.forget_inherited(path)?;
             }
             return self.describe_folder(path, entry, is_there);
         }
@@ -610,6 +654,7 @@ impl<R: Read> Applying<'_, R> {
             Kind::Fifo => device(FileType::Fifo, 0, 0)?,
             Kind::Folder | Kind::Link(_) => {}
         }
+        self.forget_inherited(path)?;
         // In this order: a new owner costs a file its set-ID bits and capabilities (chown(2)).
         lchown(path, Some(entry.uid), Some(entry.gid))?;
         if !matches!(entry.kind, Kind::Symlink(_)) {
@@ -662,12 +707,34 @@ impl<R: Read> Applying<'_, R> {
         self.folders.insert(path, entry.modified)
     }
 
+    /// Removes access control lists that no entry has named.
+    fn forget_inherited(&self, path: &Path) -> Result<(), Failed> {
+        if !self.folders.have_defaults {
+            return Ok(());
+        }
+        for list in [ACCESS_LIST, DEFAULT_LIST] {
+            match rustix::fs::lremovexattr(path, list) {
+                Ok(()) | Err(rustix::io::Errno::NODATA | rustix::io::Errno::OPNOTSUPP) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
     fn set_attributes(&mut self, path: &Path, entry: &Entry) -> Result<(), Failed> {
         for (name, value) in &entry.attributes {
             if is_left_out(name) {
                 self.applied.left_out += 1;
             } else {
-                rustix::fs::lsetxattr(path, name.as_str(), value, XattrFlags::empty())?;
+                self.folders.have_defaults |= name == DEFAULT_LIST;
+                let set = rustix::fs::lsetxattr(path, name.as_str(), value, XattrFlags::empty());
+                set.map_err(|error| match error {
+                    // The disk is not full: it has no room for attributes of one file of that size.
+                    rustix::io::Errno::NOSPC => io::Error::other(format!(
+                        "the attribute {name} is larger than the file system takes"
+                    )),
+                    error => error.into(),
+                })?;
             }
         }
         Ok(())

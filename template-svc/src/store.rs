@@ -12,6 +12,8 @@ use sqlx::{FromRow, PgPool};
 use crate::names::{TemplateRef, Which};
 
 const SCHEMA: &str = "sandmesh_template";
+/// Characters of a line of a log, or of an error, at most.
+const LONGEST_LINE: usize = 4096;
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
@@ -40,6 +42,18 @@ pub fn now() -> i64 {
     jiff::Timestamp::now().as_microsecond()
 }
 
+/// What sources say of themselves may be in it: no control characters, of which Postgres refuses NUL, and no more than is read.
+fn presentable(message: &str) -> String {
+    let shown = |character: char| {
+        if character.is_control() {
+            char::REPLACEMENT_CHARACTER
+        } else {
+            character
+        }
+    };
+    message.chars().take(LONGEST_LINE).map(shown).collect()
+}
+
 /// As on the wire.
 pub fn timestamp(micros: i64) -> prost_types::Timestamp {
     let nanos = i32::try_from(micros.rem_euclid(1_000_000)).unwrap_or_default() * 1000;
@@ -60,6 +74,8 @@ pub struct StoredBuild {
     pub template_team: String,
     /// What was asked.
     pub request: BuildTemplateRequest,
+    /// How often a builder has taken it.
+    pub attempts: u32,
 }
 
 #[derive(FromRow)]
@@ -75,6 +91,7 @@ struct BuildRow {
     version: Option<i64>,
     error_reason: String,
     error_message: String,
+    attempts: i32,
 }
 
 impl TryFrom<BuildRow> for StoredBuild {
@@ -105,12 +122,13 @@ impl TryFrom<BuildRow> for StoredBuild {
             team: row.team,
             template_team: row.template_team,
             request,
+            attempts: row.attempts.unsigned_abs(),
         })
     }
 }
 
 const BUILD_COLUMNS: &str = "build_id, team, template_team, name, state, request, create_time, end_time, version, \
-     error_reason, error_message";
+     error_reason, error_message, attempts";
 
 #[derive(FromRow)]
 struct VersionRow {
@@ -290,7 +308,7 @@ impl Store {
     pub async fn take_build(&self, lease: Duration) -> Result<Option<StoredBuild>, StoreError> {
         let until = now().saturating_add(i64::try_from(lease.as_micros()).unwrap_or(i64::MAX));
         let sql = format!(
-            "update builds set state = 2, lease_until = $1 where build_id = (select build_id from builds \
+            "update builds set state = 2, lease_until = $1, attempts = attempts + 1 where build_id = (select build_id from builds \
              where state = 1 or (state = 2 and lease_until < $2) order by create_time limit 1 for update skip locked) \
              returning {BUILD_COLUMNS}"
         );
@@ -330,7 +348,7 @@ impl Store {
         .bind(state as i16)
         .bind(now())
         .bind(reason)
-        .bind(message)
+        .bind(presentable(message))
         .execute(&self.pool)
         .await?;
         Ok(done.rows_affected() > 0)
@@ -399,7 +417,7 @@ impl Store {
         sqlx::query("insert into build_logs (build_id, time, message) values ($1, $2, $3)")
             .bind(build_id)
             .bind(now())
-            .bind(message)
+            .bind(presentable(message))
             .execute(&self.pool)
             .await?;
         Ok(())

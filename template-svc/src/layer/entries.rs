@@ -11,13 +11,15 @@ use std::{
 };
 
 use tar_core::{
-    EntryType, HEADER_SIZE, PaxExtensions,
+    EntryType, HEADER_SIZE, Header, PaxExtensions,
     parse::{Limits, ParseError, ParseEvent, ParsedEntry, Parser},
 };
 
 /// Headers of one entry at most: its names, attributes and map of a sparse file.
 const MOST_HEADERS: usize = 4 << 20;
 const READ: usize = 64 << 10;
+/// Most bytes of a file, as Go's reader has it.
+const MOST_SIZE: u64 = i64::MAX.unsigned_abs();
 /// Longest name, as of a path (path_resolution(7), `PATH_MAX`).
 const MOST_NAME: u32 = 4096;
 const NANOS: u32 = 1_000_000_000;
@@ -136,6 +138,7 @@ impl<R: Read> Entries<R> {
     /// The next entry; what of the one before was not read is skipped.
     pub(super) fn next(&mut self) -> Result<Option<Entry>, EntryError> {
         self.skip()?;
+        self.name.clear();
         loop {
             let input = self.buffer.get(self.used..).unwrap_or_default();
             let (consumed, parsed) = match self.parser.parse(input).map_err(malformed)? {
@@ -143,9 +146,9 @@ impl<R: Read> Entries<R> {
                     if self.fill()? {
                         continue;
                     }
-                    // Some writers leave the two empty blocks at the end out.
-                    let is_over = self.used == self.buffer.len();
-                    return if is_over {
+                    // Some writers leave the two empty blocks at the end out, or one of them.
+                    let rest = self.buffer.get(self.used..).unwrap_or_default();
+                    return if rest.iter().all(|byte| *byte == 0) {
                         Ok(None)
                     } else {
                         Err(EntryError::Cut)
@@ -159,6 +162,7 @@ impl<R: Read> Entries<R> {
                 }
                 ParseEvent::Entry { consumed, entry } => {
                     self.name = entry.path.to_vec();
+                    check_headers(input.get(..consumed).unwrap_or_default())?;
                     (consumed, convert(&entry, None)?)
                 }
                 ParseEvent::SparseEntry {
@@ -172,8 +176,13 @@ impl<R: Read> Entries<R> {
                         offset: it.offset,
                         length: it.length,
                     };
-                    let regions = sparse_map.iter().map(region).collect();
-                    (consumed, convert(&entry, Some((real_size, regions)))?)
+                    let map = check_headers(input.get(..consumed).unwrap_or_default())?;
+                    let sparse = Sparse {
+                        size: real_size,
+                        regions: sparse_map.iter().map(region).collect(),
+                        map,
+                    };
+                    (consumed, convert(&entry, Some(sparse))?)
                 }
             };
             self.used += consumed;
@@ -196,11 +205,22 @@ impl<R: Read> Entries<R> {
             return Err(EntryError::Headers);
         }
         self.buffer.resize(length + READ, 0);
-        let space = self.buffer.get_mut(length..).unwrap_or_default();
-        let read = read_some(&mut self.from, space);
-        self.buffer
-            .truncate(length + read.as_ref().copied().unwrap_or_default());
-        Ok(read? > 0)
+        let mut end = length;
+        // All there is room for: headers are looked at anew each time.
+        let read = loop {
+            let space = self.buffer.get_mut(end..).unwrap_or_default();
+            if space.is_empty() {
+                break Ok(());
+            }
+            match read_some(&mut self.from, space) {
+                Ok(0) => break Ok(()),
+                Ok(count) => end += count,
+                Err(error) => break Err(error),
+            }
+        };
+        self.buffer.truncate(end);
+        read?;
+        Ok(end > length)
     }
 
     fn skip(&mut self) -> Result<(), EntryError> {
@@ -272,13 +292,69 @@ fn malformed(error: ParseError) -> EntryError {
     }
 }
 
-fn convert(
-    entry: &ParsedEntry<'_>,
-    sparse: Option<(u64, Vec<Region>)>,
-) -> Result<Entry, EntryError> {
+/// Where a header keeps its numbers (tar(5)): mode, owner, group, size, time, checksum.
+const NUMBERS: [std::ops::Range<usize>; 6] =
+    [100..108, 108..116, 116..124, 124..136, 136..148, 148..156];
+const TYPE_FLAG: usize = 156;
+
+/// Refuses headers of one entry that readers understand differently: numbers that begin with a NUL are nothing to some, and what follows it to
+/// others. Says how many bytes come after the last of them, of a sparse file's map.
+fn check_headers(mut headers: &[u8]) -> Result<u64, EntryError> {
+    while let Some((block, rest)) = headers.split_first_chunk::<HEADER_SIZE>() {
+        headers = rest;
+        if block.iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        for numbers in NUMBERS {
+            let number = block.get(numbers).unwrap_or_default();
+            if number.starts_with(&[0]) && number.iter().any(|byte| *byte != 0) {
+                return Err(EntryError::Malformed("a number begins with a NUL".into()));
+            }
+        }
+        let header = Header::from_bytes(block);
+        let is_extension = matches!(
+            header.entry_type(),
+            EntryType::XHeader | EntryType::GnuLongName | EntryType::GnuLongLink
+        ) && (header.is_gnu() || header.is_ustar());
+        if !is_extension {
+            break;
+        }
+        let size = header
+            .entry_size()
+            .map_err(|error| malformed(error.into()))?;
+        let size = usize::try_from(size)
+            .ok()
+            .and_then(|size| size.checked_next_multiple_of(HEADER_SIZE));
+        headers = size
+            .and_then(|size| headers.get(size..))
+            .unwrap_or_default();
+    }
+    Ok(headers.len() as u64)
+}
+
+/// What a sparse file is said to be.
+struct Sparse {
+    size: u64,
+    regions: Vec<Region>,
+    /// Bytes of its map.
+    map: u64,
+}
+
+fn convert(entry: &ParsedEntry<'_>, sparse: Option<Sparse>) -> Result<Entry, EntryError> {
+    let is_file = matches!(
+        entry.entry_type,
+        EntryType::Regular | EntryType::Continuous | EntryType::GnuSparse
+    );
+    let flag = entry.header.as_bytes().get(TYPE_FLAG);
+    // Tarballs older than POSIX, whose files have no other flag than this, have folders that are files whose names end so.
+    let is_old_folder = entry.path.ends_with(b"/") && flag == Some(&0);
+    if sparse.is_some() && (!is_file || is_old_folder) {
+        return Err(EntryError::Malformed(
+            "a map of a sparse file, but no file".into(),
+        ));
+    }
     let kind = match entry.entry_type {
-        // Tarballs older than POSIX have folders that are files whose names end so.
-        EntryType::Regular if entry.path.ends_with(b"/") => Kind::Folder,
+        EntryType::Regular if is_old_folder => Kind::Folder,
         EntryType::Regular | EntryType::Continuous | EntryType::GnuSparse => file(entry, sparse)?,
         EntryType::Directory => Kind::Folder,
         EntryType::Symlink => Kind::Symlink(target(entry)?),
@@ -317,8 +393,14 @@ fn convert(
     })
 }
 
-fn file(entry: &ParsedEntry<'_>, sparse: Option<(u64, Vec<Region>)>) -> Result<Kind, EntryError> {
-    let Some((size, regions)) = sparse else {
+fn file(entry: &ParsedEntry<'_>, sparse: Option<Sparse>) -> Result<Kind, EntryError> {
+    let size = sparse.as_ref().map_or(entry.size, |sparse| sparse.size);
+    if size.max(entry.size) > MOST_SIZE {
+        return Err(EntryError::Malformed(format!(
+            "{size} bytes are no size of a file"
+        )));
+    }
+    let Some(Sparse { regions, map, .. }) = sparse else {
         let whole = Region {
             offset: 0,
             length: entry.size,
@@ -344,7 +426,8 @@ fn file(entry: &ParsedEntry<'_>, sparse: Option<(u64, Vec<Region>)>) -> Result<K
         stored += region.length;
     }
     // A size of its own in PAX is of the map and what it maps (GNU tar, format 1.0).
-    if stored != entry.size && pax(entry, "size")?.is_none() {
+    let with_map = stored + map == entry.size && pax(entry, "size")?.is_some();
+    if stored != entry.size && !with_map {
         return Err(EntryError::Malformed(
             "its map of a sparse file is not of as many bytes as it has".into(),
         ));

@@ -340,6 +340,45 @@ fn attributes_and_capabilities() {
     assert!(!tree["srv"].contains("user.of"));
 }
 
+/// What is made in a folder with a default list would have one that nobody has named (acl(5), acl_ea.h of Linux).
+#[test]
+fn access_control_lists() {
+    let mut list = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in [
+        (1, 7, u32::MAX),
+        (2, 4, 1000),
+        (4, 5, u32::MAX),
+        (16, 7, u32::MAX),
+        (32, 5, u32::MAX),
+    ] {
+        list.extend(u16::to_le_bytes(tag));
+        list.extend(u16::to_le_bytes(permissions));
+        list.extend(u32::to_le_bytes(id));
+    }
+    let tree = agrees(
+        vec![
+            base()
+                .pax([("SCHILY.xattr.system.posix_acl_default", list.as_slice())])
+                .folder("srv/", 0o755)
+                .file("srv/x", b"x")
+                .folder("srv/y/", 0o755),
+        ],
+        Packing::Plain,
+    );
+    assert!(tree["srv"].contains("posix_acl_default"));
+    assert!(!tree["srv/x"].contains("posix_acl"));
+}
+
+#[test]
+fn one_empty_block_at_the_end_is_an_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let [two, one] = ["two", "one"].map(|name| folder.path().join(name));
+    let layer = base().bytes();
+    by_us(std::slice::from_ref(&layer), Packing::Plain, &two);
+    by_us(&[layer[..layer.len() - 512].to_vec()], Packing::Plain, &one);
+    assert_eq!(tree::read(&one), tree::read(&two));
+}
+
 /// As `git archive` puts one in front; `umoci` of Debian 12 refuses it.
 #[test]
 fn a_comment_on_the_whole_is_no_entry() {

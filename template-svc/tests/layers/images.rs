@@ -3,6 +3,7 @@
 use std::{fs, path::Path};
 
 use rstest::rstest;
+use rustix::fs::{CWD, FileType, Mode};
 use serde_json::{Value, json};
 use template_svc::{
     image::{Defaults, Image, ImageError},
@@ -154,25 +155,22 @@ fn nothing_outside_is_read() {
             matches!(error, ImageError::NoImage | ImageError::Missing(_)),
             "{error}"
         );
-        fs::remove_file(&inside).unwrap();
-        make_fifo(&inside);
-        let error = unpack(folder.path()).unwrap_err();
-        assert_eq!(error.reason(), "IMAGE_INVALID", "{error}");
+        // Neither is waited for, nor opened: the host would notice.
+        for kind in [FileType::Fifo, FileType::CharacterDevice] {
+            fs::remove_file(&inside).unwrap();
+            make(&inside, kind);
+            let error = unpack(folder.path()).unwrap_err();
+            assert_eq!(error.reason(), "IMAGE_INVALID", "{error}");
+        }
         fs::remove_dir_all(&moved)
             .or_else(|_| fs::remove_file(&moved))
             .unwrap();
     }
 }
 
-fn make_fifo(path: &Path) {
-    rustix::fs::mknodat(
-        rustix::fs::CWD,
-        path,
-        rustix::fs::FileType::Fifo,
-        rustix::fs::Mode::from_raw_mode(0o600),
-        0,
-    )
-    .unwrap();
+fn make(path: &Path, kind: FileType) {
+    let mode = Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(CWD, path, kind, mode, rustix::fs::makedev(1, 3)).unwrap();
 }
 
 #[rstest]
@@ -184,6 +182,30 @@ fn documents_that_are_none(#[case] text: String, #[case] why: &str) {
     let error = unpack(folder.path()).unwrap_err();
     assert_eq!(error.reason(), "IMAGE_INVALID");
     assert!(error.to_string().contains(why), "{error}");
+}
+
+/// Each of them could be read, and read again.
+#[test]
+fn an_index_of_very_many() {
+    let folder = layout();
+    edit(&folder.path().join("index.json"), |index| {
+        let mut manifest = index["manifests"][0].clone();
+        manifest["platform"] = json!({"os": "linux", "architecture": "s390x\0".repeat(100)});
+        let manifests = (0..2000).map(|number| {
+            let mut manifest = manifest.clone();
+            manifest["digest"] = json!(format!("sha256:{number:064}"));
+            manifest
+        });
+        index["manifests"] = manifests.collect();
+    });
+    let error = unpack(folder.path()).unwrap_err();
+    assert!(error.to_string().contains("more than 1000"), "{error}");
+    edit(&folder.path().join("index.json"), |index| {
+        index["manifests"].as_array_mut().unwrap().truncate(500);
+    });
+    let error = unpack(folder.path()).unwrap_err();
+    assert_eq!(error.reason(), "PLATFORM_MISSING");
+    assert!(error.to_string().len() < 4096);
 }
 
 #[rstest]
