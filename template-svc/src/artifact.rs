@@ -22,14 +22,18 @@ pub struct Artifacts {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ArtifactDigest(String);
 
+/// Whether it is a digest of 256 bits as text: 64 lower-case hexadecimal characters.
+pub(crate) fn is_digest(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
 impl ArtifactDigest {
     /// Accepts 64 lower-case hexadecimal characters.
     pub fn parse(text: &str) -> Option<Self> {
-        let fits = text.len() == 64
-            && text
-                .bytes()
-                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-        fits.then(|| Self(text.to_owned()))
+        is_digest(text).then(|| Self(text.to_owned()))
     }
 
     /// As text.

@@ -23,7 +23,10 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use crate::layer::{Applied, LayerError, Limits, Root, Whiteouts};
+use crate::{
+    artifact::is_digest,
+    layer::{Applied, LayerError, Limits, Root, Whiteouts},
+};
 
 /// Largest manifest, index or config: as registries take them (distribution-spec, "Pushing Manifests").
 const MOST_DOCUMENT: u64 = 4 << 20;
@@ -306,13 +309,7 @@ fn is_same(what: impl Fn() -> String, wanted: &str, found: &str) -> Result<(), I
 
 /// A digest of the one kind there is in practice, as text.
 fn sha256(what: &str, digest: &str) -> Result<String, ImageError> {
-    let is_one = digest.strip_prefix("sha256:").is_some_and(|hex| {
-        hex.len() == 64
-            && hex
-                .bytes()
-                .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-    });
-    if is_one {
+    if digest.strip_prefix("sha256:").is_some_and(is_digest) {
         Ok(digest.to_owned())
     } else {
         Err(malformed(what, format!("{digest:?} is no SHA-256 digest")))

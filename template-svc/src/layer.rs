@@ -564,12 +564,7 @@ impl<R: Read> Applying<'_, R> {
         if matches!(name, b"" | b"." | b"..") {
             return Err(EntryError::Name("it hides what is no name").into());
         }
-        let path = if is_opaque {
-            parent.to_owned()
-        } else {
-            parent.join(OsStr::from_bytes(name))
-        };
-        let Some(parent) = existing_folder(if is_opaque { &path } else { parent })? else {
+        let Some(parent) = existing_folder(parent)? else {
             // What is not there is hidden already.
             return Ok(());
         };
