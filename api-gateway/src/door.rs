@@ -108,11 +108,13 @@ fn client_timeout(metadata: &MetadataMap) -> Option<Duration> {
     })
 }
 
-/// What a service behind the gateway said, as a client may hear it: its own words where they were meant for clients.
+/// What a service behind the gateway said, as a client may hear it: its own words where they were meant for clients. Our services give
+/// a reason with whatever they say: without one it is the connection to them that broke, which HTTP/2 tells in as many ways as there are
+/// to die, before an answer and within it.
 pub fn outward(status: Status) -> Status {
-    let meant_for_clients = service_kit::errors::reason_of(&status).is_some();
+    let is_told = service_kit::errors::reason_of(&status).is_some();
     match status.code() {
-        Code::Unavailable if !meant_for_clients => {
+        Code::Unavailable | Code::Internal | Code::Unknown | Code::Cancelled if !is_told => {
             tracing::warn!(%status, "a service does not answer");
             Failure::unavailable(
                 Reason::SERVICE_UNAVAILABLE,
@@ -133,33 +135,26 @@ pub fn outward(status: Status) -> Status {
     }
 }
 
-/// The same of an answer that had begun. Our services give a reason with whatever they say: without one it is the connection to them that broke,
-/// which HTTP/2 tells in as many ways as there are to die.
-pub fn outward_in_stream(status: Status) -> Status {
-    let is_told = service_kit::errors::reason_of(&status).is_some();
-    match status.code() {
-        Code::Internal | Code::Unknown if !is_told => {
-            outward(Status::unavailable(status.message()))
-        }
-        _ => outward(status),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_that_is_cut_may_be_asked_for_again() {
-        let cut = Status::unknown("h2 protocol error: error reading a body from connection");
-        let cut = outward_in_stream(cut);
-        assert_eq!(cut.code(), Code::Unavailable);
-        assert!(!cut.message().contains("h2"));
+    fn a_call_that_is_cut_may_be_asked_for_again() {
+        for cut in [
+            Status::unknown("h2 protocol error: error reading a body from connection"),
+            Status::unknown("transport error"),
+            Status::cancelled("operation was canceled"),
+        ] {
+            let cut = outward(cut);
+            assert_eq!(cut.code(), Code::Unavailable);
+            assert!(cut.message().starts_with("a part of the control plane"));
+        }
         let failed = Failure::new(Code::Internal, Reason::INTERNAL, "secret");
-        let failed = outward_in_stream(failed.into());
+        let failed = outward(failed.into());
         assert_eq!(failed.code(), Code::Internal);
         assert!(!failed.message().contains("secret"));
-        let late = outward_in_stream(Status::deadline_exceeded("too late"));
+        let late = outward(Status::deadline_exceeded("too late"));
         assert_eq!(late.code(), Code::DeadlineExceeded);
     }
 

@@ -845,10 +845,9 @@ async fn nodes_on_one_host_never_meet_and_grow_and_shrink() {
     assert!(leftovers(&before[1..]).unwrap().is_empty());
     big.config.capacity = 100;
     big.restart(&[]);
-    assert_eq!(
-        (big.pool.blocks()[0], big.pool.blocks().len()),
-        (before[0], 2)
-    );
+    // Others on this host may have left a lower one since.
+    let grown = big.pool.blocks();
+    assert!(grown.len() == 2 && grown.contains(&before[0]), "{grown:?}");
     let too_many = SlotConfig {
         capacity: 1_000_000,
         ..big.config.clone()

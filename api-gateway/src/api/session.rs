@@ -19,7 +19,7 @@ use service_kit::{mesh::MeshChannel, readiness};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    door::{Door, Limit, outward, outward_in_stream},
+    door::{Door, Limit, outward},
     validate,
 };
 
@@ -262,7 +262,7 @@ impl SessionService for SessionApi {
             .watch_sessions(request)
             .await
             .map_err(outward)?;
-        Ok(answer.map(|stream| Box::pin(stream.map_err(outward_in_stream)) as _))
+        Ok(answer.map(|stream| Box::pin(stream.map_err(outward)) as _))
     }
 
     type StreamSessionLogsStream = Answers<StreamSessionLogsResponse>;
@@ -278,6 +278,6 @@ impl SessionService for SessionApi {
             .stream_session_logs(request)
             .await
             .map_err(outward)?;
-        Ok(answer.map(|stream| Box::pin(stream.map_err(outward_in_stream)) as _))
+        Ok(answer.map(|stream| Box::pin(stream.map_err(outward)) as _))
     }
 }

@@ -17,7 +17,7 @@ use proto::template::v1::{
 use service_kit::mesh::MeshChannel;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::door::{Door, Limit, outward, outward_in_stream};
+use crate::door::{Door, Limit, outward};
 
 /// Templates, for clients.
 #[derive(Debug)]
@@ -157,6 +157,6 @@ impl TemplateService for TemplateApi {
             .stream_build_logs(request)
             .await
             .map_err(outward)?;
-        Ok(answer.map(|stream| Box::pin(stream.map_err(outward_in_stream)) as _))
+        Ok(answer.map(|stream| Box::pin(stream.map_err(outward)) as _))
     }
 }
