@@ -92,6 +92,10 @@ pub(crate) struct Options {
     /// OTLP collector (gRPC) for traces: host:port.
     #[arg(long)]
     otlp: Option<std::net::SocketAddr>,
+    /// Registries that images may come from although they lie on private addresses: host or host:port, with http:// before it for one
+    /// without TLS.
+    #[arg(long, value_name = "REGISTRY", value_delimiter = ',')]
+    trusted_registries: Vec<template_svc::TrustedRegistry>,
     /// After how long without a heartbeat a node is dead.
     #[arg(long, default_value = "30s")]
     node_dead_after: String,

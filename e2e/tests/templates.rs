@@ -9,8 +9,10 @@ use std::{
 };
 
 use e2e::{Mesh, small, wait_for};
+use proto::template::v1::GetTemplateRequest;
 use sdk::NewSession;
 use service_kit::config::tools_folder;
+use testbed::Registry;
 
 fn run(program: &str, arguments: &[&str], folder: &Path) {
     let output = Command::new(program)
@@ -69,9 +71,17 @@ fn build(mesh: &Mesh, archive: &Path, more: &[&str]) -> std::process::Output {
     mesh.run(&[&arguments, more].concat())
 }
 
+fn pull(mesh: &Mesh, registry: &Registry, more: &[&str]) -> std::process::Output {
+    let image = format!("{}/team/app:v1", registry.address());
+    let arguments = ["template", "build", "-t", "pulled", "--image", &image];
+    mesh.run(&[&arguments, more].concat())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_becomes_a_template() {
-    let mesh = Mesh::start(&[]);
+    let registry = testbed::Registry::start(&tools_folder().join("bin")).unwrap();
+    let trusted = format!("http://{}", registry.address());
+    let mesh = Mesh::start(&["--trusted-registries", &trusted]);
     let folder = tempfile::tempdir().unwrap();
     image(folder.path());
     let archive = folder.path().join("image.tar");
@@ -110,6 +120,43 @@ async fn an_image_becomes_a_template() {
         String::from_utf8_lossy(&output.stdout),
         "from the second layer\ngood morning, session, 4242, /\n"
     );
+
+    // The same image out of a registry is the same root, byte for byte.
+    let layout = folder.path().join("image");
+    registry.push(&layout, "v1", "team/app").unwrap();
+    let built = pull(&mesh, &registry, &[]);
+    let said = String::from_utf8_lossy(&built.stderr).into_owned();
+    assert!(said.contains("(PULL_UNAUTHORIZED)"), "{said}");
+    let password = folder.path().join("password");
+    fs::write(&password, format!("{}\n", testbed::PASSWORD)).unwrap();
+    let password = ["--registry-password-file", password.to_str().unwrap()];
+    let built = pull(
+        &mesh,
+        &registry,
+        &[&["--registry-user", testbed::USER], &password[..]].concat(),
+    );
+    assert!(
+        built.status.success(),
+        "{}",
+        String::from_utf8_lossy(&built.stderr)
+    );
+    let mut client = mesh.client().templates();
+    let mut rootfs = Vec::new();
+    for name in ["app", "pulled"] {
+        let request = GetTemplateRequest {
+            template: name.into(),
+        };
+        let template = client.get_template(request).await.unwrap().into_inner();
+        let template = template.template.unwrap();
+        let image = format!("{}/team/app@sha256:", registry.address());
+        assert_eq!(template.source_image.starts_with(&image), name == "pulled");
+        rootfs.push((
+            template.rootfs.unwrap(),
+            template.env,
+            template.default_user,
+        ));
+    }
+    assert_eq!(rootfs[0], rootfs[1]);
 
     // One byte of a layer is another: nothing of it becomes a template.
     let blobs = folder.path().join("image/blobs/sha256");

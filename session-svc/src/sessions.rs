@@ -173,7 +173,7 @@ impl Sessions {
         }
         self.changes.tell();
         let sessions = self.clone();
-        self.owned(async move { sessions.start(session).await })
+        self.owned(async move { Box::pin(sessions.start(session)).await })
             .await
     }
 

@@ -19,6 +19,8 @@ use crate::{
     artifact::Artifacts,
     builds::{self, Builder, Kernel},
     config::Config,
+    registry::{Patience, Registries},
+    secrets::Sealer,
     store::{Store, StoreError},
 };
 
@@ -38,6 +40,9 @@ pub enum AppError {
     /// The database.
     #[error("--database-url: {0}")]
     Database(#[from] StoreError),
+    /// The client that asks registries.
+    #[error("the client for registries: {0}")]
+    Registries(#[from] reqwest::Error),
     /// A folder.
     #[error("{setting} {path}: {source}")]
     Folder {
@@ -60,6 +65,7 @@ pub struct App {
     uploads: Artifacts,
     work: PathBuf,
     kernel: Kernel,
+    registries: Registries,
     config: Config,
     shutdown: CancellationToken,
 }
@@ -84,6 +90,7 @@ impl App {
                 path: config.kernel_dir.clone(),
                 source,
             })?;
+        let registries = Registries::new(&config.trusted_registries, Patience::default())?;
         let store = Store::new(&config.database_url, config.database_connections)?;
         let bound = Bound::bind(&config.listen).await?;
         Ok(Self {
@@ -94,6 +101,7 @@ impl App {
             uploads,
             work,
             kernel,
+            registries,
             config,
             shutdown,
         })
@@ -114,9 +122,11 @@ impl App {
             uploads,
             work,
             kernel,
+            registries,
             config,
             shutdown,
         } = self;
+        let sealer = Sealer::new(token.clone());
         loop {
             let migrated = tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
@@ -135,6 +145,8 @@ impl App {
             uploads: uploads.clone(),
             work: work.clone(),
             kernel,
+            sealer: sealer.clone(),
+            registries,
             max_rootfs: config.max_rootfs,
             wake: Arc::clone(&wake),
         };
@@ -146,9 +158,14 @@ impl App {
             store.clone(),
             shutdown.clone(),
         ));
-        let templates =
-            TemplateServiceServer::new(TemplateApi::new(store, uploads, config.max_upload, wake))
-                .max_decoding_message_size(8 << 20);
+        let templates = TemplateServiceServer::new(TemplateApi::new(
+            store,
+            sealer,
+            uploads,
+            config.max_upload,
+            wake,
+        ))
+        .max_decoding_message_size(8 << 20);
         let routes = Routes::new(templates)
             .add_service(ArtifactServiceServer::new(ArtifactApi { artifacts }));
         let served = Grpc::new("template-svc")

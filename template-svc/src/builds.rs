@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use proto::template::v1::{Artifact, BuildState, Template, build_source::Source};
+use prost::Message as _;
+use proto::template::v1::{
+    Artifact, BuildState, BuildTemplateRequest, Template, build_source::Source,
+};
 use tempfile::TempDir;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -17,7 +20,9 @@ use crate::{
     artifact::{ArtifactDigest, Artifacts},
     image::{Defaults, Image, ImageError},
     layer::{Applied, LayerError, Limits, Root, Whiteouts},
+    registry::{self, Login, Pull, Registries, RegistryError},
     rootfs::{self, RootfsError},
+    secrets::Sealer,
     store::{Store, StoreError, StoredBuild},
 };
 
@@ -27,9 +32,12 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A build is taken again when its builder has died; not for ever, since it may be what builders die of.
 const MOST_ATTEMPTS: u32 = 5;
 
+/// An image has come within it, or does not come.
+const PULL_LIMIT: Duration = Duration::from_hours(1);
+
 /// Lines of a log that wait to be stored.
 const LINES: usize = 16;
-/// Where an archive is unpacked, in the folder of a build.
+/// Where an archive is unpacked and what is pulled lies, in the folder of a build.
 const ARCHIVE: &str = "archive";
 
 const MIB: u64 = 1 << 20;
@@ -75,6 +83,10 @@ pub struct Builder {
     pub work: PathBuf,
     /// The kernel.
     pub kernel: Kernel,
+    /// Opens the credentials of builds.
+    pub sealer: Sealer,
+    /// Where images come from.
+    pub registries: Registries,
     /// Largest root filesystem after unpacking.
     pub max_rootfs: u64,
     /// Word of a new build.
@@ -96,6 +108,15 @@ enum BuildError {
 
 impl From<ImageError> for BuildError {
     fn from(error: ImageError) -> Self {
+        Self::Failed {
+            reason: error.reason(),
+            message: error.to_string(),
+        }
+    }
+}
+
+impl From<RegistryError> for BuildError {
+    fn from(error: RegistryError) -> Self {
         Self::Failed {
             reason: error.reason(),
             message: error.to_string(),
@@ -230,15 +251,72 @@ impl Builder {
             })
     }
 
-    /// Unpacks an image, and logs what is said meanwhile.
-    async fn unpack_image(
+    /// Fetches an image, and unpacks its layers as they come.
+    async fn pull(
+        &self,
+        stored: &StoredBuild,
+        name: &str,
+        unpacking: Unpacking,
+    ) -> Result<(Defaults, String), BuildError> {
+        let id = &stored.build.build_id;
+        let reference = registry::parse_reference(name)?;
+        let login = self.login(stored, reference.registry())?;
+        let pull = Pull::new(
+            &self.registries,
+            reference.clone(),
+            login,
+            unpacking.folder.clone(),
+        )?;
+        let (image, digest) = pull.documents().await?;
+        let image = Arc::new(image);
+        let bytes: u64 = image.blobs().map(|(_, size)| size).sum();
+        let layers = image.layers();
+        let line = format!("{reference} is {digest}: {layers} layers of {bytes} bytes");
+        self.store.log(id, &line).await?;
+        // One waits while the one before it is unpacked.
+        let (arrived, mut arrivals) = mpsc::channel(1);
+        let limit = unpacking.limits.bytes;
+        let fetch = async { Ok(pull.layers(&image, limit, arrived).await?) };
+        let unpacked = Arc::clone(&image);
+        let unpack = self.logged(id, move |lines| {
+            unpacking.image(&unpacked, lines, || {
+                arrivals.blocking_recv().ok_or(LayerError::Cancelled)
+            })
+        });
+        let (defaults, ()) = tokio::try_join!(unpack, fetch)?;
+        let (registry, repository) = (reference.registry(), reference.repository());
+        Ok((defaults, format!("{registry}/{repository}@{digest}")))
+    }
+
+    /// The credentials a build has for a registry.
+    fn login(&self, stored: &StoredBuild, registry: &str) -> Result<Option<Login>, BuildError> {
+        let Some(sealed) = &stored.secrets else {
+            return Ok(None);
+        };
+        let unreadable = |message: String| BuildError::Failed {
+            reason: "CREDENTIALS_UNREADABLE",
+            message,
+        };
+        let opened = self.sealer.open(&stored.build.build_id, sealed);
+        let opened = opened.map_err(|error| unreadable(error.to_string()))?;
+        let secrets = BuildTemplateRequest::decode(&*opened)
+            .map_err(|_| unreadable("the build's credentials do not parse".into()))?;
+        let mut logins = secrets.registry_logins.into_iter();
+        let login = logins.find(|login| login.registry == registry);
+        Ok(login.map(|login| Login {
+            username: login.username,
+            password: login.password,
+        }))
+    }
+
+    /// Does what blocks, and logs what is said meanwhile.
+    async fn logged<T: Send + 'static>(
         &self,
         id: &str,
-        tarball: PathBuf,
-        unpacking: Unpacking,
-    ) -> Result<Defaults, BuildError> {
+        work: impl FnOnce(&mpsc::Sender<String>) -> Result<T, BuildError> + Send + 'static,
+    ) -> Result<T, BuildError> {
         let (lines, mut said) = mpsc::channel(LINES);
-        let work = blocking(move || unpacking.run(&tarball, &lines));
+        let work = blocking(move || work(&lines));
         // Owns the receiver: whoever still speaks when this has failed is not held up.
         let log = async move {
             while let Some(line) = said.recv().await {
@@ -247,9 +325,9 @@ impl Builder {
             Ok(())
         };
         // What failed comes after what was said before it.
-        let (unpacked, logged) = tokio::join!(work, log);
-        let defaults = unpacked?;
-        logged.map(|()| defaults).map_err(BuildError::Store)
+        let (done, logged) = tokio::join!(work, log);
+        let done = done?;
+        logged.map(|()| done).map_err(BuildError::Store)
     }
 
     /// Renews the lease for as long as the build runs; returns when it was cancelled.
@@ -286,6 +364,14 @@ impl Builder {
         // The thread ends soon after this future, which a cancelled build drops.
         let cancel = CancellationToken::new();
         let _cancelled = cancel.clone().drop_guard();
+        let mut source_image = String::new();
+        let unpacking = || Unpacking {
+            folder: work.path(ARCHIVE),
+            root: root.clone(),
+            limits,
+            cancel: cancel.clone(),
+            _held: work.clone(),
+        };
         let defaults = match source {
             Some(Source::RootfsTarball(digest)) => {
                 let tarball = self.uploaded(&digest)?;
@@ -302,20 +388,24 @@ impl Builder {
             Some(Source::ImageArchive(archive)) => {
                 let tarball = self.uploaded(&archive.digest)?;
                 self.store.log(id, "unpacking the archive").await?;
-                let unpacking = Unpacking {
-                    folder: work.path(ARCHIVE),
-                    name: archive.image,
-                    root: root.clone(),
-                    limits,
-                    cancel,
-                    _held: work.clone(),
-                };
-                self.unpack_image(id, tarball, unpacking).await?
+                let unpacking = unpacking();
+                let unpack = move |lines: &_| unpacking.archive(&tarball, &archive.image, lines);
+                self.logged(id, unpack).await?
+            }
+            Some(Source::OciImage(name)) => {
+                let pulled =
+                    tokio::time::timeout(PULL_LIMIT, self.pull(stored, &name, unpacking()));
+                let (defaults, image) = pulled.await.map_err(|_| BuildError::Failed {
+                    reason: "PULL_TIMED_OUT",
+                    message: format!("{name} has not come within {} s", PULL_LIMIT.as_secs()),
+                })??;
+                source_image = image;
+                defaults
             }
             _ => {
                 return Err(BuildError::Failed {
                     reason: "NOT_YET_AVAILABLE",
-                    message: "only uploaded files can be built".into(),
+                    message: "Dockerfiles cannot be built yet".into(),
                 });
             }
         };
@@ -345,6 +435,7 @@ impl Builder {
             default_disk_bytes: or(request.default_disk_bytes, DEFAULT_DISK),
             env: defaults.env.into_iter().collect(),
             default_user: defaults.user,
+            source_image,
             ..Template::default()
         };
         match self.store.publish(stored, &spec).await? {
@@ -397,12 +488,10 @@ impl Drop for Work {
     }
 }
 
-/// An image on its way from an archive to a root.
+/// An image on its way to a root.
 struct Unpacking {
-    /// Where the archive's files go.
+    /// Where it lies.
     folder: PathBuf,
-    /// Which image; empty for the only one.
-    name: String,
     root: PathBuf,
     limits: Limits,
     cancel: CancellationToken,
@@ -410,19 +499,34 @@ struct Unpacking {
 }
 
 impl Unpacking {
-    /// Blocking. What is to be said of it goes to `lines`, whoever reads those.
-    fn run(self, tarball: &Path, lines: &mpsc::Sender<String>) -> Result<Defaults, BuildError> {
-        // Nobody hears it any more if the build was given up; then it is cancelled, too.
-        let say = |line: String| drop(lines.blocking_send(line));
+    /// The image of that name in an archive, or the only one if that is empty. Blocking.
+    fn archive(
+        self,
+        tarball: &Path,
+        name: &str,
+        lines: &mpsc::Sender<String>,
+    ) -> Result<Defaults, BuildError> {
         let mut archive = Root::new(self.folder.clone(), self.limits);
         let file = File::open(tarball).map_err(io_failed)?;
         archive.apply(file, Whiteouts::Keep, &self.cancel)?;
-        let name = Some(self.name.as_str()).filter(|name| !name.is_empty());
-        let image = Image::open(&self.folder, name)?;
+        let image = Image::open(&self.folder, Some(name).filter(|name| !name.is_empty()))?;
+        self.image(&image, lines, || Ok(()))
+    }
+
+    /// Each layer when it is there. What is to be said goes to `lines`, whoever reads those. Blocking.
+    fn image(
+        self,
+        image: &Image,
+        lines: &mpsc::Sender<String>,
+        ready: impl FnMut() -> Result<(), LayerError>,
+    ) -> Result<Defaults, BuildError> {
+        // Nobody hears it any more if the build was given up; then it is cancelled, too.
+        let say = |line: String| drop(lines.blocking_send(line));
         let layers = image.layers();
-        image.unpack(&self.root, self.limits, &self.cancel, |number, applied| {
+        let done = |number, applied| {
             say(format!("layer {number} of {layers}: {}", said(&applied)));
-        })?;
+        };
+        image.unpack(&self.root, self.limits, &self.cancel, ready, done)?;
         rootfs::check(&self.root)?;
         let mut defaults = image.defaults();
         if let Some((user, group)) = defaults.user.clone().split_once(':') {

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use service_kit::{address::Address, config::parse_bytes};
 
+use crate::registry::TrustedRegistry;
+
 /// Settings of template-svc.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
@@ -43,4 +45,8 @@ pub struct Config {
     /// Largest root filesystem after unpacking.
     #[arg(long, env = "SANDMESH_TEMPLATE_MAX_ROOTFS", value_parser = parse_bytes, default_value = "32GiB")]
     pub max_rootfs: u64,
+    /// Registries that may be asked although they lie on private addresses: host or host:port, with http:// before it for one without
+    /// TLS. Others are asked by HTTPS only, and on public addresses only.
+    #[arg(long, env = "SANDMESH_TRUSTED_REGISTRIES", value_delimiter = ',')]
+    pub trusted_registries: Vec<TrustedRegistry>,
 }

@@ -11,6 +11,7 @@
 
 use std::{
     collections::HashSet,
+    fmt,
     fs::File,
     io::{self, Read},
     os::fd::AsRawFd as _,
@@ -29,7 +30,7 @@ use crate::{
 };
 
 /// Largest manifest, index or config: as registries take them (distribution-spec, "Pushing Manifests").
-const MOST_DOCUMENT: u64 = 4 << 20;
+pub(crate) const MOST_DOCUMENT: u64 = 4 << 20;
 /// An index may list indexes, so deep and so many of anything.
 const DEEPEST_INDEX: u32 = 3;
 const MOST_LISTED: usize = 1000;
@@ -40,6 +41,27 @@ const TRIES: u32 = 100;
 /// As the runtimes of containers have it; overlayfs takes no more, and no tool makes more.
 const MOST_LAYERS: usize = 500;
 const REFERENCE: &str = "org.opencontainers.image.ref.name";
+
+/// What a document lists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Listed {
+    /// A manifest or an index, by digest.
+    Manifest(String),
+    /// Anything else that has a digest.
+    Blob(String),
+    /// A file of an archive.
+    File(String),
+}
+
+impl fmt::Display for Listed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Manifest(digest) => write!(f, "the manifest {digest}"),
+            Self::Blob(digest) => write!(f, "the blob {digest}"),
+            Self::File(path) => path.fmt(f),
+        }
+    }
+}
 
 /// An image that is none, or not the one it says it is.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +81,7 @@ pub enum ImageError {
     },
     /// Something that is listed is not there.
     #[error("{0} is listed, but not there")]
-    Missing(String),
+    Missing(Listed),
     /// Something is not what it should be.
     #[error("{what} is damaged: its digest is {found}, not {wanted}")]
     Digest {
@@ -234,12 +256,19 @@ impl Image {
         }
     }
 
-    /// Puts its layers upon each other in an empty folder; `said` hears of each that is done. Blocking.
+    /// Digests and sizes of its layers as they are sent, in order.
+    pub fn blobs(&self) -> impl Iterator<Item = (String, u64)> {
+        self.layers.iter().filter_map(|layer| layer.blob.clone())
+    }
+
+    /// Puts its layers upon each other in an empty folder; `ready` waits for each to be there, and `said` hears of each that is done.
+    /// Blocking.
     pub fn unpack(
         &self,
         to: &Path,
         limits: Limits,
         cancel: &CancellationToken,
+        mut ready: impl FnMut() -> Result<(), LayerError>,
         mut said: impl FnMut(usize, Applied),
     ) -> Result<(), ImageError> {
         let reader = Reader {
@@ -256,9 +285,10 @@ impl Image {
                     .clone(),
                 error,
             };
+            ready().map_err(failed)?;
             let file = reader.file(&layer.path)?;
-            let mut blob =
-                Hashed::new(file.ok_or_else(|| ImageError::Missing(layer.path.clone()))?);
+            let missing = || ImageError::Missing(Listed::File(layer.path.clone()));
+            let mut blob = Hashed::new(file.ok_or_else(missing)?);
             let applied = root
                 .apply(&mut blob, Whiteouts::Apply, cancel)
                 .map_err(failed)?;
@@ -308,7 +338,7 @@ fn is_same(what: impl Fn() -> String, wanted: &str, found: &str) -> Result<(), I
 }
 
 /// A digest of the one kind there is in practice, as text.
-fn sha256(what: &str, digest: &str) -> Result<String, ImageError> {
+pub(crate) fn sha256(what: &str, digest: &str) -> Result<String, ImageError> {
     if digest.strip_prefix("sha256:").is_some_and(is_digest) {
         Ok(digest.to_owned())
     } else {
@@ -317,7 +347,7 @@ fn sha256(what: &str, digest: &str) -> Result<String, ImageError> {
 }
 
 /// Where a blob lies in a layout.
-fn blob_path(digest: &str) -> String {
+pub(crate) fn blob_path(digest: &str) -> String {
     format!("blobs/{}", digest.replacen(':', "/", 1))
 }
 
@@ -387,10 +417,15 @@ impl Reader<'_> {
     }
 
     /// A document that another one lists.
-    fn listed(&self, what: &str, descriptor: &Descriptor) -> Result<Vec<u8>, ImageError> {
+    fn listed(
+        &self,
+        what: &str,
+        descriptor: &Descriptor,
+        listed: fn(String) -> Listed,
+    ) -> Result<Vec<u8>, ImageError> {
         let digest = sha256(what, descriptor.digest().as_ref())?;
-        let path = blob_path(&digest);
-        let bytes = self.document(&path)?.ok_or(ImageError::Missing(path))?;
+        let missing = || ImageError::Missing(listed(digest.clone()));
+        let bytes = self.document(&blob_path(&digest))?.ok_or_else(missing)?;
         is_same(
             || what.to_owned(),
             &digest,
@@ -457,7 +492,8 @@ impl Reader<'_> {
                 let depth = depth
                     .checked_sub(1)
                     .ok_or_else(|| malformed(&what, "it is an index in an index in an index"))?;
-                let index: ImageIndex = parse(&what, &self.listed(&what, descriptor)?)?;
+                let index: ImageIndex =
+                    parse(&what, &self.listed(&what, descriptor, Listed::Manifest)?)?;
                 for descriptor in index.manifests() {
                     self.candidates(descriptor, depth, seen)?;
                 }
@@ -487,9 +523,10 @@ impl Reader<'_> {
         descriptor: &Descriptor,
     ) -> Result<(ImageManifest, ImageConfiguration), ImageError> {
         let what = format!("manifest {}", descriptor.digest());
-        let manifest: ImageManifest = parse(&what, &self.listed(&what, descriptor)?)?;
+        let manifest: ImageManifest =
+            parse(&what, &self.listed(&what, descriptor, Listed::Manifest)?)?;
         let what = format!("config {}", manifest.config().digest());
-        let config = parse(&what, &self.listed(&what, manifest.config())?)?;
+        let config = parse(&what, &self.listed(&what, manifest.config(), Listed::Blob)?)?;
         Ok((manifest, config))
     }
 
@@ -546,7 +583,7 @@ impl Reader<'_> {
         };
         let bytes = self
             .document(&image.config)?
-            .ok_or_else(|| ImageError::Missing(image.config.clone()))?;
+            .ok_or_else(|| ImageError::Missing(Listed::File(image.config.clone())))?;
         let config: ImageConfiguration = parse(&image.config, &bytes)?;
         let of = (config.os().clone(), config.architecture().clone());
         if of != platform() {
@@ -573,6 +610,15 @@ const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+/// All four, as a header lists them.
+pub(crate) const MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
+     application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
+
+/// Whether it is the media type of a manifest or an index.
+pub(crate) fn is_manifest(kind: &str) -> bool {
+    [INDEX, MANIFEST, DOCKER_LIST, DOCKER_MANIFEST].contains(&kind)
+}
+
 /// How a layer is compressed is seen from its first bytes; these are the kinds that are layers.
 const LAYERS: [&str; 5] = [
     "application/vnd.oci.image.layer.v1.tar",

@@ -1,6 +1,6 @@
 //! template-svc: what sessions start from. Names and versions in Postgres, files by digest on its disk.
 //!
-//! A source is uploaded ([`api`]), a build is queued, [`builds`] takes it: [`image`] reads what an image is, [`layer`] unpacks it, [`rootfs`] packs it, [`artifact`] keeps the
+//! A source is uploaded ([`api`]), a build is queued, [`builds`] takes it: [`registry`] fetches an image, [`image`] reads what it is, [`layer`] unpacks it, [`rootfs`] packs it, [`artifact`] keeps the
 //! image under its digest, [`store`] publishes the version. Nodes fetch artifacts by digest. [`names`] parses references.
 
 pub mod api;
@@ -11,8 +11,11 @@ mod config;
 pub mod image;
 pub mod layer;
 pub mod names;
+pub mod registry;
 pub mod rootfs;
+pub mod secrets;
 pub mod store;
 
 pub use app::{App, AppError};
 pub use config::Config;
+pub use registry::TrustedRegistry;

@@ -76,6 +76,8 @@ pub struct StoredBuild {
     pub request: BuildTemplateRequest,
     /// How often a builder has taken it.
     pub attempts: u32,
+    /// Sealed, of a build that has not ended.
+    pub secrets: Option<Vec<u8>>,
 }
 
 #[derive(FromRow)]
@@ -92,6 +94,7 @@ struct BuildRow {
     error_reason: String,
     error_message: String,
     attempts: i32,
+    secrets: Option<Vec<u8>>,
 }
 
 impl TryFrom<BuildRow> for StoredBuild {
@@ -123,12 +126,13 @@ impl TryFrom<BuildRow> for StoredBuild {
             template_team: row.template_team,
             request,
             attempts: row.attempts.unsigned_abs(),
+            secrets: row.secrets,
         })
     }
 }
 
 const BUILD_COLUMNS: &str = "build_id, team, template_team, name, state, request, create_time, end_time, version, \
-     error_reason, error_message, attempts";
+     error_reason, error_message, attempts, secrets";
 
 #[derive(FromRow)]
 struct VersionRow {
@@ -266,11 +270,12 @@ impl Store {
         team: &str,
         template_team: &str,
         request: &BuildTemplateRequest,
+        secrets: Option<Vec<u8>>,
     ) -> Result<StoredBuild, StoreError> {
         let request_id = Some(&request.request_id).filter(|id| !id.is_empty());
         sqlx::query(
-            "insert into builds (build_id, team, template_team, name, request_id, state, request, create_time) \
-             values ($1, $2, $3, $4, $5, $6, $7, $8) on conflict (team, request_id) where request_id is not null do nothing",
+            "insert into builds (build_id, team, template_team, name, request_id, state, request, create_time, secrets) \
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9) on conflict (team, request_id) where request_id is not null do nothing",
         )
         .bind(build_id)
         .bind(team)
@@ -280,6 +285,7 @@ impl Store {
         .bind(BuildState::Queued as i16)
         .bind(request.encode_to_vec())
         .bind(now())
+        .bind(secrets)
         .execute(&self.pool)
         .await?;
         let sql = format!(
@@ -341,7 +347,7 @@ impl Store {
         message: &str,
     ) -> Result<bool, StoreError> {
         let done = sqlx::query(
-            "update builds set state = $2, end_time = $3, error_reason = $4, error_message = $5, lease_until = null \
+            "update builds set state = $2, end_time = $3, error_reason = $4, error_message = $5, lease_until = null, secrets = null \
              where build_id = $1 and state < 3",
         )
         .bind(build_id)
@@ -397,7 +403,7 @@ impl Store {
             .await?;
         }
         let ended = sqlx::query(
-            "update builds set state = 3, end_time = $2, version = $3, lease_until = null where build_id = $1 and state = 2",
+            "update builds set state = 3, end_time = $2, version = $3, lease_until = null, secrets = null where build_id = $1 and state = 2",
         )
         .bind(&stored.build.build_id)
         .bind(now())

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use proto::template::v1::{BuildState, BuildTemplateRequest};
+use proto::template::v1::{BuildState, BuildTemplateRequest, Template};
 use template_svc::store::Store;
 use testbed::{Durability, Postgres};
 
@@ -15,7 +15,7 @@ async fn store(postgres: &Postgres) -> Store {
         ..BuildTemplateRequest::default()
     };
     store
-        .insert_build("b1", "team", "team", &request)
+        .insert_build("b1", "team", "team", &request, Some(b"sealed".to_vec()))
         .await
         .unwrap();
     store
@@ -30,6 +30,29 @@ async fn a_build_counts_its_builders() {
         let taken = store.take_build(Duration::ZERO).await.unwrap().unwrap();
         assert_eq!(taken.attempts, attempt);
     }
+}
+
+/// Whoever reads the database later finds no credentials of builds that have ended.
+#[tokio::test]
+async fn credentials_go_with_the_build() {
+    let postgres = Postgres::with(Durability::None).unwrap();
+    let store = store(&postgres).await;
+    let kept = async || store.build("b1").await.unwrap().unwrap().secrets;
+    assert_eq!(kept().await.as_deref(), Some(&b"sealed"[..]));
+    let taken = store.take_build(Duration::from_mins(1)).await.unwrap();
+    let version = store.publish(&taken.unwrap(), &Template::default()).await;
+    assert_eq!(version.unwrap(), Some(1));
+    assert_eq!(kept().await, None);
+    let request = BuildTemplateRequest {
+        name: "app".into(),
+        ..BuildTemplateRequest::default()
+    };
+    let secrets = Some(b"sealed".to_vec());
+    let inserted = store.insert_build("b2", "team", "team", &request, secrets);
+    inserted.await.unwrap();
+    let ended = store.end_build("b2", BuildState::Cancelled, "CANCELLED", "");
+    assert!(ended.await.unwrap());
+    assert_eq!(store.build("b2").await.unwrap().unwrap().secrets, None);
 }
 
 /// Sources say what they like, and it is in errors: a database takes no NUL, and nobody reads megabytes.

@@ -1,4 +1,5 @@
-//! Real servers for tests: a private [`Postgres`] and a private [`Redis`] on unix sockets in a temporary folder.
+//! Real servers for tests: a private [`Postgres`] and a private [`Redis`] on unix sockets in a temporary folder, and a private
+//! [`Registry`] of images on the loopback.
 //!
 //! Each value is one server of its own, so tests may stop, kill and restart it without others noticing. It ends when the value
 //! is dropped, and with the test process however that ends: the kernel sends the signal ([`process`]). All calls block; none
@@ -9,11 +10,13 @@
 mod postgres;
 mod process;
 mod redis;
+mod registry;
 
 use std::{io, path::PathBuf, time::Duration};
 
 pub use postgres::{Durability, Postgres};
 pub use redis::Redis;
+pub use registry::{PASSWORD, Registry, USER};
 
 /// How long a server has to start or stop.
 pub const PATIENCE: Duration = Duration::from_secs(30);

@@ -11,8 +11,9 @@ use clap::Subcommand;
 use indicatif::ProgressBar;
 use proto::template::v1::{
     BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, GetBuildRequest,
-    ImageArchive, ListTemplatesRequest, StreamBuildLogsRequest, Template, UploadSourceRequest,
-    UploadSourceResponse, build_source::Source, template_service_client::TemplateServiceClient,
+    ImageArchive, ListTemplatesRequest, RegistryLogin, StreamBuildLogsRequest, Template,
+    UploadSourceRequest, UploadSourceResponse, build_source::Source,
+    template_service_client::TemplateServiceClient,
 };
 use service_kit::{config::parse_bytes, mesh::MeshChannel};
 use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc};
@@ -26,6 +27,7 @@ use crate::{
 
 const CHUNK: usize = 512 << 10;
 const IN_FLIGHT: usize = 4;
+const PASSWORD: &str = "SANDMESH_REGISTRY_PASSWORD";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -43,6 +45,15 @@ pub(crate) enum Command {
         /// From a tarball of an image: an OCI layout, or what "docker save" wrote.
         #[arg(long, group = "source", value_name = "TARBALL")]
         image_archive: Option<PathBuf>,
+        /// From an image of a registry, by its name as docker writes it: debian:12, registry.example/team/app@sha256:...
+        #[arg(long, group = "source", value_name = "IMAGE")]
+        image: Option<String>,
+        /// Name of a user at the image's registry.
+        #[arg(long, requires = "image", value_name = "NAME")]
+        registry_user: Option<String>,
+        /// File with that user's password, or - for standard input.
+        #[arg(long, requires = "registry_user", value_name = "FILE")]
+        registry_password_file: Option<PathBuf>,
         /// Which image of the archive, if it has several: its tag in a layout, its name:tag if docker wrote it.
         #[arg(long, requires = "image_archive", value_name = "NAME")]
         image_name: Option<String>,
@@ -105,6 +116,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
             tag,
             rootfs,
             image_archive,
+            image,
+            registry_user,
+            registry_password_file,
             image_name,
             memory,
             vcpus,
@@ -115,10 +129,17 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 Some((name, tag)) => (name.to_owned(), vec![tag.to_owned()]),
                 None => (tag, Vec::new()),
             };
-            let (file, image) = match (rootfs, image_archive) {
-                (Some(tarball), _) => (tarball, None),
-                (None, Some(archive)) => (archive, Some(image_name.unwrap_or_default())),
-                (None, None) => bail!("say what to build from"),
+            let from = match (rootfs, image_archive, image) {
+                (Some(tarball), ..) => From::Rootfs(tarball),
+                (_, Some(archive), _) => From::Archive(archive, image_name.unwrap_or_default()),
+                (.., Some(image)) => From::Registry(image),
+                (None, None, None) => bail!("say what to build from"),
+            };
+            let registry_logins = match (&from, registry_user) {
+                (From::Registry(image), Some(username)) => {
+                    vec![login(image, username, registry_password_file).await?]
+                }
+                _ => Vec::new(),
             };
             let request = BuildTemplateRequest {
                 name,
@@ -127,6 +148,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 default_vcpus: vcpus,
                 default_disk_bytes: disk,
                 shared,
+                registry_logins,
                 ..BuildTemplateRequest::default()
             };
             let template = if shared {
@@ -138,9 +160,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 };
                 let client =
                     TemplateServiceClient::new(InterceptedService::new(channel, as_operator));
-                build(client, &file, image, request).await?
+                build(client, from, request).await?
             } else {
-                build(context.client()?.templates(), &file, image, request).await?
+                build(context.client()?.templates(), from, request).await?
             };
             output::print(
                 context.format(),
@@ -153,11 +175,48 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
     }
 }
 
-/// From an uploaded file: an archive, of which that image is meant, or a root file system.
+/// What a template is made of.
+enum From {
+    /// A tarball of a root file system.
+    Rootfs(PathBuf),
+    /// A tarball of images, and which of them; empty for the only one.
+    Archive(PathBuf, String),
+    /// The name of an image in a registry.
+    Registry(String),
+}
+
+/// The credentials of a user for an image's registry; the password comes from the environment or a file, never from the command line.
+async fn login(
+    image: &str,
+    username: String,
+    file: Option<PathBuf>,
+) -> anyhow::Result<RegistryLogin> {
+    let registry = template_svc::registry::parse_reference(image)?
+        .registry()
+        .to_owned();
+    let password = match file {
+        Some(file) if file.as_os_str() == "-" => {
+            let mut text = String::new();
+            tokio::io::stdin().read_to_string(&mut text).await?;
+            text
+        }
+        Some(file) => tokio::fs::read_to_string(&file)
+            .await
+            .with_context(|| file.display().to_string())?,
+        None => std::env::var(PASSWORD).with_context(|| {
+            format!("the password is to be in {PASSWORD} or in a --registry-password-file")
+        })?,
+    };
+    Ok(RegistryLogin {
+        registry,
+        username,
+        password: password.trim_end_matches(['\r', '\n']).to_owned(),
+    })
+}
+
 async fn build<T>(
     mut client: TemplateServiceClient<T>,
-    file: &Path,
-    image: Option<String>,
+    from: From,
     mut request: BuildTemplateRequest,
 ) -> anyhow::Result<Template>
 where
@@ -167,13 +226,16 @@ where
     <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
     T::Future: Send,
 {
-    let UploadSourceResponse { source } = upload(&mut client, file).await?;
-    let digest = source.context("the upload was not answered")?.digest;
+    let source = match from {
+        From::Rootfs(file) => Source::RootfsTarball(upload(&mut client, &file).await?),
+        From::Archive(file, image) => {
+            let digest = upload(&mut client, &file).await?;
+            Source::ImageArchive(ImageArchive { digest, image })
+        }
+        From::Registry(image) => Source::OciImage(image),
+    };
     request.source = Some(BuildSource {
-        source: Some(match image {
-            Some(image) => Source::ImageArchive(ImageArchive { digest, image }),
-            None => Source::RootfsTarball(digest),
-        }),
+        source: Some(source),
     });
     let BuildTemplateResponse { build } = client
         .build_template(request)
@@ -210,10 +272,8 @@ where
     answer.template.context("the build made no template")
 }
 
-async fn upload<T>(
-    client: &mut TemplateServiceClient<T>,
-    file: &Path,
-) -> anyhow::Result<UploadSourceResponse>
+/// Sends a file, and has its digest.
+async fn upload<T>(client: &mut TemplateServiceClient<T>, file: &Path) -> anyhow::Result<String>
 where
     T: tonic::client::GrpcService<tonic::body::Body> + Send,
     T::Error: Into<tonic::codegen::StdError>,
@@ -261,5 +321,6 @@ where
     let (answer, fed) = tokio::join!(upload, feed);
     bar.finish_and_clear();
     fed?;
-    Ok(answer.map_err(said)?.into_inner())
+    let UploadSourceResponse { source } = answer.map_err(said)?.into_inner();
+    Ok(source.context("the upload was not answered")?.digest)
 }

@@ -157,8 +157,11 @@ impl Plan {
                 });
             };
         let kernel = cache.join("guest-kernel/current");
+        let trusted = options.trusted_registries.iter();
         add(
-            Vec::new(),
+            trusted
+                .flat_map(|one| flag("trusted-registries", &one.to_string()))
+                .collect(),
             "template".into(),
             "template",
             &template,

@@ -141,7 +141,7 @@ impl Sessions {
                     sessions.holding(&session, told).await?;
                     sessions.fail(session, end).await
                 }
-                State::Pending | State::Starting => sessions.start(session).await,
+                State::Pending | State::Starting => Box::pin(sessions.start(session)).await,
                 State::Stopping => {
                     let limit = sessions.limits.stop;
                     sessions.finish_stop(session, limit).await

@@ -3,13 +3,14 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::Stream;
+use prost::Message as _;
 use proto::template::v1::{
     BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
     CancelBuildResponse, DeleteTemplateRequest, DeleteTemplateResponse, GetBuildRequest,
     GetBuildResponse, GetTemplateRequest, GetTemplateResponse, ImageArchive, ListTemplatesRequest,
-    ListTemplatesResponse, StreamBuildLogsRequest, StreamBuildLogsResponse, TagTemplateRequest,
-    TagTemplateResponse, Template, UploadSourceRequest, UploadSourceResponse, build_source::Source,
-    template_service_server::TemplateService,
+    ListTemplatesResponse, RegistryLogin, StreamBuildLogsRequest, StreamBuildLogsResponse,
+    TagTemplateRequest, TagTemplateResponse, Template, UploadSourceRequest, UploadSourceResponse,
+    build_source::Source, template_service_server::TemplateService,
 };
 use service_kit::{
     errors::{Failure, Reason},
@@ -21,16 +22,22 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
     names::{self, TemplateRef, Which},
+    registry,
+    secrets::Sealer,
     store::{Store, StoredBuild},
 };
 
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 const UPLOADS_AT_ONCE: usize = 8;
+const MOST_LOGINS: usize = 16;
+/// Of a registry, a name or a password; tokens of some are a few thousand characters.
+const LONGEST_LOGIN: usize = 16 << 10;
 
 /// Serves templates.
 #[derive(Debug)]
 pub struct TemplateApi {
     store: Store,
+    sealer: Sealer,
     uploads: Artifacts,
     max_upload: u64,
     wake: Arc<Notify>,
@@ -39,9 +46,16 @@ pub struct TemplateApi {
 
 impl TemplateApi {
     /// `wake` tells the builder of a new build.
-    pub fn new(store: Store, uploads: Artifacts, max_upload: u64, wake: Arc<Notify>) -> Self {
+    pub fn new(
+        store: Store,
+        sealer: Sealer,
+        uploads: Artifacts,
+        max_upload: u64,
+        wake: Arc<Notify>,
+    ) -> Self {
         Self {
             store,
+            sealer,
             uploads,
             max_upload,
             wake,
@@ -88,6 +102,30 @@ impl TemplateApi {
             .into()
         })
     }
+}
+
+/// Takes what nobody else may read out of a request.
+fn take_secrets(request: &mut BuildTemplateRequest) -> Result<Option<Vec<u8>>, Failure> {
+    let logins = std::mem::take(&mut request.registry_logins);
+    if logins.is_empty() {
+        return Ok(None);
+    }
+    let is_one = |login: &RegistryLogin| {
+        [&login.registry, &login.username, &login.password]
+            .iter()
+            .all(|text| (1..=LONGEST_LOGIN).contains(&text.len()))
+    };
+    if logins.len() > MOST_LOGINS || !logins.iter().all(is_one) {
+        return Err(Failure::field_invalid(
+            "registry_logins",
+            format!("must be at most {MOST_LOGINS}, each with registry, username and password"),
+        ));
+    }
+    let secrets = BuildTemplateRequest {
+        registry_logins: logins,
+        ..BuildTemplateRequest::default()
+    };
+    Ok(Some(secrets.encode_to_vec()))
 }
 
 /// Whose templates a caller may change.
@@ -151,7 +189,8 @@ impl TemplateService for TemplateApi {
         request: Request<BuildTemplateRequest>,
     ) -> Result<Response<BuildTemplateResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let request = request.into_inner();
+        let mut request = request.into_inner();
+        let secrets = take_secrets(&mut request)?;
         if !names::is_name(&request.name) {
             return Err(
                 Failure::field_invalid("name", "must be 1-63 characters [a-z0-9._-]").into(),
@@ -193,8 +232,12 @@ impl TemplateService for TemplateApi {
                     .into());
                 }
             }
-            Some(Source::OciImage(_)) => {
-                return Err(Failure::not_yet("building from an OCI image").into());
+            Some(Source::OciImage(name)) => {
+                if let Err(error) = registry::parse_reference(name) {
+                    return Err(
+                        Failure::field_invalid("source.oci_image", error.to_string()).into(),
+                    );
+                }
             }
             Some(Source::Dockerfile(_)) => {
                 return Err(Failure::not_yet("building from a Dockerfile").into());
@@ -209,7 +252,13 @@ impl TemplateService for TemplateApi {
         let id = uuid::Uuid::now_v7().to_string();
         let stored = self
             .store
-            .insert_build(&id, caller.team.as_str(), template_team, &request)
+            .insert_build(
+                &id,
+                caller.team.as_str(),
+                template_team,
+                &request,
+                secrets.map(|secrets| self.sealer.seal(&id, &secrets)),
+            )
             .await?;
         self.wake.notify_one();
         Ok(Response::new(BuildTemplateResponse {

@@ -35,7 +35,13 @@ fn layout() -> tempfile::TempDir {
 fn unpack(folder: &Path) -> Result<Vec<String>, ImageError> {
     let image = Image::open(folder, None)?;
     let to = tempfile::tempdir().unwrap();
-    image.unpack(to.path(), LIMITS, &CancellationToken::new(), |_, _| {})?;
+    image.unpack(
+        to.path(),
+        LIMITS,
+        &CancellationToken::new(),
+        || Ok(()),
+        |_, _| {},
+    )?;
     let names = fs::read_dir(to.path()).unwrap();
     Ok(names
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
