@@ -36,8 +36,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".sandmesh.envd.v1.ForwardRequest.data")
         .bytes(".sandmesh.envd.v1.ForwardResponse.data")
         .bytes(".sandmesh.envd.v1.SendInputRequest.data")
+        .bytes(".sandmesh.envd.v1.ExportLayerResponse.data")
+        .bytes(".sandmesh.node.v1.ExportSessionResponse.data")
         .bytes(".sandmesh.template.v1.UploadSourceRequest.data")
         .bytes(".sandmesh.template.v1.FetchArtifactResponse.data")
+        .skip_debug([".sandmesh.template.v1.RegistryLogin"])
         .build_transport(false)
         .compile_fds(descriptors)?;
 

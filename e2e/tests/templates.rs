@@ -186,3 +186,106 @@ async fn an_image_becomes_a_template() {
         fs::read_dir(&work).unwrap().count() == 0
     });
 }
+
+/// A session is changed in every way that a layer has a word for; a template of it is what it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_becomes_a_template() {
+    let mesh = Mesh::start(&[]);
+    let session = mesh.session().await;
+    let id = &session.session_id;
+    let sandbox = &mesh.client().sandbox(&session).unwrap();
+    // Counts for as long as it runs, which is not while it is exported.
+    let counter = sdk::Command {
+        process_id: Some("counter".into()),
+        ..sdk::Command::new([
+            "sh",
+            "-c",
+            "echo $$ > /tmp/pid; i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.1; done",
+        ])
+    };
+    let counter = sandbox.start(counter).await.unwrap();
+    let script = r#"set -e
+        rm /etc/issue; rm -r /usr/share/doc; mkdir /usr/share/doc; echo anew > /usr/share/doc/only
+        cd /srv; mkdir -p "$(printf 'deep/\303')/$(printf 'n%0180d' 0)"; printf bytes > "$(printf 'deep/\303')/$(printf 'n%0180d' 0)/file"
+        ln -s /nowhere link; echo one > file; ln file twin; mkfifo fifo; mknod null c 1 3
+        chown 4000000:12 file; chmod 4711 file; touch -d @1000000000.000000042 file
+        truncate -s 20M sparse; printf end >> sparse
+        setcap cap_net_raw+ep /usr/bin/env 2>/dev/null || true
+        echo renamed > before; mv before after; rm -f /etc/motd"#;
+    let look = r#"cat /usr/share/doc/only; ls /usr/share/doc; test -e /etc/issue || echo no issue
+        cd /srv; find . | sort | sed 's/0*$//'; find . -type f -print0 | sort -z | xargs -0 cat | cksum
+        stat -c '%n %a %u %g %Y %F %t %T' *; stat -c '%y %h %s' file sparse; readlink link
+        test "$(du sparse | cut -f1)" -lt 1000 && echo holes; test -e /etc/motd || echo no motd"#;
+    let shell = async |sandbox: &sdk::Sandbox, script: &str| {
+        let mut command = sdk::Command::new(["sh", "-c", script]);
+        command.user = "root".into();
+        let output = sandbox
+            .start(command)
+            .await
+            .unwrap()
+            .output()
+            .await
+            .unwrap();
+        assert_eq!(
+            output.exit.code(),
+            0,
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    shell(sandbox, script).await;
+    let before = shell(sandbox, look).await;
+    assert!(before.contains("4711 4000000 12 1000000000"), "{before}");
+    let arguments = ["template", "build", "-t", "changed", "--from-session", id];
+    let built = mesh.run(&arguments);
+    let said = String::from_utf8_lossy(&built.stderr).into_owned();
+    assert!(built.status.success(), "{said}");
+    // It goes on as if nothing had been.
+    let counted = shell(sandbox, "cat /tmp/count; sleep 0.5; cat /tmp/count").await;
+    let counts: Vec<u64> = counted.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(counts[1] > counts[0], "{counts:?}");
+    shell(sandbox, "kill -9 $(cat /tmp/pid)").await;
+    assert_eq!(counter.output().await.unwrap().exit.code(), 128 + 9);
+
+    let changed = NewSession {
+        template: "changed".into(),
+        ..small()
+    };
+    let session = mesh.client().create(changed).await.unwrap();
+    let again = mesh.client().sandbox(&session).unwrap();
+    assert_eq!(shell(&again, look).await, before);
+    // One whose layers lie upon each other can be changed again.
+    shell(&again, "rm -r /srv/deep; echo second > /srv/file").await;
+    let arguments = [
+        "template",
+        "build",
+        "-t",
+        "changed",
+        "--from-session",
+        &session.session_id,
+    ];
+    let built = mesh.run(&arguments);
+    assert!(
+        built.status.success(),
+        "{}",
+        String::from_utf8_lossy(&built.stderr)
+    );
+    mesh.client().stop(&session.session_id).await.unwrap();
+    let arguments = [
+        "template",
+        "build",
+        "-t",
+        "changed",
+        "--from-session",
+        &session.session_id,
+    ];
+    let said = String::from_utf8_lossy(&mesh.run(&arguments).stderr).into_owned();
+    assert!(said.contains("SESSION_"), "{said}");
+    let request = GetTemplateRequest {
+        template: "changed@2".into(),
+    };
+    let answer = mesh.client().templates().get_template(request).await;
+    let template = answer.unwrap().into_inner().template.unwrap();
+    assert_eq!(template.layers.len(), 3);
+}

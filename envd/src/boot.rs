@@ -51,7 +51,7 @@ pub(crate) fn bring_up() -> Result<LinkDevice, Failure> {
     mount_new("devtmpfs", "devtmpfs", "/dev", "mode=0755")?;
     load_modules()?;
     let rootfs = wait_for("the root image", || block_device("rootfs", "1"))?;
-    let scratch = wait_for("the writable disk", || block_device("scratch", "0"))?;
+    let scratch = wait_for("the writable disk", scratch_device)?;
     let link = wait_for("the guest link", link_device)?;
     mount_root(&rootfs, &scratch)?;
     mount_rest()?;
@@ -124,6 +124,11 @@ fn block_device(serial: &str, read_only: &str) -> Option<PathBuf> {
             .find(|name| name.starts_with("vd") && reads(name, "ro", read_only))
     })?;
     Some(Path::new("/dev").join(name)).filter(|path| path.exists())
+}
+
+/// The session's own disk.
+pub(crate) fn scratch_device() -> Option<PathBuf> {
+    block_device("scratch", "0")
 }
 
 fn link_device() -> Option<LinkDevice> {

@@ -29,6 +29,7 @@ use crate::{
 mod archive;
 mod copy;
 mod folder;
+pub(crate) mod layer;
 mod list;
 mod setfsuid;
 mod watch;

@@ -374,8 +374,8 @@ fn get_archive(asked: Asked, form: Form, has_body: bool) -> Result<Response<Body
     Ok(response)
 }
 
-/// Writes into a body.
-struct Outward(mpsc::Sender<Result<Bytes, Status>>);
+/// Writes into a stream, for threads.
+pub(crate) struct Outward(pub(crate) mpsc::Sender<Result<Bytes, Status>>);
 
 impl io::Write for Outward {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -10,15 +10,15 @@ use futures::{Stream, StreamExt as _, TryStreamExt as _, future, stream};
 use proto::{
     node::v1::{
         DeleteSnapshotRequest, DeleteSnapshotResponse, DrainNodeRequest, DrainNodeResponse,
-        ForkChild, ForkSessionRequest, ForkSessionResponse, GetSessionMetricsRequest,
-        GetSessionMetricsResponse, HostedSession, ListSessionsRequest, ListSessionsResponse,
-        PauseSessionRequest, PauseSessionResponse, ResumeSessionRequest, ResumeSessionResponse,
-        RollbackSessionRequest, RollbackSessionResponse, SnapshotSessionRequest,
-        SnapshotSessionResponse, StartSessionRequest, StartSessionResponse, StartStep,
-        StopSessionRequest, StopSessionResponse, StreamSessionLogsRequest,
-        StreamSessionLogsResponse, UpdateSessionRequest, UpdateSessionResponse, WaitForPortRequest,
-        WaitForPortResponse, WatchSessionsRequest, WatchSessionsResponse,
-        node_service_server::NodeService,
+        ExportSessionRequest, ExportSessionResponse, ForkChild, ForkSessionRequest,
+        ForkSessionResponse, GetSessionMetricsRequest, GetSessionMetricsResponse, HostedSession,
+        ListSessionsRequest, ListSessionsResponse, PauseSessionRequest, PauseSessionResponse,
+        ResumeSessionRequest, ResumeSessionResponse, RollbackSessionRequest,
+        RollbackSessionResponse, SnapshotSessionRequest, SnapshotSessionResponse,
+        StartSessionRequest, StartSessionResponse, StartStep, StopSessionRequest,
+        StopSessionResponse, StreamSessionLogsRequest, StreamSessionLogsResponse,
+        UpdateSessionRequest, UpdateSessionResponse, WaitForPortRequest, WaitForPortResponse,
+        WatchSessionsRequest, WatchSessionsResponse, node_service_server::NodeService,
     },
     session::v1::{EndReason, Resources, SessionState},
 };
@@ -26,7 +26,8 @@ use service_kit::{
     errors::{Failure, Reason, reason_of},
     ids::SessionId,
 };
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Request, Response, Status};
 
@@ -42,6 +43,8 @@ use crate::{
 const LOGS_GONE: Reason = Reason::new("LOGS_GONE");
 const LOG_SEQUENCE_UNKNOWN: Reason = Reason::new("LOG_SEQUENCE_UNKNOWN");
 const NODE_DISK_FAILED: Reason = Reason::new("NODE_DISK_FAILED");
+/// Pieces of a layer that wait for its reader.
+const EXPORT_IN_FLIGHT: usize = 2;
 /// Children of one fork.
 const MOST_CHILDREN: usize = 100;
 
@@ -92,6 +95,13 @@ fn full(full: &NodeFull) -> Failure {
 
 fn not_here(id: &SessionId) -> Status {
     Failure::new(Code::NotFound, Reason::SESSION_UNKNOWN, "not on this node")
+        .with("sessionId", id)
+        .into_status()
+}
+
+fn ended_meanwhile(id: &SessionId) -> Status {
+    let message = "the session ended meanwhile";
+    Failure::new(Code::Aborted, Reason::SESSION_STOPPED, message)
         .with("sessionId", id)
         .into_status()
 }
@@ -150,13 +160,7 @@ impl NodeApi {
         match session.ask(command).await {
             Some(Ok(done)) => Ok(done),
             Some(Err(error)) => Err(refused(id, &error)),
-            None => Err(Failure::new(
-                Code::Aborted,
-                Reason::SESSION_STOPPED,
-                "the session ended meanwhile",
-            )
-            .with("sessionId", id)
-            .into()),
+            None => Err(ended_meanwhile(id)),
         }
     }
 
@@ -381,6 +385,33 @@ impl NodeService for NodeApi {
         self.ask(&id, |reply| Command::Snapshot(checkpoint, reply))
             .await
             .map(Response::new)
+    }
+
+    type ExportSessionStream = Answers<ExportSessionResponse>;
+
+    async fn export_session(
+        &self,
+        request: Request<ExportSessionRequest>,
+    ) -> Result<Response<Self::ExportSessionStream>, Status> {
+        let id = session_id(&request.get_ref().session_id)?;
+        let Lookup::Here(session) = self.hosted.lookup(&id) else {
+            return Err(not_here(&id));
+        };
+        let (to, pieces) = mpsc::channel(EXPORT_IN_FLIGHT);
+        let last = to.clone();
+        self.drivers.spawn(async move {
+            let asked = session.ask(|reply| Command::Export(to, reply)).await;
+            let failed = match asked {
+                Some(Ok(())) => return,
+                Some(Err(error)) => refused(&id, &error),
+                None => ended_meanwhile(&id),
+            };
+            // Nobody listens any more, or the layer breaks off there.
+            let _ = last.send(Err(failed)).await;
+        });
+        Ok(Response::new(
+            self.until_shutdown(ReceiverStream::new(pieces)),
+        ))
     }
 
     async fn rollback_session(

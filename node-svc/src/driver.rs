@@ -21,8 +21,8 @@ use std::{
 use data_encoding::HEXLOWER;
 use proto::{
     node::v1::{
-        PauseSessionResponse, ResumeSessionResponse, SnapshotSessionResponse, StartSessionRequest,
-        StartStep, UpdateSessionRequest,
+        ExportSessionResponse, PauseSessionResponse, ResumeSessionResponse,
+        SnapshotSessionResponse, StartSessionRequest, StartStep, UpdateSessionRequest,
     },
     session::v1::{GetSessionMetricsResponse, SessionState},
 };
@@ -144,6 +144,9 @@ pub struct Plan {
     pub span: Span,
 }
 
+/// Where the layer of a session goes.
+pub type Export = mpsc::Sender<Result<ExportSessionResponse, tonic::Status>>;
+
 /// What came of a command.
 pub type Outcome<T> = Result<T, DriveError>;
 
@@ -158,6 +161,8 @@ pub enum Command {
     Fork(oneshot::Sender<Outcome<(Arc<ForkImage>, Duration)>>),
     /// Keep it as it is now under this ID.
     Snapshot(String, oneshot::Sender<Outcome<SnapshotSessionResponse>>),
+    /// Send what its root has that its template has not, to whoever still listens.
+    Export(Export, oneshot::Sender<Outcome<()>>),
     /// Go back to what was kept under this ID.
     Rollback(String, oneshot::Sender<Outcome<()>>),
     /// Forget what was kept under this ID.
@@ -200,6 +205,9 @@ pub enum DriveError {
         "the envd in its guest has level {0} of its API, this node needs {OLDEST_ENVD}; let a node with an older Sandmesh run it, or stop it"
     )]
     EnvdTooOld(u32),
+    /// The guest did not send what was changed in it.
+    #[error("the guest did not send its layer: {0}")]
+    Export(String),
     /// The guest could not be made ready to be stored.
     #[error("the guest did not get ready to be stored: {0}")]
     Prepare(String),
@@ -241,6 +249,7 @@ impl DriveError {
             Self::Configure(_) => "CONFIGURE_FAILED",
             Self::EnvdTooOld(_) => "ENVD_TOO_OLD",
             Self::Prepare(_) => "GUEST_NOT_READY",
+            Self::Export(_) => "EXPORT_FAILED",
             Self::Timeout(_) => "START_TIMEOUT",
             Self::Full(_) => return Reason::NODE_FULL,
             Self::State("paused") => return Reason::SESSION_PAUSED,
@@ -481,6 +490,10 @@ impl Driver {
             }
             Command::Snapshot(id, reply) => {
                 let done = self.snapshot(&id).await?;
+                let _ = reply.send(done);
+            }
+            Command::Export(to, reply) => {
+                let done = self.export(to).await?;
                 let _ = reply.send(done);
             }
             Command::Rollback(id, reply) => {

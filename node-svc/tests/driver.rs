@@ -25,10 +25,10 @@ use node_svc::{
 use proto::{
     envd::v1::{MemoryShortage, OomVictim, StreamLogsResponse},
     node::v1::{
-        Capacity, DeleteSnapshotRequest, ForkChild, ForkSessionRequest, PauseSessionRequest,
-        ResumeSessionRequest, RollbackSessionRequest, SnapshotSessionRequest, StartSessionRequest,
-        StopSessionRequest, StreamSessionLogsRequest, UpdateSessionRequest, WatchSessionsRequest,
-        node_service_server::NodeService as _,
+        Capacity, DeleteSnapshotRequest, ExportSessionRequest, ForkChild, ForkSessionRequest,
+        PauseSessionRequest, ResumeSessionRequest, RollbackSessionRequest, SnapshotSessionRequest,
+        StartSessionRequest, StopSessionRequest, StreamSessionLogsRequest, UpdateSessionRequest,
+        WatchSessionsRequest, export_session_response::Part, node_service_server::NodeService as _,
     },
     session::v1::{Network, PortAccess, Resources, SessionState},
     template::v1::Template,
@@ -481,6 +481,58 @@ async fn a_session_passes_through_all_it_can() {
     }
     assert_eq!(node.hosted.used(), Capacity::default());
     assert!(node.is_clean());
+}
+
+#[tokio::test]
+async fn a_layer_is_sent_for_as_long_as_somebody_listens() {
+    let node = Node::new(Fake::default());
+    let id = node.start().await;
+    let export = |id: &str| {
+        let session_id = id.to_owned();
+        node.api
+            .export_session(Request::new(ExportSessionRequest { session_id }))
+    };
+    let mut parts = export(&id).await.unwrap().into_inner();
+    let first = soon(parts.next()).await.unwrap().unwrap();
+    assert_eq!(first.part, Some(Part::Template(Template::default())));
+    for _ in 0..100 {
+        let next = soon(parts.next()).await.unwrap().unwrap();
+        assert_eq!(next.part, Some(Part::Data("layer".into())));
+    }
+    let session = SessionId::parse(&id).unwrap();
+    let Lookup::Here(session) = node.hosted.lookup(&session) else {
+        panic!("it is here");
+    };
+    // Callers wait meanwhile; it does not look as if it had ended.
+    let mut phase = session.phase();
+    assert!(matches!(*phase.borrow_and_update(), Phase::Held));
+    assert_eq!(node.state(&id), SessionState::Running);
+    drop(parts);
+    let runs = phase.wait_for(|phase| matches!(phase, Phase::Running(_)));
+    soon(runs).await.unwrap();
+
+    // Stopped in the middle, it ends.
+    let mut parts = export(&id).await.unwrap().into_inner();
+    soon(parts.next()).await.unwrap().unwrap();
+    soon(node.stop(&id)).await;
+    let last = async {
+        loop {
+            if let Err(status) = parts.next().await.unwrap() {
+                break status;
+            }
+        }
+    };
+    let status = soon(last).await;
+    assert_eq!(reason_of(&status).as_deref(), Some("SESSION_STOPPED"));
+    assert!(node.is_clean());
+    assert_eq!(export(&id).await.err().unwrap().code(), Code::NotFound);
+
+    let id = node.start().await;
+    node.pause(&id).await.unwrap();
+    let mut parts = export(&id).await.unwrap().into_inner();
+    let status = soon(parts.next()).await.unwrap().unwrap_err();
+    assert_eq!(reason_of(&status).as_deref(), Some("SESSION_PAUSED"));
+    node.stop(&id).await;
 }
 
 #[tokio::test]

@@ -17,6 +17,16 @@ pub mod template {
     /// Version 1.
     pub mod v1 {
         tonic::include_proto!("sandmesh.template.v1");
+
+        /// Without the password: messages are printed where something went wrong.
+        impl std::fmt::Debug for RegistryLogin {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct("RegistryLogin")
+                    .field("registry", &self.registry)
+                    .field("username", &self.username)
+                    .finish_non_exhaustive()
+            }
+        }
     }
 }
 

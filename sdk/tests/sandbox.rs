@@ -11,12 +11,13 @@ use std::{
 use bytes::Bytes;
 use proto::{
     envd::v1::{
-        ConfigureRequest, ConfigureResponse, ForwardRequest, ForwardResponse, GetInfoRequest,
-        GetInfoResponse, Listener, PortServiceListRequest, PortServiceListResponse,
-        PortServiceWatchRequest, PortServiceWatchResponse, PrepareSnapshotRequest,
-        PrepareSnapshotResponse, ShutdownRequest, ShutdownResponse, StreamLogsRequest,
-        StreamLogsResponse, StreamMetricsRequest, StreamMetricsResponse, StreamSpansRequest,
-        StreamSpansResponse, WaitForPortRequest, WaitForPortResponse,
+        ConfigureRequest, ConfigureResponse, ExportLayerRequest, ExportLayerResponse,
+        ForwardRequest, ForwardResponse, GetInfoRequest, GetInfoResponse, Listener,
+        PortServiceListRequest, PortServiceListResponse, PortServiceWatchRequest,
+        PortServiceWatchResponse, PrepareSnapshotRequest, PrepareSnapshotResponse, ShutdownRequest,
+        ShutdownResponse, StreamLogsRequest, StreamLogsResponse, StreamMetricsRequest,
+        StreamMetricsResponse, StreamSpansRequest, StreamSpansResponse, WaitForPortRequest,
+        WaitForPortResponse,
         port_service_server::{PortService, PortServiceServer},
         system_service_server::{SystemService, SystemServiceServer},
     },
@@ -137,6 +138,7 @@ const SAYS_AND_CLOSES: u32 = 13;
 
 #[tonic::async_trait]
 impl SystemService for Guest {
+    type ExportLayerStream = Answers<ExportLayerResponse>;
     type StreamMetricsStream = Answers<StreamMetricsResponse>;
     type StreamLogsStream = Answers<StreamLogsResponse>;
     type StreamSpansStream = Answers<StreamSpansResponse>;
@@ -151,6 +153,12 @@ impl SystemService for Guest {
         &self,
         _: Request<PrepareSnapshotRequest>,
     ) -> Result<Response<PrepareSnapshotResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    async fn export_layer(
+        &self,
+        _: Request<ExportLayerRequest>,
+    ) -> Result<Response<Self::ExportLayerStream>, Status> {
         Err(Status::unimplemented(""))
     }
     async fn get_info(

@@ -25,6 +25,7 @@ struct Named(&'static str);
 
 #[tonic::async_trait]
 impl SystemService for Named {
+    type ExportLayerStream = Answers<proto::envd::v1::ExportLayerResponse>;
     type StreamMetricsStream = Answers<StreamMetricsResponse>;
     type StreamLogsStream = Answers<StreamLogsResponse>;
     type StreamSpansStream = Answers<StreamSpansResponse>;
@@ -41,6 +42,12 @@ impl SystemService for Named {
             ..GuestInfo::default()
         };
         Ok(Response::new(GetInfoResponse { info: Some(info) }))
+    }
+    async fn export_layer(
+        &self,
+        _: Request<proto::envd::v1::ExportLayerRequest>,
+    ) -> Result<Response<Self::ExportLayerStream>, Status> {
+        Err(Status::unimplemented(""))
     }
     async fn prepare_snapshot(
         &self,

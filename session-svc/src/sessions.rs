@@ -194,7 +194,11 @@ impl Sessions {
             node_id: node.node_id,
             template: template.name.clone(),
             template_version: format!("{}@{}", template.name, template.version),
-            template_spec: Template::clone(&template),
+            template_spec: Template {
+                // Nodes have the root packed.
+                layers: Vec::new(),
+                ..Template::clone(&template)
+            },
             resources,
             network: new.network,
             metadata: new.metadata,

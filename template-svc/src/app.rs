@@ -21,6 +21,7 @@ use crate::{
     config::Config,
     registry::{Patience, Registries},
     secrets::Sealer,
+    sessions::Sessions,
     store::{Store, StoreError},
 };
 
@@ -40,9 +41,6 @@ pub enum AppError {
     /// The database.
     #[error("--database-url: {0}")]
     Database(#[from] StoreError),
-    /// The client that asks registries.
-    #[error("the client for registries: {0}")]
-    Registries(#[from] reqwest::Error),
     /// A folder.
     #[error("{setting} {path}: {source}")]
     Folder {
@@ -90,7 +88,7 @@ impl App {
                 path: config.kernel_dir.clone(),
                 source,
             })?;
-        let registries = Registries::new(&config.trusted_registries, Patience::default())?;
+        let registries = Registries::new(&config.trusted_registries, Patience::default());
         let store = Store::new(&config.database_url, config.database_connections)?;
         let bound = Bound::bind(&config.listen).await?;
         Ok(Self {
@@ -127,6 +125,7 @@ impl App {
             shutdown,
         } = self;
         let sealer = Sealer::new(token.clone());
+        let sessions = Sessions::new(&config.session_addresses, &token);
         loop {
             let migrated = tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
@@ -147,6 +146,7 @@ impl App {
             kernel,
             sealer: sealer.clone(),
             registries,
+            sessions,
             max_rootfs: config.max_rootfs,
             wake: Arc::clone(&wake),
         };

@@ -4,7 +4,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read as _, Write as _},
+    io::{self, Read, Write},
     path::{Path, PathBuf},
 };
 
@@ -73,7 +73,27 @@ impl Artifacts {
 
     /// Copies a file in.
     pub fn ingest(&self, path: &Path) -> io::Result<Artifact> {
-        let mut source = File::open(path)?;
+        self.ingest_from(File::open(path)?)
+    }
+
+    /// Has a file of another folder under its digest here, too: by another name for it, or as a copy if it lies on another disk.
+    pub fn share(&self, path: &Path, digest: &ArtifactDigest) -> io::Result<Artifact> {
+        match fs::hard_link(path, self.folder.join(digest.as_str())) {
+            Ok(()) => File::open(&self.folder)?.sync_all()?,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+                return self.ingest(path);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(Artifact {
+            digest: digest.as_str().to_owned(),
+            size_bytes: fs::metadata(path)?.len(),
+        })
+    }
+
+    /// Copies in what is read.
+    pub fn ingest_from(&self, mut source: impl Read) -> io::Result<Artifact> {
         let mut incoming = self.begin()?;
         let mut buffer = vec![0; COPY_BUFFER];
         loop {
@@ -81,7 +101,7 @@ impl Artifacts {
             if count == 0 {
                 return incoming.finish();
             }
-            incoming.write(buffer.get(..count).unwrap_or_default())?;
+            incoming.write_all(buffer.get(..count).unwrap_or_default())?;
         }
     }
 
@@ -108,14 +128,20 @@ impl Artifacts {
     }
 }
 
-impl Incoming {
-    /// Appends.
-    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.hasher.update(bytes);
-        self.size += bytes.len() as u64;
-        self.file.write_all(bytes)
+impl Write for Incoming {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.file.write(bytes)?;
+        self.hasher.update(bytes.get(..count).unwrap_or_default());
+        self.size += count as u64;
+        Ok(count)
     }
 
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Incoming {
     /// Bytes so far.
     pub fn size(&self) -> u64 {
         self.size
@@ -146,8 +172,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let artifacts = Artifacts::open(folder.path().into()).unwrap();
         let mut incoming = artifacts.begin().unwrap();
-        incoming.write(b"hello ").unwrap();
-        incoming.write(b"world").unwrap();
+        incoming.write_all(b"hello ").unwrap();
+        incoming.write_all(b"world").unwrap();
         let artifact = incoming.finish().unwrap();
         assert_eq!(
             artifact.digest,

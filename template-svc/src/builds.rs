@@ -1,39 +1,41 @@
 //! Runs builds: takes one at a time, unpacks, packs, publishes. A replica that dies leaves its build to the next.
 
 use std::{
-    fs::{File, Permissions},
+    borrow::Cow,
+    fs::Permissions,
     os::unix::fs::PermissionsExt as _,
+    panic::AssertUnwindSafe,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use prost::Message as _;
-use proto::template::v1::{
-    Artifact, BuildState, BuildTemplateRequest, Template, build_source::Source,
-};
+use futures::FutureExt as _;
+use proto::template::v1::{Artifact, BuildState, Template};
 use tempfile::TempDir;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    artifact::{ArtifactDigest, Artifacts},
-    image::{Defaults, Image, ImageError},
-    layer::{Applied, LayerError, Limits, Root, Whiteouts},
-    registry::{self, Login, Pull, Registries, RegistryError},
+    artifact::Artifacts,
+    image::ImageError,
+    layer::{LayerError, Limits},
+    registry::{Registries, RegistryError},
     rootfs::{self, RootfsError},
     secrets::Sealer,
+    sessions::{ExportError, Sessions},
     store::{Store, StoreError, StoredBuild},
 };
+
+mod make;
+
+use make::Making;
 
 const LEASE: Duration = Duration::from_secs(30);
 const RENEW_EVERY: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A build is taken again when its builder has died; not for ever, since it may be what builders die of.
 const MOST_ATTEMPTS: u32 = 5;
-
-/// An image has come within it, or does not come.
-const PULL_LIMIT: Duration = Duration::from_hours(1);
 
 /// Lines of a log that wait to be stored.
 const LINES: usize = 16;
@@ -87,6 +89,8 @@ pub struct Builder {
     pub sealer: Sealer,
     /// Where images come from.
     pub registries: Registries,
+    /// Where sessions are.
+    pub sessions: Sessions,
     /// Largest root filesystem after unpacking.
     pub max_rootfs: u64,
     /// Word of a new build.
@@ -99,7 +103,7 @@ enum BuildError {
     Store(#[from] StoreError),
     #[error("{message}")]
     Failed {
-        reason: &'static str,
+        reason: Cow<'static, str>,
         message: String,
     },
     #[error("cancelled")]
@@ -109,7 +113,7 @@ enum BuildError {
 impl From<ImageError> for BuildError {
     fn from(error: ImageError) -> Self {
         Self::Failed {
-            reason: error.reason(),
+            reason: error.reason().into(),
             message: error.to_string(),
         }
     }
@@ -118,7 +122,16 @@ impl From<ImageError> for BuildError {
 impl From<RegistryError> for BuildError {
     fn from(error: RegistryError) -> Self {
         Self::Failed {
-            reason: error.reason(),
+            reason: error.reason().into(),
+            message: error.to_string(),
+        }
+    }
+}
+
+impl From<ExportError> for BuildError {
+    fn from(error: ExportError) -> Self {
+        Self::Failed {
+            reason: error.reason().into(),
             message: error.to_string(),
         }
     }
@@ -133,7 +146,7 @@ impl From<LayerError> for BuildError {
 impl From<RootfsError> for BuildError {
     fn from(error: RootfsError) -> Self {
         Self::Failed {
-            reason: error.reason(),
+            reason: error.reason().into(),
             message: error.to_string(),
         }
     }
@@ -142,7 +155,7 @@ impl From<RootfsError> for BuildError {
 fn io_failed(error: std::io::Error) -> BuildError {
     let full = error.kind() == std::io::ErrorKind::StorageFull;
     BuildError::Failed {
-        reason: if full { "DISK_FULL" } else { "BUILD_FAILED" },
+        reason: if full { "DISK_FULL" } else { "BUILD_FAILED" }.into(),
         message: error.to_string(),
     }
 }
@@ -187,7 +200,14 @@ impl Builder {
         let work = async {
             loop {
                 match self.store.take_build(LEASE).await {
-                    Ok(Some(build)) => self.one(build).await,
+                    Ok(Some(build)) => {
+                        let id = build.build.build_id.clone();
+                        // One that is a bug's victim must not end all to come; it is left to its lease.
+                        let done = AssertUnwindSafe(self.one(build)).catch_unwind().await;
+                        if done.is_err() {
+                            tracing::error!(build_id = id, "the builder panicked");
+                        }
+                    }
                     Ok(None) => {
                         // Word or time: both are reasons to look.
                         let _ = tokio::time::timeout(LOOK_EVERY, self.wake.notified()).await;
@@ -211,7 +231,7 @@ impl Builder {
         let build = async {
             if stored.attempts > MOST_ATTEMPTS {
                 return Err(BuildError::Failed {
-                    reason: "BUILDER_DIED",
+                    reason: "BUILDER_DIED".into(),
                     message: format!("{MOST_ATTEMPTS} builders ended before it did"),
                 });
             }
@@ -225,11 +245,11 @@ impl Builder {
             Ok(()) => return,
             Err(BuildError::Cancelled) => self.store.log(&id, "cancelled").await,
             Err(BuildError::Failed { reason, message }) => {
-                tracing::warn!(build_id = id, reason, message, "build failed");
+                tracing::warn!(build_id = id, %reason, message, "build failed");
                 match self.store.log(&id, &format!("failed: {message}")).await {
                     Ok(()) => self
                         .store
-                        .end_build(&id, BuildState::Failed, reason, &message)
+                        .end_build(&id, BuildState::Failed, &reason, &message)
                         .await
                         .map(drop),
                     Err(error) => Err(error),
@@ -240,73 +260,6 @@ impl Builder {
         if let Err(error) = ended {
             tracing::warn!(build_id = id, %error, "the build is left to its lease");
         }
-    }
-
-    fn uploaded(&self, digest: &str) -> Result<PathBuf, BuildError> {
-        ArtifactDigest::parse(digest)
-            .and_then(|digest| self.uploads.find(&digest))
-            .ok_or_else(|| BuildError::Failed {
-                reason: "SOURCE_UNKNOWN",
-                message: format!("no uploaded source {digest}; upload it again"),
-            })
-    }
-
-    /// Fetches an image, and unpacks its layers as they come.
-    async fn pull(
-        &self,
-        stored: &StoredBuild,
-        name: &str,
-        unpacking: Unpacking,
-    ) -> Result<(Defaults, String), BuildError> {
-        let id = &stored.build.build_id;
-        let reference = registry::parse_reference(name)?;
-        let login = self.login(stored, reference.registry())?;
-        let pull = Pull::new(
-            &self.registries,
-            reference.clone(),
-            login,
-            unpacking.folder.clone(),
-        )?;
-        let (image, digest) = pull.documents().await?;
-        let image = Arc::new(image);
-        let bytes: u64 = image.blobs().map(|(_, size)| size).sum();
-        let layers = image.layers();
-        let line = format!("{reference} is {digest}: {layers} layers of {bytes} bytes");
-        self.store.log(id, &line).await?;
-        // One waits while the one before it is unpacked.
-        let (arrived, mut arrivals) = mpsc::channel(1);
-        let limit = unpacking.limits.bytes;
-        let fetch = async { Ok(pull.layers(&image, limit, arrived).await?) };
-        let unpacked = Arc::clone(&image);
-        let unpack = self.logged(id, move |lines| {
-            unpacking.image(&unpacked, lines, || {
-                arrivals.blocking_recv().ok_or(LayerError::Cancelled)
-            })
-        });
-        let (defaults, ()) = tokio::try_join!(unpack, fetch)?;
-        let (registry, repository) = (reference.registry(), reference.repository());
-        Ok((defaults, format!("{registry}/{repository}@{digest}")))
-    }
-
-    /// The credentials a build has for a registry.
-    fn login(&self, stored: &StoredBuild, registry: &str) -> Result<Option<Login>, BuildError> {
-        let Some(sealed) = &stored.secrets else {
-            return Ok(None);
-        };
-        let unreadable = |message: String| BuildError::Failed {
-            reason: "CREDENTIALS_UNREADABLE",
-            message,
-        };
-        let opened = self.sealer.open(&stored.build.build_id, sealed);
-        let opened = opened.map_err(|error| unreadable(error.to_string()))?;
-        let secrets = BuildTemplateRequest::decode(&*opened)
-            .map_err(|_| unreadable("the build's credentials do not parse".into()))?;
-        let mut logins = secrets.registry_logins.into_iter();
-        let login = logins.find(|login| login.registry == registry);
-        Ok(login.map(|login| Login {
-            username: login.username,
-            password: login.password,
-        }))
     }
 
     /// Does what blocks, and logs what is said meanwhile.
@@ -364,51 +317,15 @@ impl Builder {
         // The thread ends soon after this future, which a cancelled build drops.
         let cancel = CancellationToken::new();
         let _cancelled = cancel.clone().drop_guard();
-        let mut source_image = String::new();
-        let unpacking = || Unpacking {
+        let making = Making {
             folder: work.path(ARCHIVE),
             root: root.clone(),
             limits,
-            cancel: cancel.clone(),
+            artifacts: self.artifacts.clone(),
+            cancel,
             _held: work.clone(),
         };
-        let defaults = match source {
-            Some(Source::RootfsTarball(digest)) => {
-                let tarball = self.uploaded(&digest)?;
-                self.store.log(id, "unpacking the root filesystem").await?;
-                let (to, held) = (root.clone(), work.clone());
-                let applied = blocking(move || {
-                    let _held = held;
-                    Ok(rootfs::unpack(&tarball, &to, limits, &cancel)?)
-                });
-                let applied = applied.await?;
-                self.store.log(id, &said(&applied)).await?;
-                Defaults::default()
-            }
-            Some(Source::ImageArchive(archive)) => {
-                let tarball = self.uploaded(&archive.digest)?;
-                self.store.log(id, "unpacking the archive").await?;
-                let unpacking = unpacking();
-                let unpack = move |lines: &_| unpacking.archive(&tarball, &archive.image, lines);
-                self.logged(id, unpack).await?
-            }
-            Some(Source::OciImage(name)) => {
-                let pulled =
-                    tokio::time::timeout(PULL_LIMIT, self.pull(stored, &name, unpacking()));
-                let (defaults, image) = pulled.await.map_err(|_| BuildError::Failed {
-                    reason: "PULL_TIMED_OUT",
-                    message: format!("{name} has not come within {} s", PULL_LIMIT.as_secs()),
-                })??;
-                source_image = image;
-                defaults
-            }
-            _ => {
-                return Err(BuildError::Failed {
-                    reason: "NOT_YET_AVAILABLE",
-                    message: "Dockerfiles cannot be built yet".into(),
-                });
-            }
-        };
+        let made = self.make(stored, source, making).await?;
         self.store.log(id, "packing the root filesystem").await?;
         let artifacts = self.artifacts.clone();
         let rootfs = blocking(move || {
@@ -433,9 +350,10 @@ impl Builder {
             default_vcpus: request.default_vcpus.max(1),
             default_memory_bytes: or(request.default_memory_bytes, DEFAULT_MEMORY),
             default_disk_bytes: or(request.default_disk_bytes, DEFAULT_DISK),
-            env: defaults.env.into_iter().collect(),
-            default_user: defaults.user,
-            source_image,
+            env: made.defaults.env.into_iter().collect(),
+            default_user: made.defaults.user,
+            source_image: made.source_image,
+            layers: made.layers,
             ..Template::default()
         };
         match self.store.publish(stored, &spec).await? {
@@ -488,84 +406,13 @@ impl Drop for Work {
     }
 }
 
-/// An image on its way to a root.
-struct Unpacking {
-    /// Where it lies.
-    folder: PathBuf,
-    root: PathBuf,
-    limits: Limits,
-    cancel: CancellationToken,
-    _held: Work,
-}
-
-impl Unpacking {
-    /// The image of that name in an archive, or the only one if that is empty. Blocking.
-    fn archive(
-        self,
-        tarball: &Path,
-        name: &str,
-        lines: &mpsc::Sender<String>,
-    ) -> Result<Defaults, BuildError> {
-        let mut archive = Root::new(self.folder.clone(), self.limits);
-        let file = File::open(tarball).map_err(io_failed)?;
-        archive.apply(file, Whiteouts::Keep, &self.cancel)?;
-        let image = Image::open(&self.folder, Some(name).filter(|name| !name.is_empty()))?;
-        self.image(&image, lines, || Ok(()))
-    }
-
-    /// Each layer when it is there. What is to be said goes to `lines`, whoever reads those. Blocking.
-    fn image(
-        self,
-        image: &Image,
-        lines: &mpsc::Sender<String>,
-        ready: impl FnMut() -> Result<(), LayerError>,
-    ) -> Result<Defaults, BuildError> {
-        // Nobody hears it any more if the build was given up; then it is cancelled, too.
-        let say = |line: String| drop(lines.blocking_send(line));
-        let layers = image.layers();
-        let done = |number, applied| {
-            say(format!("layer {number} of {layers}: {}", said(&applied)));
-        };
-        image.unpack(&self.root, self.limits, &self.cancel, ready, done)?;
-        rootfs::check(&self.root)?;
-        let mut defaults = image.defaults();
-        if let Some((user, group)) = defaults.user.clone().split_once(':') {
-            say(format!(
-                "the image's user has a group, {group:?}; processes have those of {user:?}"
-            ));
-            user.clone_into(&mut defaults.user);
-        }
-        if !defaults.command.is_empty() {
-            say("the image's command is not started: a session runs what it is asked to".into());
-        }
-        defaults.check(&self.root)?;
-        Ok(defaults)
-    }
-}
-
-/// What was unpacked, for people.
-fn said(applied: &Applied) -> String {
-    let Applied {
-        entries,
-        bytes,
-        left_out,
-        ..
-    } = applied;
-    let mut words = format!("{entries} entries, {bytes} bytes");
-    if *left_out > 0 {
-        words.push_str("; left out attributes that only a host has a meaning for: ");
-        words.push_str(&left_out.to_string());
-    }
-    words
-}
-
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, BuildError> + Send + 'static,
 ) -> Result<T, BuildError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(BuildError::Failed {
-            reason: "BUILD_FAILED",
+            reason: "BUILD_FAILED".into(),
             message: error.to_string(),
         }),
     }

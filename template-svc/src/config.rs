@@ -29,6 +29,14 @@ pub struct Config {
     /// File of the mesh token, mode 0600.
     #[arg(long, env = "SANDMESH_MESH_TOKEN_FILE")]
     pub mesh_token_file: PathBuf,
+    /// session-svc's addresses.
+    #[arg(
+        long,
+        env = "SANDMESH_SESSION_ADDRESSES",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:10101"
+    )]
+    pub session_addresses: Vec<Address>,
     /// Folder of artifacts, uploads and build work; shared by all replicas.
     #[arg(
         long,

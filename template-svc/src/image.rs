@@ -39,7 +39,7 @@ const MOST_ENV: usize = 128 << 10;
 /// While something on the host is renamed, a path within a root may have to be looked up again (openat2(2), `EAGAIN`).
 const TRIES: u32 = 100;
 /// As the runtimes of containers have it; overlayfs takes no more, and no tool makes more.
-const MOST_LAYERS: usize = 500;
+pub(crate) const MOST_LAYERS: usize = 500;
 const REFERENCE: &str = "org.opencontainers.image.ref.name";
 
 /// What a document lists.
@@ -261,6 +261,19 @@ impl Image {
         self.layers.iter().filter_map(|layer| layer.blob.clone())
     }
 
+    /// A layer as it lies there, counted from 0, and its DiffID.
+    pub fn layer(&self, number: usize) -> Result<(File, String), ImageError> {
+        let missing = |what: String| ImageError::Missing(Listed::File(what));
+        let layer = self.layers.get(number);
+        let layer = layer.ok_or_else(|| missing(format!("layer {number}")))?;
+        let reader = Reader {
+            folder: &self.folder,
+        };
+        let file = reader.file(&layer.path)?;
+        let file = file.ok_or_else(|| missing(layer.path.clone()))?;
+        Ok((file, layer.diff_id.clone()))
+    }
+
     /// Puts its layers upon each other in an empty folder; `ready` waits for each to be there, and `said` hears of each that is done.
     /// Blocking.
     pub fn unpack(
@@ -354,6 +367,13 @@ pub(crate) fn blob_path(digest: &str) -> String {
 /// The platform that guests of this host have.
 fn platform() -> (Os, Arch) {
     (Os::Linux, Arch::default())
+}
+
+/// Whether it names no variant of its architecture, or the first.
+fn is_for_every_cpu(descriptor: &Descriptor) -> bool {
+    let platform = descriptor.platform().as_ref();
+    let variant = platform.and_then(|platform| platform.variant().as_deref());
+    variant.is_none_or(|variant| variant == "v1")
 }
 
 /// What a walk through indexes has come to.
@@ -494,9 +514,17 @@ impl Reader<'_> {
                     .ok_or_else(|| malformed(&what, "it is an index in an index in an index"))?;
                 let index: ImageIndex =
                     parse(&what, &self.listed(&what, descriptor, Listed::Manifest)?)?;
+                let before = seen.found.len();
                 for descriptor in index.manifests() {
                     self.candidates(descriptor, depth, seen)?;
+                    // Of several for one platform the first is meant (image-index.md, "manifests"), unless it is for a newer CPU.
+                    let found = seen.found.get(before..).unwrap_or_default();
+                    if let Some(plain) = found.iter().position(is_for_every_cpu) {
+                        seen.found.swap(before, before + plain);
+                        break;
+                    }
                 }
+                seen.found.truncate(before + 1);
             }
             MANIFEST | DOCKER_MANIFEST => {
                 let of = if let Some(platform) = descriptor.platform() {

@@ -14,6 +14,7 @@ pub mod names;
 pub mod registry;
 pub mod rootfs;
 pub mod secrets;
+mod sessions;
 pub mod store;
 
 pub use app::{App, AppError};

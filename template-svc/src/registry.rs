@@ -14,7 +14,7 @@ use std::{
     io::{self, SeekFrom},
     path::PathBuf,
     sync::{Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use backon::{BackoffBuilder as _, ExponentialBuilder, Retryable as _};
@@ -40,7 +40,7 @@ use url::Url;
 
 use self::{
     auth::Challenge,
-    trust::{Forbidden, Trust},
+    trust::{Forbidden, Trust, Unresolved},
 };
 use crate::image::{self, Image, ImageError, Listed};
 
@@ -52,9 +52,16 @@ pub use self::{
     trust::{MalformedRegistry, TrustedRegistry},
 };
 
+/// Longest name of an image that is looked at.
+pub const LONGEST_NAME: usize = 1024;
+/// A layer that has come at less than that for so long is not waited for.
+const LEAST_RATE: u64 = 16 << 10;
+const RATE_WINDOW: Duration = Duration::from_mins(1);
 const CONNECT: Duration = Duration::from_secs(10);
 /// Documents of one image: an index and what it lists for this platform are a handful.
 const MOST_DOCUMENTS: usize = 32;
+/// They are small, and few.
+const DOCUMENTS_LIMIT: Duration = Duration::from_mins(10);
 /// As browsers and Go's client have it, at most.
 const MOST_REDIRECTS: usize = 10;
 const MOST_TOKEN: u64 = 1 << 20;
@@ -89,7 +96,18 @@ pub enum RegistryError {
         host: String,
         /// What the system says.
         why: String,
+        /// Whether it would be so again.
+        is_lasting: bool,
     },
+    /// It comes too slowly to wait for it.
+    #[error("{host} sends less than {LEAST_RATE} bytes a second")]
+    Slow {
+        /// Who.
+        host: String,
+    },
+    /// There is nothing to ask with.
+    #[error("registries cannot be asked from here: {0}")]
+    Client(String),
     /// Nothing comes any more.
     #[error("{host} sent nothing for {seconds} s")]
     Stalled {
@@ -170,7 +188,7 @@ impl RegistryError {
             Self::Reference { .. } => "REFERENCE_INVALID",
             Self::Forbidden(_) => "REGISTRY_FORBIDDEN",
             Self::Unreachable { .. } => "REGISTRY_UNREACHABLE",
-            Self::Stalled { .. } => "REGISTRY_STALLED",
+            Self::Stalled { .. } | Self::Slow { .. } => "REGISTRY_STALLED",
             Self::Unauthorized { .. } => "PULL_UNAUTHORIZED",
             Self::Unknown(_) => "IMAGE_UNKNOWN",
             Self::Busy { .. } => "REGISTRY_BUSY",
@@ -179,14 +197,15 @@ impl RegistryError {
             Self::TooLarge { .. } => "SOURCE_TOO_LARGE",
             Self::Image(error) => error.reason(),
             Self::Disk(error) if error.kind() == io::ErrorKind::StorageFull => "DISK_FULL",
-            Self::Disk(_) => "BUILD_FAILED",
+            Self::Disk(_) | Self::Client(_) => "BUILD_FAILED",
         }
     }
 
     /// Whether it may be different the next time.
     fn is_transient(&self) -> bool {
         match self {
-            Self::Unreachable { .. } | Self::Stalled { .. } | Self::Busy { .. } => true,
+            Self::Unreachable { is_lasting, .. } => !is_lasting,
+            Self::Stalled { .. } | Self::Busy { .. } => true,
             Self::Status { status, .. } => {
                 status.is_server_error() || *status == StatusCode::REQUEST_TIMEOUT
             }
@@ -208,9 +227,12 @@ impl RegistryError {
 /// The name of an image, as docker writes them: `debian:12`, `registry.example/team/app@sha256:...`.
 pub fn parse_reference(text: &str) -> Result<Reference, RegistryError> {
     let wrong = |why: String| RegistryError::Reference {
-        text: text.to_owned(),
+        text: text.chars().take(LONGEST_MESSAGE).collect(),
         why,
     };
+    if text.len() > LONGEST_NAME {
+        return Err(wrong(format!("it is longer than {LONGEST_NAME} bytes")));
+    }
     let reference: Reference = text
         .parse()
         .map_err(|error: oci_spec::distribution::ParseError| wrong(error.to_string()))?;
@@ -222,18 +244,36 @@ pub fn parse_reference(text: &str) -> Result<Reference, RegistryError> {
     }
 }
 
-/// Asks registries.
+/// The registry that credentials are for, as names of images have it: docker itself writes its own in several ways.
+pub fn registry_of(text: &str) -> String {
+    let bare = text
+        .trim_start_matches("https://")
+        .trim_start_matches("http://");
+    let host = bare.split('/').next().unwrap_or_default().to_lowercase();
+    match host.as_str() {
+        "index.docker.io" | "registry-1.docker.io" => "docker.io".to_owned(),
+        _ => host,
+    }
+}
+
+/// How registries are asked.
 #[derive(Debug, Clone)]
 pub struct Registries {
-    client: Client,
     trust: Trust,
     patience: Patience,
 }
 
 impl Registries {
-    /// Asks those on public addresses, and the trusted ones.
-    pub fn new(trusted: &[TrustedRegistry], patience: Patience) -> Result<Self, reqwest::Error> {
-        let trust = Trust::new(trusted);
+    /// Those on public addresses are, and the trusted ones.
+    pub fn new(trusted: &[TrustedRegistry], patience: Patience) -> Self {
+        Self {
+            trust: Trust::new(trusted),
+            patience,
+        }
+    }
+
+    /// A client for one image, with the certificates that the host trusts now.
+    fn asker(&self) -> Result<Asker, RegistryError> {
         // Whoever was first has chosen; all of ours choose the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder()
@@ -242,36 +282,59 @@ impl Registries {
             .redirect(redirect::Policy::none())
             // A proxy would look names up in our place.
             .no_proxy()
-            .dns_resolver(std::sync::Arc::new(trust.clone()))
+            // What stands still is a connection, which is made anew; of HTTP/2 it would be a stream of it.
+            .http1_only()
+            .dns_resolver(std::sync::Arc::new(self.trust.clone()))
             .connect_timeout(CONNECT)
-            .read_timeout(patience.stall)
-            .build()?;
-        Ok(Self {
+            .build();
+        let client = client.map_err(|error| RegistryError::Client(innermost(&error)))?;
+        Ok(Asker {
             client,
-            trust,
-            patience,
+            trust: self.trust.clone(),
+            patience: self.patience,
         })
     }
+}
 
-    /// What a failed connection was.
-    fn failed(&self, url: &Url, error: &reqwest::Error) -> RegistryError {
-        let mut source = error.source();
-        let mut why = error.to_string();
-        while let Some(cause) = source {
-            if let Some(forbidden) = cause.downcast_ref::<Forbidden>() {
-                return RegistryError::Forbidden(forbidden.to_string());
-            }
-            why = cause.to_string();
-            source = cause.source();
-        }
-        let host = trust::shown(url);
-        if error.is_timeout() && !error.is_connect() {
-            return RegistryError::Stalled {
-                host,
+/// What an error says that is no other's.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut innermost = error;
+    while let Some(cause) = innermost.source() {
+        innermost = cause;
+    }
+    innermost.to_string()
+}
+
+/// What was asked for: of what is not there or not for us, another thing is said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Manifest,
+    Blob,
+    Token,
+}
+
+/// Asks the registries of one image.
+#[derive(Debug)]
+struct Asker {
+    client: Client,
+    trust: Trust,
+    patience: Patience,
+}
+
+impl Asker {
+    /// Waits for a registry as long as that is borne.
+    async fn within<T>(
+        &self,
+        url: &Url,
+        work: impl Future<Output = Result<T, reqwest::Error>>,
+    ) -> Result<T, RegistryError> {
+        match tokio::time::timeout(self.patience.stall, work).await {
+            Ok(done) => done.map_err(|error| failed(url, &error)),
+            Err(_) => Err(RegistryError::Stalled {
+                host: trust::shown(url),
                 seconds: self.patience.stall.as_secs(),
-            };
+            }),
         }
-        RegistryError::Unreachable { host, why }
     }
 
     /// Asks, and again where it is sent; `authorization` goes to the origin of the first URL only.
@@ -289,15 +352,15 @@ impl Registries {
             if let Some(value) = authorization.filter(|_| next.origin() == origin) {
                 request = request.header(AUTHORIZATION, value.clone());
             }
-            let answer = request.send().await;
-            let answer = answer.map_err(|error| self.failed(&next, &error))?;
+            let answer = self.within(&next, request.send()).await?;
             if !matches!(answer.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(answer);
             }
             let location = answer.headers().get(LOCATION);
             let to = location
                 .and_then(|location| location.to_str().ok())
-                .and_then(|location| next.join(location).ok());
+                .and_then(|location| next.join(location).ok())
+                .map(trust::without_login);
             next = to.ok_or_else(|| RegistryError::Protocol {
                 what: "it redirects to nowhere".into(),
             })?;
@@ -323,30 +386,33 @@ impl Registries {
     }
 
     async fn chunk(&self, answer: &mut Response) -> Result<Option<Bytes>, RegistryError> {
-        let chunk = answer.chunk().await;
-        chunk.map_err(|error| self.failed(answer.url(), &error))
+        let url = answer.url().clone();
+        self.within(&url, answer.chunk()).await
     }
 
     /// An answer that is one; errors have their words.
     async fn sound(
         &self,
         answer: Response,
-        what: impl Fn() -> String,
-        has_login: bool,
+        asked: Asked,
+        pull: &Pull,
     ) -> Result<Response, RegistryError> {
         let status = answer.status();
         if status.is_success() {
             return Ok(answer);
         }
         let host = trust::shown(answer.url());
+        let what = || pull.reference.to_string();
         match status {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if asked != Asked::Blob => {
                 return Err(RegistryError::Unauthorized {
                     what: what(),
-                    has_login,
+                    has_login: pull.login.is_some(),
                 });
             }
-            StatusCode::NOT_FOUND => return Err(RegistryError::Unknown(what())),
+            StatusCode::NOT_FOUND if asked == Asked::Manifest => {
+                return Err(RegistryError::Unknown(what()));
+            }
             _ => {}
         }
         let after = answer
@@ -369,6 +435,25 @@ impl Registries {
             status,
             message,
         })
+    }
+}
+
+/// What a failed connection was.
+fn failed(url: &Url, error: &reqwest::Error) -> RegistryError {
+    let mut source = error.source();
+    let mut is_refused = false;
+    while let Some(cause) = source {
+        if let Some(forbidden) = cause.downcast_ref::<Forbidden>() {
+            return RegistryError::Forbidden(forbidden.to_string());
+        }
+        // A certificate is the same the next time, and so is a name.
+        is_refused |= cause.is::<rustls::Error>() || cause.is::<Unresolved>();
+        source = cause.source();
+    }
+    RegistryError::Unreachable {
+        host: trust::shown(url),
+        why: innermost(error),
+        is_lasting: is_refused,
     }
 }
 
@@ -430,7 +515,7 @@ impl Patience {
 /// One image on its way into a folder.
 #[derive(Debug)]
 pub struct Pull {
-    registries: Registries,
+    asker: Asker,
     reference: Reference,
     base: Url,
     login: Option<Login>,
@@ -449,7 +534,7 @@ impl Pull {
     ) -> Result<Self, RegistryError> {
         let base = registries.trust.base(reference.resolve_registry())?;
         Ok(Self {
-            registries: registries.clone(),
+            asker: registries.asker()?,
             reference,
             base,
             login,
@@ -460,6 +545,15 @@ impl Pull {
 
     /// Fetches all but the layers; the digest is of what the name leads to.
     pub async fn documents(&self) -> Result<(Image, String), RegistryError> {
+        let fetched = tokio::time::timeout(DOCUMENTS_LIMIT, self.fetch_documents()).await;
+        fetched.unwrap_or_else(|_| {
+            Err(RegistryError::Slow {
+                host: trust::shown(&self.base),
+            })
+        })
+    }
+
+    async fn fetch_documents(&self) -> Result<(Image, String), RegistryError> {
         let digest = self.top().await?;
         for _ in 0..MOST_DOCUMENTS {
             let folder = self.folder.clone();
@@ -484,6 +578,8 @@ impl Pull {
 
     /// What the name leads to, and the layout that begins with it.
     async fn top(&self) -> Result<String, RegistryError> {
+        let blobs = self.folder.join("blobs/sha256");
+        tokio::fs::create_dir_all(blobs).await?;
         let wanted = self.reference.digest();
         let which = wanted.or(self.reference.tag()).unwrap_or("latest");
         let (bytes, kind) = self.document(&format!("manifests/{which}"), true).await?;
@@ -551,12 +647,9 @@ impl Pull {
     async fn layer(&self, digest: &str, size: u64) -> Result<(), RegistryError> {
         let path = self.folder.join(image::blob_path(digest));
         let part = path.with_extension("part");
-        if let Some(folder) = path.parent() {
-            tokio::fs::create_dir_all(folder).await?;
-        }
         let file = tokio::fs::File::create(&part).await?;
         let mut file = BufWriter::with_capacity(WRITE_BUFFER, file);
-        let waits = self.registries.patience.waits();
+        let waits = self.asker.patience.waits();
         let (mut left, mut tried_at) = (waits.build(), 0);
         let mut at = 0;
         while let Err(error) = self.rest(digest, size, &mut at, &mut file).await {
@@ -589,29 +682,52 @@ impl Pull {
         }
         if *at < size {
             let path = format!("blobs/{digest}");
-            let mut answer = self.get(&path, headers).await?;
-            let begins = begin(&answer)?;
-            if begins != *at {
-                if begins != 0 {
-                    return Err(protocol("another part of a layer than was asked for"));
+            let begins = match self.get(Asked::Blob, &path, headers).await {
+                Err(RegistryError::Status { status, .. })
+                    if *at > 0 && status == StatusCode::RANGE_NOT_SATISFIABLE =>
+                {
+                    None
                 }
-                // It knows no ranges.
+                answer => {
+                    let answer = answer?;
+                    Some((begin(&answer)?, answer))
+                }
+            };
+            let known = begins.filter(|(begins, _)| [0, *at].contains(begins));
+            let begins = known.as_ref().map_or(0, |(begins, _)| *begins);
+            if begins != *at {
+                // It knows no ranges, or not this one.
                 file.flush().await?;
                 file.seek(SeekFrom::Start(0)).await?;
                 *at = 0;
             }
-            while let Some(bytes) = self.registries.chunk(&mut answer).await? {
+            let Some((_, mut answer)) = known else {
+                return Err(RegistryError::Unreachable {
+                    host: trust::shown(&self.base),
+                    why: "another part of a layer came than was asked for".into(),
+                    is_lasting: false,
+                });
+            };
+            let (since, from) = (Instant::now(), *at);
+            while let Some(bytes) = self.asker.chunk(&mut answer).await? {
                 let after = *at + bytes.len() as u64;
                 if after > size {
                     return Err(protocol("more of a layer than its manifest says"));
                 }
                 file.write_all(&bytes).await?;
                 *at = after;
+                let took = since.elapsed();
+                if took > RATE_WINDOW && (after - from) / took.as_secs().max(1) < LEAST_RATE {
+                    return Err(RegistryError::Slow {
+                        host: trust::shown(answer.url()),
+                    });
+                }
             }
             if *at < size {
                 return Err(RegistryError::Unreachable {
                     host: trust::shown(answer.url()),
                     why: format!("{at} of {size} bytes of a layer came"),
+                    is_lasting: false,
                 });
             }
         }
@@ -630,27 +746,37 @@ impl Pull {
             if is_manifest {
                 headers.insert(ACCEPT, HeaderValue::from_static(image::MANIFESTS));
             }
-            let answer = self.get(path, headers).await?;
+            let what = if is_manifest {
+                Asked::Manifest
+            } else {
+                Asked::Blob
+            };
+            let answer = self.get(what, path, headers).await?;
             let kind = answer.headers().get(CONTENT_TYPE);
             let kind = kind.and_then(|kind| kind.to_str().ok()).map(str::to_owned);
-            let body = self.registries.body(answer, image::MOST_DOCUMENT).await?;
+            let body = self.asker.body(answer, image::MOST_DOCUMENT).await?;
             Ok((body, kind))
         };
-        ask.retry(self.registries.patience.waits().build())
+        ask.retry(self.asker.patience.waits().build())
             .when(RegistryError::is_transient)
             .adjust(|error, planned| Some(error.wait(planned?)))
             .await
     }
 
     /// Asks the registry; who we are it is told when it wants to know.
-    async fn get(&self, path: &str, headers: HeaderMap) -> Result<Response, RegistryError> {
+    async fn get(
+        &self,
+        what: Asked,
+        path: &str,
+        headers: HeaderMap,
+    ) -> Result<Response, RegistryError> {
         let url = format!("v2/{}/{path}", self.reference.repository());
         let url = self.base.join(&url).map_err(|_| protocol("a path"))?;
         let mut has_asked = false;
         loop {
             let authorization = self.authorization();
             let asked = self
-                .registries
+                .asker
                 .follow(url.clone(), authorization.as_ref(), &headers);
             let answer = asked.await?;
             let is_own = answer.url().origin() == self.base.origin();
@@ -665,9 +791,7 @@ impl Pull {
                     .unwrap_or_else(PoisonError::into_inner) = shown;
                 continue;
             }
-            let what = || self.reference.to_string();
-            let has_login = self.login.is_some();
-            return self.registries.sound(answer, what, has_login).await;
+            return self.asker.sound(answer, what, self).await;
         }
     }
 
@@ -686,19 +810,14 @@ impl Pull {
             Challenge::Token(url) => url,
         };
         let none = HeaderMap::new();
-        let answer = self.registries.follow(url, basic.as_ref(), &none).await?;
-        let what = || self.reference.to_string();
-        let has_login = self.login.is_some();
-        let answer = self.registries.sound(answer, what, has_login).await?;
-        let body = self.registries.body(answer, MOST_TOKEN).await?;
+        let answer = self.asker.follow(url, basic.as_ref(), &none).await?;
+        let answer = self.asker.sound(answer, Asked::Token, self).await?;
+        let body = self.asker.body(answer, MOST_TOKEN).await?;
         auth::bearer(&body).map(Some)
     }
 
     async fn keep(&self, digest: &str, bytes: Vec<u8>) -> Result<(), RegistryError> {
         let path = self.folder.join(image::blob_path(digest));
-        if let Some(folder) = path.parent() {
-            tokio::fs::create_dir_all(folder).await?;
-        }
         Ok(tokio::fs::write(path, bytes).await?)
     }
 }
@@ -751,6 +870,19 @@ async fn blocking<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn registries_of_credentials() {
+        for docker in [
+            "docker.io",
+            "https://index.docker.io/v1/",
+            "Registry-1.docker.io",
+        ] {
+            assert_eq!(registry_of(docker), "docker.io");
+        }
+        assert_eq!(registry_of("Quay.io"), "quay.io");
+        assert_eq!(registry_of("http://localhost:5000"), "localhost:5000");
+    }
 
     #[test]
     fn names_of_images() {

@@ -76,7 +76,7 @@ pub struct StoredBuild {
     pub request: BuildTemplateRequest,
     /// How often a builder has taken it.
     pub attempts: u32,
-    /// Sealed, of a build that has not ended.
+    /// Sealed; only of a build that was taken.
     pub secrets: Option<Vec<u8>>,
 }
 
@@ -94,6 +94,8 @@ struct BuildRow {
     error_reason: String,
     error_message: String,
     attempts: i32,
+    /// Only where it is asked for.
+    #[sqlx(default)]
     secrets: Option<Vec<u8>>,
 }
 
@@ -132,7 +134,7 @@ impl TryFrom<BuildRow> for StoredBuild {
 }
 
 const BUILD_COLUMNS: &str = "build_id, team, template_team, name, state, request, create_time, end_time, version, \
-     error_reason, error_message, attempts, secrets";
+     error_reason, error_message, attempts";
 
 #[derive(FromRow)]
 struct VersionRow {
@@ -195,6 +197,25 @@ impl Store {
             .bind(&reference.name)
             .bind(version)
             .bind(tag)
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(Template::try_from).transpose()
+    }
+
+    /// Exactly that version.
+    pub async fn version(
+        &self,
+        team: &str,
+        name: &str,
+        version: u64,
+    ) -> Result<Option<Template>, StoreError> {
+        let sql = format!(
+            "select {VERSION_COLUMNS} from template_versions v where v.team = $1 and v.name = $2 and v.version = $3"
+        );
+        let row = sqlx::query_as::<_, VersionRow>(sqlx::AssertSqlSafe(sql))
+            .bind(team)
+            .bind(name)
+            .bind(i64::try_from(version).unwrap_or(i64::MAX))
             .fetch_optional(&self.pool)
             .await?;
         row.map(Template::try_from).transpose()
@@ -316,7 +337,7 @@ impl Store {
         let sql = format!(
             "update builds set state = 2, lease_until = $1, attempts = attempts + 1 where build_id = (select build_id from builds \
              where state = 1 or (state = 2 and lease_until < $2) order by create_time limit 1 for update skip locked) \
-             returning {BUILD_COLUMNS}"
+             returning {BUILD_COLUMNS}, secrets"
         );
         let row = sqlx::query_as::<_, BuildRow>(sqlx::AssertSqlSafe(sql))
             .bind(until)

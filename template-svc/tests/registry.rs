@@ -5,7 +5,7 @@ use std::{
     collections::{HashMap, VecDeque},
     path::Path,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -262,11 +262,15 @@ impl Fake {
 
     /// Trusted are this and those.
     fn registries(&self, others: &[&Self]) -> Registries {
+        self.asked_with(PATIENT, others)
+    }
+
+    fn asked_with(&self, patience: Patience, others: &[&Self]) -> Registries {
         let all = [self].into_iter().chain(others.iter().copied());
         let trusted: Vec<_> = all
             .map(|one| format!("http://{}", one.address()).parse().unwrap())
             .collect();
-        Registries::new(&trusted, SHORT).unwrap()
+        Registries::new(&trusted, patience)
     }
 
     async fn pull(&self, to: &Path, login: Option<Login>) -> Result<Image, RegistryError> {
@@ -285,10 +289,15 @@ impl Fake {
     }
 }
 
-const SHORT: Patience = Patience {
-    stall: Duration::from_millis(300),
+/// A test that is late is no registry that stands still.
+const PATIENT: Patience = Patience {
+    stall: Duration::from_secs(15),
     first_wait: Duration::from_millis(5),
     tries: 3,
+};
+const IMPATIENT: Patience = Patience {
+    stall: Duration::from_millis(300),
+    ..PATIENT
 };
 
 async fn pull(
@@ -390,10 +399,10 @@ async fn a_document_below_is_what_its_digest_says() {
 }
 
 #[rstest]
-#[case::cut(Fault::Cut(1_200_000))]
-#[case::stands_still(Fault::Stall(1_200_000))]
+#[case::cut(Fault::Cut(1_200_000), PATIENT)]
+#[case::stands_still(Fault::Stall(1_200_000), IMPATIENT)]
 #[tokio::test]
-async fn a_layer_goes_on_where_it_broke(#[case] fault: Fault) {
+async fn a_layer_goes_on_where_it_broke(#[case] fault: Fault, #[case] patience: Patience) {
     let fake = Fake::start().await;
     let layer = noise(1, 8_000_000);
     fake.publish(std::slice::from_ref(&layer));
@@ -402,10 +411,13 @@ async fn a_layer_goes_on_where_it_broke(#[case] fault: Fault) {
     let faults = std::iter::repeat_n(fault, 5);
     fake.fail(&path, faults.chain([Fault::Fine]));
     let folder = tempfile::tempdir().unwrap();
-    fake.pull(folder.path(), None).await.unwrap();
+    let registries = fake.asked_with(patience, &[]);
+    let pulled = fake.pull_by(&registries, ":v1", folder.path(), None);
+    pulled.await.unwrap();
     assert!(blob_in(folder.path(), &digest_of(&layer)) == layer);
     let asked = fake.asked(&path);
-    assert_eq!(asked.len(), 6);
+    // A late test asks again as well.
+    assert!(asked.len() >= 6);
     for (number, asked) in asked.iter().enumerate().skip(1) {
         let from = asked.range.as_deref().unwrap();
         let from: usize = from
@@ -443,15 +455,24 @@ async fn patience_has_an_end(#[case] fault: Fault, #[case] reason: &str) {
     let fake = Fake::start().await;
     let layer = noise(1, 10_000);
     fake.publish(std::slice::from_ref(&layer));
-    let path = blob_path(&digest_of(&layer));
+    let patience = if reason == "REGISTRY_STALLED" {
+        IMPATIENT
+    } else {
+        PATIENT
+    };
+    let registries = fake.asked_with(patience, &[]);
     // A break within makes a little progress each time, of which there is no end either.
-    for (path, most) in [(path.as_str(), 4), (TOP, 5)] {
-        fake.fail(path, [fault.clone()]);
+    for path in [blob_path(&digest_of(&layer)), TOP.to_owned()] {
+        fake.fail(&path, [fault.clone()]);
+        let before = fake.asked(&path).len();
         let folder = tempfile::tempdir().unwrap();
-        let error = fake.pull(folder.path(), None).await.unwrap_err();
+        let pulled = fake.pull_by(&registries, ":v1", folder.path(), None).await;
+        let error = pulled.unwrap_err();
+        // Under load a test may find its own registry standing still before it comes to the layer.
+        let is_late = patience.stall == IMPATIENT.stall;
         assert_eq!(error.reason(), reason, "{error}");
-        let asked = fake.asked(path).len();
-        assert!((2..=most).contains(&asked), "{asked}");
+        let asked = fake.asked(&path).len() - before;
+        assert!(asked == 4 || is_late && asked > 1, "{asked}");
     }
 }
 
@@ -465,8 +486,12 @@ async fn what_fails_for_a_while_is_asked_again() {
     fake.fail(TOP, faults.clone());
     fake.fail(&blob_path(&digest_of(&layer)), faults);
     let folder = tempfile::tempdir().unwrap();
+    let since = Instant::now();
     fake.pull(folder.path(), None).await.unwrap();
     assert_eq!(fake.asked(TOP).len(), 3);
+    assert_eq!(fake.asked(&blob_path(&digest_of(&layer))).len(), 3);
+    // Each as long as it was asked to.
+    assert!(since.elapsed() >= Duration::from_secs(2));
 }
 
 #[tokio::test]
@@ -550,6 +575,70 @@ async fn tokens_are_fetched_and_fetched_again_when_they_end() {
     assert_eq!(error.reason(), "PULL_UNAUTHORIZED");
 }
 
+/// Whoever unpacks may take longer than a registry may be silent.
+#[tokio::test]
+async fn layers_come_while_others_are_unpacked() {
+    let fake = Fake::start().await;
+    let layers: Vec<_> = (0..6).map(|seed| noise(seed, 2_000_000)).collect();
+    fake.publish(&layers);
+    let registries = fake.asked_with(IMPATIENT, &[]);
+    let name = parse_reference(&format!("{}/team/app:v1", fake.address())).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let pull = Pull::new(&registries, name, None, folder.path().to_owned()).unwrap();
+    let (image, _) = pull.documents().await.unwrap();
+    let (arrived, mut arrivals) = mpsc::channel(layers.len());
+    let unpack = async {
+        let mut count = 0;
+        while let Some(()) = arrivals.recv().await {
+            tokio::time::sleep(IMPATIENT.stall * 2).await;
+            count += 1;
+        }
+        count
+    };
+    let (fetched, count) = tokio::join!(pull.layers(&image, LIMIT, arrived), unpack);
+    fetched.unwrap();
+    assert_eq!(count, layers.len());
+}
+
+#[tokio::test]
+async fn of_several_variants_the_one_for_every_cpu_comes() {
+    let fake = Fake::start().await;
+    let layers = [noise(1, 100), noise(2, 100), noise(3, 100)];
+    let variants = [Some("v3"), None, Some("v1")];
+    let manifests: Vec<_> = layers
+        .iter()
+        .zip(variants)
+        .map(|(layer, variant)| {
+            let mut image = fake.put_image(std::slice::from_ref(layer), "amd64");
+            if let Some(variant) = variant {
+                image["platform"]["variant"] = json!(variant);
+            }
+            image
+        })
+        .collect();
+    fake.put_top(
+        &json!({ "schemaVersion": 2, "manifests": manifests }),
+        INDEX,
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let image = fake.pull(folder.path(), None).await.unwrap();
+    let (digest, _) = image.blobs().next().unwrap();
+    assert_eq!(digest, digest_of(&layers[1]));
+}
+
+#[tokio::test]
+async fn a_range_that_is_refused_is_no_end() {
+    let fake = Fake::start().await;
+    let layer = noise(1, 3_000_000);
+    fake.publish(std::slice::from_ref(&layer));
+    let path = blob_path(&digest_of(&layer));
+    let refused = Fault::Status(416, vec![]);
+    fake.fail(&path, [Fault::Cut(2_000_000), refused, Fault::Fine]);
+    let folder = tempfile::tempdir().unwrap();
+    fake.pull(folder.path(), None).await.unwrap();
+    assert!(blob_in(folder.path(), &digest_of(&layer)) == layer);
+}
+
 #[tokio::test]
 async fn credentials_do_not_go_along_to_others() {
     let (fake, store) = (Fake::start().await, Fake::start().await);
@@ -568,6 +657,24 @@ async fn credentials_do_not_go_along_to_others() {
     let asked = store.asked("/there");
     assert_eq!(asked.len(), 1);
     assert_eq!(asked[0].authorization, None);
+    // Neither from where tokens are given, nor as somebody whom the redirect names.
+    let challenge = format!("Bearer realm=\"http://{}/token\"", fake.address());
+    fake.want(&[&challenge], &["Bearer t"]);
+    let to = format!("http://me:secret@{}/token", store.address());
+    fake.fail("/token", [Fault::Status(302, vec![("location", to)])]);
+    store.put(
+        "/token",
+        json!({ "token": "t" }).to_string(),
+        "application/json",
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let pulled = fake.pull_by(&registries, ":v1", folder.path(), Some(login("secret")));
+    pulled.await.unwrap();
+    assert_eq!(
+        fake.asked("/token")[0].authorization.as_deref(),
+        Some(BASIC)
+    );
+    assert_eq!(store.asked("/token")[0].authorization, None);
 }
 
 #[rstest]
@@ -607,7 +714,7 @@ async fn nobody_sends_us_into_private_networks(#[case] to: &str) {
 async fn a_registry_in_a_private_network_is_not_asked() {
     let fake = Fake::start().await;
     fake.publish(&[noise(1, 1000)]);
-    let registries = Registries::new(&[], SHORT).unwrap();
+    let registries = Registries::new(&[], PATIENT);
     let folder = tempfile::tempdir().unwrap();
     let pulled = fake.pull_by(&registries, ":v1", folder.path(), None).await;
     assert_eq!(pulled.unwrap_err().reason(), "REGISTRY_FORBIDDEN");
@@ -648,8 +755,22 @@ async fn layers_that_are_too_large_are_not_fetched() {
     let path = manifest_path(index["manifests"][1]["digest"].as_str().unwrap());
     let manifest = fake.files.lock().unwrap()[&path].0.clone();
     let mut manifest: Value = serde_json::from_slice(&manifest).unwrap();
-    for size in [LIMIT + 1, u64::MAX] {
+    let other = manifest["layers"][0].clone();
+    manifest["layers"].as_array_mut().unwrap().push(other);
+    let path = blob_path(manifest["config"]["digest"].as_str().unwrap());
+    let config = fake.files.lock().unwrap()[&path].0.clone();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    let diff_id = config["rootfs"]["diff_ids"][0].clone();
+    config["rootfs"]["diff_ids"]
+        .as_array_mut()
+        .unwrap()
+        .push(diff_id);
+    manifest["config"] = fake.put_blob(config.to_string());
+    manifest["config"]["mediaType"] = json!("application/vnd.oci.image.config.v1+json");
+    for size in [LIMIT + 1, u64::MAX / 2 + 1] {
+        // Together as much as nothing, for who does not look.
         manifest["layers"][0]["size"] = json!(size);
+        manifest["layers"][1]["size"] = json!(size);
         index["manifests"][1] = fake.put_manifest(&manifest, MANIFEST);
         index["manifests"][1]["platform"] = json!({ "os": "linux", "architecture": "amd64" });
         fake.put_top(&index, INDEX);
@@ -703,7 +824,7 @@ async fn nobody_there_is_told_from_a_refusal() {
         listener.local_addr().unwrap()
     };
     let trusted = [format!("http://{gone}").parse().unwrap()];
-    let registries = Registries::new(&trusted, SHORT).unwrap();
+    let registries = Registries::new(&trusted, PATIENT);
     let folder = tempfile::tempdir().unwrap();
     let name = format!("{gone}/team/app");
     let error = pull(&registries, &name, folder.path(), None)

@@ -34,42 +34,48 @@ pub(crate) enum Command {
     /// List templates
     List,
     /// Make a new version of a template
-    #[command(group = clap::ArgGroup::new("source").required(true))]
-    Build {
-        /// Its name, and a tag for the new version besides "latest": name or name:tag.
-        #[arg(short, long, value_name = "NAME[:TAG]")]
-        tag: String,
-        /// From a tarball of a root filesystem: plain, gzip or zstd.
-        #[arg(long, group = "source", value_name = "TARBALL")]
-        rootfs: Option<PathBuf>,
-        /// From a tarball of an image: an OCI layout, or what "docker save" wrote.
-        #[arg(long, group = "source", value_name = "TARBALL")]
-        image_archive: Option<PathBuf>,
-        /// From an image of a registry, by its name as docker writes it: debian:12, registry.example/team/app@sha256:...
-        #[arg(long, group = "source", value_name = "IMAGE")]
-        image: Option<String>,
-        /// Name of a user at the image's registry.
-        #[arg(long, requires = "image", value_name = "NAME")]
-        registry_user: Option<String>,
-        /// File with that user's password, or - for standard input.
-        #[arg(long, requires = "registry_user", value_name = "FILE")]
-        registry_password_file: Option<PathBuf>,
-        /// Which image of the archive, if it has several: its tag in a layout, its name:tag if docker wrote it.
-        #[arg(long, requires = "image_archive", value_name = "NAME")]
-        image_name: Option<String>,
-        /// Default memory of its sessions.
-        #[arg(long, value_parser = parse_bytes, default_value = "512MiB")]
-        memory: u64,
-        /// Default virtual CPUs of its sessions.
-        #[arg(long, default_value_t = 1)]
-        vcpus: u32,
-        /// Default writable disk of its sessions.
-        #[arg(long, value_parser = parse_bytes, default_value = "4GiB")]
-        disk: u64,
-        /// For every team (operators).
-        #[arg(long)]
-        shared: bool,
-    },
+    Build(Box<Build>),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("source").required(true))]
+pub(crate) struct Build {
+    /// Its name, and a tag for the new version besides "latest": name or name:tag.
+    #[arg(short, long, value_name = "NAME[:TAG]")]
+    tag: String,
+    /// From a tarball of a root filesystem: plain, gzip or zstd.
+    #[arg(long, group = "source", value_name = "TARBALL")]
+    rootfs: Option<PathBuf>,
+    /// From a tarball of an image: an OCI layout, or what "docker save" wrote.
+    #[arg(long, group = "source", value_name = "TARBALL")]
+    image_archive: Option<PathBuf>,
+    /// From an image of a registry, by its name as docker writes it: debian:12, registry.example/team/app@sha256:...
+    #[arg(long, group = "source", value_name = "IMAGE")]
+    image: Option<String>,
+    /// From a running session: its template, and what was changed in it. Its processes stand still meanwhile.
+    #[arg(long, group = "source", value_name = "SESSION")]
+    from_session: Option<String>,
+    /// Name of a user at the image's registry.
+    #[arg(long, requires = "image", value_name = "NAME")]
+    registry_user: Option<String>,
+    /// File with that user's password, or - for standard input.
+    #[arg(long, requires = "registry_user", value_name = "FILE")]
+    registry_password_file: Option<PathBuf>,
+    /// Which image of the archive, if it has several: its tag in a layout, its name:tag if docker wrote it.
+    #[arg(long, requires = "image_archive", value_name = "NAME")]
+    image_name: Option<String>,
+    /// Default memory of its sessions.
+    #[arg(long, value_parser = parse_bytes, default_value = "512MiB")]
+    memory: u64,
+    /// Default virtual CPUs of its sessions.
+    #[arg(long, default_value_t = 1)]
+    vcpus: u32,
+    /// Default writable disk of its sessions.
+    #[arg(long, value_parser = parse_bytes, default_value = "4GiB")]
+    disk: u64,
+    /// For every team (operators).
+    #[arg(long)]
+    shared: bool,
 }
 
 pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<()> {
@@ -112,58 +118,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
             )?;
             Ok(())
         }
-        Command::Build {
-            tag,
-            rootfs,
-            image_archive,
-            image,
-            registry_user,
-            registry_password_file,
-            image_name,
-            memory,
-            vcpus,
-            disk,
-            shared,
-        } => {
-            let (name, tags) = match tag.split_once(':') {
-                Some((name, tag)) => (name.to_owned(), vec![tag.to_owned()]),
-                None => (tag, Vec::new()),
-            };
-            let from = match (rootfs, image_archive, image) {
-                (Some(tarball), ..) => From::Rootfs(tarball),
-                (_, Some(archive), _) => From::Archive(archive, image_name.unwrap_or_default()),
-                (.., Some(image)) => From::Registry(image),
-                (None, None, None) => bail!("say what to build from"),
-            };
-            let registry_logins = match (&from, registry_user) {
-                (From::Registry(image), Some(username)) => {
-                    vec![login(image, username, registry_password_file).await?]
-                }
-                _ => Vec::new(),
-            };
-            let request = BuildTemplateRequest {
-                name,
-                tags,
-                default_memory_bytes: memory,
-                default_vcpus: vcpus,
-                default_disk_bytes: disk,
-                shared,
-                registry_logins,
-                ..BuildTemplateRequest::default()
-            };
-            let template = if shared {
-                let channel: MeshChannel = context.operator("template")?;
-                let caller = operator_of("operators")?;
-                let as_operator = move |mut request: Request<()>| {
-                    caller.apply(request.metadata_mut());
-                    Ok(request)
-                };
-                let client =
-                    TemplateServiceClient::new(InterceptedService::new(channel, as_operator));
-                build(client, from, request).await?
-            } else {
-                build(context.client()?.templates(), from, request).await?
-            };
+        Command::Build(options) => {
+            let template = options.run(context).await?;
             output::print(
                 context.format(),
                 "sandmesh.template.v1.Template",
@@ -171,6 +127,64 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
                 |template| println!("{}@{}", template.name, template.version),
             )?;
             Ok(())
+        }
+    }
+}
+
+impl Build {
+    async fn run(self, context: &Context) -> anyhow::Result<Template> {
+        let Self {
+            tag,
+            rootfs,
+            image_archive,
+            image,
+            from_session,
+            registry_user,
+            registry_password_file,
+            image_name,
+            memory,
+            vcpus,
+            disk,
+            shared,
+        } = self;
+        let (name, tags) = match tag.split_once(':') {
+            Some((name, tag)) => (name.to_owned(), vec![tag.to_owned()]),
+            None => (tag, Vec::new()),
+        };
+        let from = match (rootfs, image_archive, image, from_session) {
+            (Some(tarball), ..) => From::Rootfs(tarball),
+            (_, Some(archive), ..) => From::Archive(archive, image_name.unwrap_or_default()),
+            (_, _, Some(image), _) => From::Registry(image),
+            (.., Some(session)) => From::Session(session),
+            (None, None, None, None) => bail!("say what to build from"),
+        };
+        let registry_logins = match (&from, registry_user) {
+            (From::Registry(image), Some(username)) => {
+                vec![login(image, username, registry_password_file).await?]
+            }
+            _ => Vec::new(),
+        };
+        let request = BuildTemplateRequest {
+            name,
+            tags,
+            default_memory_bytes: memory,
+            default_vcpus: vcpus,
+            default_disk_bytes: disk,
+            shared,
+            registry_logins,
+            ..BuildTemplateRequest::default()
+        };
+        if shared {
+            let channel: MeshChannel = context.operator("template")?;
+            let caller = operator_of("operators")?;
+            let as_operator = move |mut request: Request<()>| {
+                caller.apply(request.metadata_mut());
+                Ok(request)
+            };
+            let client = TemplateServiceClient::new(InterceptedService::new(channel, as_operator));
+            build(client, from, request).await
+        } else {
+            build(context.client()?.templates(), from, request).await
         }
     }
 }
@@ -183,6 +197,8 @@ enum From {
     Archive(PathBuf, String),
     /// The name of an image in a registry.
     Registry(String),
+    /// A session's ID.
+    Session(String),
 }
 
 /// The credentials of a user for an image's registry; the password comes from the environment or a file, never from the command line.
@@ -233,6 +249,7 @@ where
             Source::ImageArchive(ImageArchive { digest, image })
         }
         From::Registry(image) => Source::OciImage(image),
+        From::Session(id) => Source::SessionId(id),
     };
     request.source = Some(BuildSource {
         source: Some(source),

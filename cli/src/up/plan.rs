@@ -171,6 +171,7 @@ impl Plan {
                 &token,
                 &flag("state", &self.state.join("templates").to_string_lossy()),
                 &flag("kernel-dir", &kernel.to_string_lossy()),
+                &session_list,
             ],
         );
         for (number, address) in (1..).zip(&sessions) {

@@ -1,6 +1,6 @@
 //! `sandmesh.envd.v1.SystemService`.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use futures::{StreamExt as _, stream};
 use nix::sys::{
@@ -8,24 +8,33 @@ use nix::sys::{
     signal::Signal,
 };
 use proto::envd::v1::{
-    ConfigureRequest, ConfigureResponse, GetInfoRequest, GetInfoResponse, PrepareSnapshotRequest,
-    PrepareSnapshotResponse, ShutdownRequest, ShutdownResponse, StreamLogsRequest,
-    StreamLogsResponse, StreamMetricsRequest, StreamMetricsResponse, StreamSpansRequest,
-    StreamSpansResponse, system_service_server::SystemService,
+    ConfigureRequest, ConfigureResponse, ExportLayerRequest, ExportLayerResponse, GetInfoRequest,
+    GetInfoResponse, PrepareSnapshotRequest, PrepareSnapshotResponse, ShutdownRequest,
+    ShutdownResponse, StreamLogsRequest, StreamLogsResponse, StreamMetricsRequest,
+    StreamMetricsResponse, StreamSpansRequest, StreamSpansResponse,
+    system_service_server::SystemService,
 };
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
 use super::Answers;
 use crate::{
     errors::{invalid, refuse, refuse_with},
+    files::layer,
+    gate::Stand,
     identity::Guest,
     logs,
     process::Processes,
     snapshot,
     spans::Spans,
     usage,
+    web::Outward,
 };
 
+/// Of a layer: size of its pieces, and how many wait.
+const CHUNK: usize = 256 << 10;
+const IN_FLIGHT: usize = 4;
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 const INTERVAL: Duration = Duration::from_secs(1);
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
@@ -63,6 +72,30 @@ impl SystemService for Api {
             .await
             .map_err(|error| refuse(Code::Internal, "PREPARE_FAILED", error.to_string()))??;
         Ok(Response::new(PrepareSnapshotResponse { free_memory_bytes }))
+    }
+
+    type ExportLayerStream = Answers<ExportLayerResponse>;
+
+    async fn export_layer(
+        &self,
+        _: Request<ExportLayerRequest>,
+    ) -> Result<Response<Self::ExportLayerStream>, Status> {
+        if self.guest.gate.stand() != Stand::Closed || !self.guest.owns_system {
+            let message = "only a guest that stands still for a snapshot has a layer";
+            return Err(refuse(Code::FailedPrecondition, "GUEST_NOT_STILL", message));
+        }
+        let (to, chunks) = mpsc::channel(IN_FLIGHT);
+        tokio::task::spawn_blocking(move || {
+            let out = io::BufWriter::with_capacity(CHUNK, Outward(to.clone()));
+            if let Err(error) = layer::export(out) {
+                let status = refuse(Code::Aborted, "EXPORT_FAILED", error.to_string());
+                // Nobody listens any more, or the layer breaks off there.
+                let _ = to.blocking_send(Err(status));
+            }
+        });
+        let chunks = ReceiverStream::new(chunks);
+        let answers = chunks.map(|data| Ok(ExportLayerResponse { data: data? }));
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn get_info(

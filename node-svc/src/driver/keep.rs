@@ -9,16 +9,19 @@ use std::{
 };
 
 use proto::{
+    envd::v1::ExportLayerRequest,
     node::v1::{
-        PauseSessionResponse, ResumeSessionResponse, SnapshotSessionResponse, StartSessionRequest,
-        UpdateSessionRequest,
+        ExportSessionResponse, PauseSessionResponse, ResumeSessionResponse,
+        SnapshotSessionResponse, StartSessionRequest, UpdateSessionRequest,
+        export_session_response::Part,
     },
     session::v1::{GetSessionMetricsResponse, Network, PortAccess, SessionState},
+    template::v1::Template,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DriveError, Driver, Outcome, PAUSED, Stopwatch, TEMPLATE_MEMORY, blocking, link_anew,
+    DriveError, Driver, Export, Outcome, PAUSED, Stopwatch, TEMPLATE_MEMORY, blocking, link_anew,
     remove_file,
     start::{Source, rules_of},
     unfinished,
@@ -33,38 +36,30 @@ use crate::{
     vmm::{DEVICES, MEMORY, MEMORY_DIFFERENCE, ROOM},
 };
 
+/// Whoever takes a session's layer keeps it standing no longer than that.
+const EXPORT_LIMIT: Duration = Duration::from_mins(10);
+
 /// A guest that was stopped to be stored, and since when.
 pub(super) struct Still {
     reach: Arc<Reach>,
     pub(super) since: Instant,
+    /// Whether its CPUs stand, too.
+    is_stopped: bool,
 }
 
 impl Driver {
     /// Stops the guest in a state that can be stored: its processes frozen, its disk written, its gate closed, its CPUs stopped. The
     /// session is in `phase` until [`Driver::go_on`].
     pub(super) async fn stand_still(&mut self, phase: Phase) -> Result<Still, DriveError> {
-        let reach = self.reach.clone().ok_or(DriveError::State("not running"))?;
-        let since = Instant::now();
         // Those that go on at once are not made to wait for their memory to be given back, and to be theirs again.
         let is_pause = matches!(phase, Phase::Pausing);
-        self.session.enter(phase);
-        let free = match reach.guest.prepare_snapshot(&self.shop.nameservers).await {
-            Ok(free) => free,
-            Err(status) => {
-                // envd opened its gate again before it answered; it may not have answered at all, so it is told once more.
-                let message = status.message().to_owned();
-                let configured = self.configure(&reach.guest, Connections::Keep).await;
-                self.session.enter(Phase::Running(reach));
-                configured?;
-                return Err(DriveError::Prepare(message));
-            }
-        };
+        let (mut still, free) = self.freeze(phase).await?;
         let vm = self.vm.as_mut().ok_or(DriveError::State("not running"))?;
         if is_pause && let Err(error) = vm.shrink(free).await {
             // What is stored is larger than it had to be.
             tracing::warn!(session_id = self.session.id.short(), %error, "a guest does not give back what it does not use");
         }
-        let still = Still { reach, since };
+        still.is_stopped = true;
         match vm.pause().await {
             Ok(()) => Ok(still),
             Err(error) => {
@@ -74,11 +69,38 @@ impl Driver {
         }
     }
 
+    /// The same as far as the guest itself does it: its CPUs run. Also how much memory it does not use.
+    async fn freeze(&mut self, phase: Phase) -> Result<(Still, u64), DriveError> {
+        let reach = self.reach.clone().ok_or(DriveError::State("not running"))?;
+        let since = Instant::now();
+        self.session.enter(phase);
+        match reach.guest.prepare_snapshot(&self.shop.nameservers).await {
+            Ok(free) => {
+                let still = Still {
+                    reach,
+                    since,
+                    is_stopped: false,
+                };
+                Ok((still, free))
+            }
+            Err(status) => {
+                // envd opened its gate again before it answered; it may not have answered at all, so it is told once more.
+                let message = status.message().to_owned();
+                let configured = self.configure(&reach.guest, Connections::Keep).await;
+                self.session.enter(Phase::Running(reach));
+                configured?;
+                Err(DriveError::Prepare(message))
+            }
+        }
+    }
+
     /// Lets a guest that stands still go on as it was; returns how long it stood.
     pub(super) async fn go_on(&mut self, still: Still) -> Result<Duration, DriveError> {
         let vm = self.vm.as_mut().ok_or(DriveError::State("not running"))?;
         let is_linked = vm.link_outlives_store();
-        vm.run().await?;
+        if still.is_stopped {
+            vm.run().await?;
+        }
         if is_linked {
             let configured = self.configure(&still.reach.guest, Connections::Keep);
             match configured.await {
@@ -330,6 +352,30 @@ impl Driver {
         }))
     }
 
+    /// Sends the layer of a guest that stands still meanwhile. The outer error is the session's end.
+    pub(super) async fn export(&mut self, to: Export) -> Result<Outcome<()>, Ended> {
+        if self.reach.is_none() {
+            return Ok(Err(DriveError::State("paused")));
+        }
+        let still = match self.freeze(Phase::Held).await {
+            Ok((still, _)) => still,
+            Err(error) => return self.stood_not(error).await,
+        };
+        let template = self.request.template.clone().unwrap_or_default();
+        let carry = carry(&still.reach.guest, template, &to);
+        let carried = tokio::time::timeout(EXPORT_LIMIT, carry);
+        let carried = carried.await.unwrap_or_else(|_| {
+            let limit = EXPORT_LIMIT.as_secs();
+            Err(DriveError::Export(format!(
+                "it was not through in {limit} s"
+            )))
+        });
+        if let Err(error) = self.go_on(still).await {
+            return Err(self.beyond_help(&error).await);
+        }
+        Ok(carried)
+    }
+
     /// A guest that would not stand still either runs on, or is at its end.
     pub(super) async fn stood_not<T>(&mut self, error: DriveError) -> Result<Outcome<T>, Ended> {
         if matches!(*self.session.phase().borrow(), Phase::Running(_)) {
@@ -429,6 +475,23 @@ impl Driver {
             ..used
         })
     }
+}
+
+/// Passes the layer on until its end, or until nobody listens.
+async fn carry(guest: &GuestClient, template: Template, to: &Export) -> Result<(), DriveError> {
+    let failed = |status: tonic::Status| DriveError::Export(status.message().to_owned());
+    let asked = guest.system().export_layer(ExportLayerRequest {}).await;
+    let mut pieces = asked.map_err(failed)?.into_inner();
+    let mut next = Some(Part::Template(template));
+    while let Some(part) = next {
+        let answer = ExportSessionResponse { part: Some(part) };
+        if to.send(Ok(answer)).await.is_err() {
+            break;
+        }
+        let piece = pieces.message().await.map_err(failed)?;
+        next = piece.map(|piece| Part::Data(piece.data));
+    }
+    Ok(())
 }
 
 /// Gives all files of a folder second names in a new folder; none of them is ever written again. Blocking.

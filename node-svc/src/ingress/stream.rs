@@ -36,8 +36,9 @@ const ALLOWED: [&str; 3] = [
     "/grpc.health.v1.",
 ];
 /// What only the node calls.
-const NODE_ONLY: [&str; 4] = [
+const NODE_ONLY: [&str; 5] = [
     "/sandmesh.envd.v1.SystemService/Configure",
+    "/sandmesh.envd.v1.SystemService/ExportLayer",
     "/sandmesh.envd.v1.SystemService/PrepareSnapshot",
     "/sandmesh.envd.v1.SystemService/Shutdown",
     "/sandmesh.envd.v1.SystemService/StreamSpans",

@@ -10,13 +10,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use futures::stream::{self, BoxStream};
 use proto::{
     envd::v1::{
-        ConfigureRequest, ConfigureResponse, GetInfoRequest, GetInfoResponse, GuestInfo,
-        PrepareSnapshotRequest, PrepareSnapshotResponse, ShutdownRequest, ShutdownResponse,
-        StreamLogsRequest, StreamLogsResponse, StreamMetricsRequest, StreamMetricsResponse,
-        StreamSpansRequest, StreamSpansResponse,
+        ConfigureRequest, ConfigureResponse, ExportLayerRequest, ExportLayerResponse,
+        GetInfoRequest, GetInfoResponse, GuestInfo, PrepareSnapshotRequest,
+        PrepareSnapshotResponse, ShutdownRequest, ShutdownResponse, StreamLogsRequest,
+        StreamLogsResponse, StreamMetricsRequest, StreamMetricsResponse, StreamSpansRequest,
+        StreamSpansResponse,
         system_service_server::{SystemService, SystemServiceServer},
     },
     node::v1::VmmKind,
@@ -296,6 +298,18 @@ impl SystemService for FakeGuest {
         _: Request<PrepareSnapshotRequest>,
     ) -> Result<Response<PrepareSnapshotResponse>, Status> {
         Ok(Response::new(PrepareSnapshotResponse::default()))
+    }
+
+    type ExportLayerStream = BoxStream<'static, Result<ExportLayerResponse, Status>>;
+    /// A layer without end.
+    async fn export_layer(
+        &self,
+        _: Request<ExportLayerRequest>,
+    ) -> Result<Response<Self::ExportLayerStream>, Status> {
+        let piece = ExportLayerResponse {
+            data: Bytes::from_static(b"layer"),
+        };
+        Ok(Response::new(Box::pin(stream::repeat(piece).map(Ok))))
     }
 
     async fn get_info(

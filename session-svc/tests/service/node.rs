@@ -501,6 +501,16 @@ impl server::NodeService for Service {
         later()
     }
 
+    type ExportSessionStream =
+        Pin<Box<dyn Stream<Item = Result<wire::ExportSessionResponse, Status>> + Send>>;
+
+    async fn export_session(
+        &self,
+        _: Request<wire::ExportSessionRequest>,
+    ) -> Result<Response<Self::ExportSessionStream>, Status> {
+        later()
+    }
+
     type StreamSessionLogsStream =
         Pin<Box<dyn Stream<Item = Result<wire::StreamSessionLogsResponse, Status>> + Send>>;
 

@@ -1,6 +1,6 @@
 //! `sandmesh.template.v1.TemplateService`.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{io::Write as _, pin::Pin, sync::Arc, time::Duration};
 
 use futures::Stream;
 use prost::Message as _;
@@ -14,6 +14,7 @@ use proto::template::v1::{
 };
 use service_kit::{
     errors::{Failure, Reason},
+    ids::SessionId,
     mesh::Caller,
 };
 use tokio::sync::{Notify, Semaphore};
@@ -30,8 +31,8 @@ use crate::{
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 const UPLOADS_AT_ONCE: usize = 8;
 const MOST_LOGINS: usize = 16;
-/// Of a registry, a name or a password; tokens of some are a few thousand characters.
-const LONGEST_LOGIN: usize = 16 << 10;
+/// All credentials of a build together; tokens of some registries are a few thousand characters.
+const MOST_SECRETS: usize = 64 << 10;
 
 /// Serves templates.
 #[derive(Debug)]
@@ -110,22 +111,44 @@ fn take_secrets(request: &mut BuildTemplateRequest) -> Result<Option<Vec<u8>>, F
     if logins.is_empty() {
         return Ok(None);
     }
+    let wrong = |why: String| Failure::field_invalid("registry_logins", why);
     let is_one = |login: &RegistryLogin| {
         [&login.registry, &login.username, &login.password]
             .iter()
-            .all(|text| (1..=LONGEST_LOGIN).contains(&text.len()))
+            .all(|text| !text.is_empty())
+            // Nobody could tell where the password begins (RFC 7617, 2).
+            && !login.username.contains(':')
     };
     if logins.len() > MOST_LOGINS || !logins.iter().all(is_one) {
-        return Err(Failure::field_invalid(
-            "registry_logins",
-            format!("must be at most {MOST_LOGINS}, each with registry, username and password"),
-        ));
+        return Err(wrong(format!(
+            "must be at most {MOST_LOGINS}, each with registry, username without a colon, and password"
+        )));
+    }
+    let source = request.source.as_ref();
+    let image = match source.and_then(|source| source.source.as_ref()) {
+        Some(Source::OciImage(name)) => registry::parse_reference(name).ok(),
+        _ => None,
+    };
+    if let Some(image) = image {
+        let wanted = registry::registry_of(image.registry());
+        let is_for = |login: &RegistryLogin| registry::registry_of(&login.registry) == wanted;
+        if !logins.iter().any(is_for) {
+            return Err(wrong(format!(
+                "has none for {wanted}, the image's registry"
+            )));
+        }
     }
     let secrets = BuildTemplateRequest {
         registry_logins: logins,
         ..BuildTemplateRequest::default()
     };
-    Ok(Some(secrets.encode_to_vec()))
+    let secrets = secrets.encode_to_vec();
+    if secrets.len() > MOST_SECRETS {
+        return Err(wrong(format!(
+            "must be at most {MOST_SECRETS} bytes together"
+        )));
+    }
+    Ok(Some(secrets))
 }
 
 /// Whose templates a caller may change.
@@ -173,7 +196,7 @@ impl TemplateService for TemplateApi {
                 .into());
             }
             // Page-cache writes of at most 1 MiB: not worth a thread.
-            incoming.write(&part.data).map_err(disk_error)?;
+            incoming.write_all(&part.data).map_err(disk_error)?;
         }
         let source = tokio::task::spawn_blocking(move || incoming.finish())
             .await
@@ -236,6 +259,13 @@ impl TemplateService for TemplateApi {
                 if let Err(error) = registry::parse_reference(name) {
                     return Err(
                         Failure::field_invalid("source.oci_image", error.to_string()).into(),
+                    );
+                }
+            }
+            Some(Source::SessionId(id)) => {
+                if let Err(error) = SessionId::parse(id) {
+                    return Err(
+                        Failure::field_invalid("source.session_id", error.to_string()).into(),
                     );
                 }
             }
@@ -442,4 +472,53 @@ fn disk_error(error: std::io::Error) -> Status {
         "the upload could not be stored; quote the request ID",
     )
     .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::template::v1::BuildSource;
+
+    use super::*;
+
+    fn request(image: &str, logins: &[(&str, &str, &str)]) -> BuildTemplateRequest {
+        let login = |(registry, username, password): &(&str, &str, &str)| RegistryLogin {
+            registry: (*registry).into(),
+            username: (*username).into(),
+            password: (*password).into(),
+        };
+        BuildTemplateRequest {
+            source: Some(BuildSource {
+                source: Some(Source::OciImage(image.into())),
+            }),
+            registry_logins: logins.iter().map(login).collect(),
+            ..BuildTemplateRequest::default()
+        }
+    }
+
+    #[test]
+    fn nothing_secret_stays_in_a_request() {
+        let mut asked = request("quay.io/a", &[("quay.io", "me", "hidden")]);
+        assert!(!format!("{asked:?}").contains("hidden"));
+        let secrets = take_secrets(&mut asked).unwrap().unwrap();
+        let left = asked.encode_to_vec();
+        assert!(!left.windows(6).any(|bytes| bytes == b"hidden"));
+        let secrets = BuildTemplateRequest::decode(&*secrets).unwrap();
+        assert_eq!(secrets.registry_logins[0].password, "hidden");
+        assert_eq!(take_secrets(&mut asked).unwrap(), None);
+    }
+
+    #[test]
+    fn credentials_are_for_the_image() {
+        let refused = |image, logins: &[_]| take_secrets(&mut request(image, logins)).is_err();
+        assert!(!refused(
+            "debian",
+            &[("https://index.docker.io/v1/", "me", "x")]
+        ));
+        assert!(refused("debian", &[("quay.io", "me", "x")]));
+        assert!(refused("debian", &[("docker.io", "me:too", "x")]));
+        assert!(refused("debian", &[("docker.io", "me", "")]));
+        let long = "x".repeat(MOST_SECRETS);
+        assert!(refused("debian", &[("docker.io", "me", &long)]));
+        assert!(refused("debian", &[("docker.io", "me", "x"); 17]));
+    }
 }

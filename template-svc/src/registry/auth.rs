@@ -1,7 +1,7 @@
 //! Who a registry takes us for: nobody, a name with a password, or the bearer of a token it sends us to fetch (distribution's "Token
 //! Authentication Specification").
 
-use http_auth::{ChallengeRef, parse_challenges};
+use http_auth::{ChallengeParser, ChallengeRef};
 use reqwest::header::{HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 use serde::Deserialize;
 use url::Url;
@@ -45,12 +45,14 @@ pub(super) fn challenge(
     };
     let mut is_basic = false;
     for value in headers.get_all(WWW_AUTHENTICATE) {
-        let text = value.to_str().map_err(|_| unknown())?;
-        for challenge in parse_challenges(text).map_err(|_| unknown())? {
+        // What does not parse is no reason to overlook what does.
+        let text = value.to_str().unwrap_or_default();
+        for challenge in ChallengeParser::new(text).map_while(Result::ok) {
             if challenge.scheme.eq_ignore_ascii_case("Bearer") {
                 let of = |name| parameter(&challenge, name);
                 let realm = of("realm").ok_or_else(unknown)?;
-                let mut url = base.join(&realm).map_err(|_| unknown())?;
+                let url = base.join(&realm).map_err(|_| unknown())?;
+                let mut url = super::trust::without_login(url);
                 let scope = of("scope").unwrap_or_else(|| format!("repository:{repository}:pull"));
                 let mut query = url.query_pairs_mut();
                 if let Some(service) = of("service") {
@@ -86,7 +88,10 @@ struct Answer {
 pub(super) fn bearer(answer: &[u8]) -> Result<HeaderValue, RegistryError> {
     let token = serde_json::from_slice::<Answer>(answer)
         .ok()
-        .and_then(|answer| answer.token.or(answer.access_token))
+        .and_then(|answer| {
+            let named = [answer.token, answer.access_token].into_iter().flatten();
+            named.into_iter().find(|token| !token.is_empty())
+        })
         .and_then(|token| HeaderValue::from_str(&format!("Bearer {token}")).ok());
     let mut token = token.ok_or_else(|| RegistryError::Protocol {
         what: "where it gives its tokens, none came".into(),
@@ -122,6 +127,10 @@ mod tests {
             challenged(&["Basic realm=\"x\""]).unwrap(),
             Challenge::Basic
         );
+        assert_eq!(
+            challenged(&["Negotiate TlRMTVNTUAAB==", "Basic realm=\"x\""]).unwrap(),
+            Challenge::Basic
+        );
         for none in [
             &["Digest realm=\"x\""][..],
             &[],
@@ -137,6 +146,7 @@ mod tests {
         for answer in [
             r#"{"token": "t"}"#,
             r#"{"access_token": "t", "expires_in": 60}"#,
+            r#"{"token": "", "access_token": "t"}"#,
         ] {
             assert_eq!(bearer(answer.as_bytes()).unwrap(), "Bearer t");
         }

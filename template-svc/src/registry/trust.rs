@@ -6,12 +6,15 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     str::FromStr,
     sync::Arc,
+    time::Duration,
 };
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::{Host, Url};
 
+/// Between a look-up that failed and another.
+const LOOK_UP_AGAIN: Duration = Duration::from_secs(1);
 /// IPv4 addresses that are not of the public internet: IANA IPv4 Special-Purpose Address Registry, multicast and the reserved block.
 const SPECIAL_V4: [Ipv4Net; 15] = [
     v4([0, 0, 0, 0], 8),
@@ -113,6 +116,11 @@ impl fmt::Display for TrustedRegistry {
 )]
 pub(super) struct Forbidden(pub(super) String);
 
+/// A name that has no address.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Unresolved(String);
+
 /// Who may be asked.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Trust {
@@ -128,17 +136,16 @@ impl Trust {
 
     /// Where the registry of that name is asked.
     pub(super) fn base(&self, registry: &str) -> Result<Url, Forbidden> {
-        let forbidden = || Forbidden(registry.to_owned());
-        let secure = Url::parse(&format!("https://{registry}/")).map_err(|_| forbidden())?;
-        let port = secure.port_or_known_default();
-        let is_plain = self.trusted.iter().any(|one| {
-            one.plain && Some(one.host.as_str()) == secure.host_str() && Some(one.port) == port
-        });
-        let url = if is_plain {
-            Url::parse(&format!("http://{registry}/")).map_err(|_| forbidden())?
-        } else {
-            secure
+        let named = |scheme| Url::parse(&format!("{scheme}://{registry}/"));
+        let (Ok(secure), Ok(plain)) = (named("https"), named("http")) else {
+            return Err(Forbidden(registry.to_owned()));
         };
+        let is_plain = self.trusted.iter().any(|one| {
+            one.plain
+                && Some(one.host.as_str()) == plain.host_str()
+                && Some(one.port) == plain.port_or_known_default()
+        });
+        let url = if is_plain { plain } else { secure };
         self.check(&url)?;
         Ok(url)
     }
@@ -170,6 +177,14 @@ impl Trust {
     }
 }
 
+/// Where somebody sends us, as nobody in particular.
+pub(super) fn without_login(mut url: Url) -> Url {
+    // Of a URL that cannot have any, there is nothing to remove.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url
+}
+
 /// A URL without what may be secret in it: signed ones have it in their query.
 pub(super) fn shown(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
@@ -185,15 +200,24 @@ impl Resolve for Trust {
         let trust = self.clone();
         Box::pin(async move {
             let host = name.as_str();
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((host, 0)).await?.collect();
+            let found = match tokio::net::lookup_host((host, 0)).await {
+                Err(_) => {
+                    tokio::time::sleep(LOOK_UP_AGAIN).await;
+                    tokio::net::lookup_host((host, 0)).await
+                }
+                found => found,
+            };
+            let found = found.map_err(|error| Unresolved(error.to_string()))?;
+            let found: Vec<SocketAddr> = found.collect();
             let is_trusted = trust.trusted.iter().any(|one| one.host == host);
             let (allowed, others): (Vec<_>, Vec<_>) = found
                 .into_iter()
                 .partition(|address| is_trusted || is_public(address.ip()));
             match (allowed.as_slice(), others.as_slice()) {
                 ([], [other, ..]) => {
-                    let named = format!("{host} ({})", other.ip());
-                    Err(Forbidden(named).into())
+                    // Who asks is not told what is where in the operator's networks.
+                    tracing::warn!(host, address = %other.ip(), "a registry's name leads to an address that is not asked");
+                    Err(Forbidden(host.to_owned()).into())
                 }
                 _ => Ok(Box::new(allowed.into_iter()) as Addrs),
             }
@@ -271,11 +295,19 @@ mod tests {
 
     #[test]
     fn registries_are_asked_where_the_operator_says() {
-        let trust = trust(&["http://localhost:5000", "inside.example"]);
+        let trust = trust(&[
+            "http://localhost:5000",
+            "inside.example",
+            "http://old.example",
+        ]);
         let base = |registry| trust.base(registry).map(|url| url.to_string());
         assert_eq!(base("localhost:5000").unwrap(), "http://localhost:5000/");
         assert_eq!(base("inside.example").unwrap(), "https://inside.example/");
         assert_eq!(base("quay.io").unwrap(), "https://quay.io/");
+        for old in ["old.example", "old.example:80"] {
+            assert_eq!(base(old).unwrap(), "http://old.example/");
+        }
+        assert!(base("old.example:443").is_err());
         assert!(base("127.0.0.1:5000").is_err());
         assert!(base("localhost:5001").is_err());
     }

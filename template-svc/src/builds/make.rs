@@ -1,0 +1,439 @@
+//! What a template's root is made of, by its source: layers, which are unpacked upon each other and kept as they came.
+
+use std::{
+    fs::File,
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use prost::Message as _;
+use proto::{
+    node::v1::export_session_response::Part,
+    template::v1::{Artifact, BuildTemplateRequest, Layer, Template, build_source::Source},
+};
+use service_kit::ids::{SessionId, TeamId};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::{BuildError, Builder, Work, io_failed};
+use crate::{
+    artifact::{ArtifactDigest, Artifacts},
+    image::{Defaults, Image, MOST_LAYERS},
+    layer::{Applied, LayerError, Limits, Root, Whiteouts},
+    registry::{self, Login, Pull},
+    rootfs,
+    sessions::ExportError,
+    store::StoredBuild,
+};
+
+/// An image has come within it, or does not come.
+const PULL_LIMIT: std::time::Duration = std::time::Duration::from_hours(1);
+/// Pieces of a session's layer that wait to be written.
+const PIECES: usize = 4;
+/// Of zstd: what a session has changed is unpacked more often than packed.
+const LEVEL: i32 = 3;
+
+/// A root, and what there is to say of it.
+#[derive(Debug, Default)]
+pub(super) struct Made {
+    pub(super) defaults: Defaults,
+    pub(super) source_image: String,
+    pub(super) layers: Vec<Layer>,
+}
+
+/// Where a root is made.
+pub(super) struct Making {
+    /// For what is fetched.
+    pub(super) folder: PathBuf,
+    /// The root itself; empty.
+    pub(super) root: PathBuf,
+    pub(super) limits: Limits,
+    /// For the layers.
+    pub(super) artifacts: Artifacts,
+    pub(super) cancel: CancellationToken,
+    pub(super) _held: Work,
+}
+
+fn failed(reason: &'static str, message: impl Into<String>) -> BuildError {
+    BuildError::Failed {
+        reason: reason.into(),
+        message: message.into(),
+    }
+}
+
+impl Builder {
+    /// Makes the root of that source.
+    pub(super) async fn make(
+        &self,
+        stored: &StoredBuild,
+        source: Option<Source>,
+        making: Making,
+    ) -> Result<Made, BuildError> {
+        let id = &stored.build.build_id;
+        match source {
+            Some(Source::RootfsTarball(digest)) => {
+                let tarball = self.uploaded(&digest)?;
+                self.store.log(id, "unpacking the root filesystem").await?;
+                self.logged(id, move |lines| making.tarball(&tarball, &digest, lines))
+                    .await
+            }
+            Some(Source::ImageArchive(archive)) => {
+                let tarball = self.uploaded(&archive.digest)?;
+                self.store.log(id, "unpacking the archive").await?;
+                let unpack = move |lines: &_| making.archive(&tarball, &archive.image, lines);
+                self.logged(id, unpack).await
+            }
+            Some(Source::OciImage(name)) => self.pull(stored, &name, making).await,
+            Some(Source::SessionId(session)) => self.export(stored, &session, making).await,
+            Some(Source::Dockerfile(_)) | None => Err(failed(
+                "NOT_YET_AVAILABLE",
+                "Dockerfiles cannot be built yet",
+            )),
+        }
+    }
+
+    fn uploaded(&self, digest: &str) -> Result<PathBuf, BuildError> {
+        ArtifactDigest::parse(digest)
+            .and_then(|digest| self.uploads.find(&digest))
+            .ok_or_else(|| {
+                failed(
+                    "SOURCE_UNKNOWN",
+                    format!("no uploaded source {digest}; upload it again"),
+                )
+            })
+    }
+
+    /// Fetches an image, and unpacks its layers as they come.
+    async fn pull(
+        &self,
+        stored: &StoredBuild,
+        name: &str,
+        making: Making,
+    ) -> Result<Made, BuildError> {
+        let id = &stored.build.build_id;
+        let reference = registry::parse_reference(name)?;
+        let login = self.login(stored, &registry::registry_of(reference.registry()))?;
+        let folder = making.folder.clone();
+        let pull = Pull::new(&self.registries, reference.clone(), login, folder)?;
+        let (image, digest) = pull.documents().await?;
+        let image = Arc::new(image);
+        let sizes = image.blobs().map(|(_, size)| size);
+        let bytes = sizes.fold(0_u64, u64::saturating_add);
+        let layers = image.layers();
+        let line = format!("{reference} is {digest}: {layers} layers of {bytes} bytes");
+        self.store.log(id, &line).await?;
+        // Room for all: those that come do not wait for those that are unpacked.
+        let (arrived, mut arrivals) = mpsc::channel(layers.max(1));
+        let limit = making.limits.bytes;
+        let fetch = async {
+            let fetched = pull.layers(&image, limit, arrived);
+            let late = |_| {
+                let limit = PULL_LIMIT.as_secs();
+                failed(
+                    "PULL_TIMED_OUT",
+                    format!("{reference} has not come within {limit} s"),
+                )
+            };
+            let fetched = tokio::time::timeout(PULL_LIMIT, fetched).await;
+            Ok(fetched.map_err(late)??)
+        };
+        let unpacked = Arc::clone(&image);
+        let unpack = self.logged(id, move |lines| {
+            making.image(&unpacked, lines, || {
+                arrivals.blocking_recv().ok_or(LayerError::Cancelled)
+            })
+        });
+        let (made, ()) = tokio::try_join!(unpack, fetch)?;
+        let (registry, repository) = (reference.registry(), reference.repository());
+        Ok(Made {
+            source_image: format!("{registry}/{repository}@{digest}"),
+            ..made
+        })
+    }
+
+    /// The credentials a build has for a registry.
+    fn login(&self, stored: &StoredBuild, registry: &str) -> Result<Option<Login>, BuildError> {
+        let Some(sealed) = &stored.secrets else {
+            return Ok(None);
+        };
+        let opened = self.sealer.open(&stored.build.build_id, sealed);
+        let opened = opened.map_err(|error| failed("CREDENTIALS_UNREADABLE", error.to_string()))?;
+        let secrets = BuildTemplateRequest::decode(&*opened).map_err(|_| {
+            failed(
+                "CREDENTIALS_UNREADABLE",
+                "the build's credentials do not parse",
+            )
+        })?;
+        let mut logins = secrets.registry_logins.into_iter();
+        let login = logins.find(|login| registry::registry_of(&login.registry) == registry);
+        Ok(login.map(|login| Login {
+            username: login.username,
+            password: login.password,
+        }))
+    }
+
+    /// Takes what was changed in a session, and puts it upon its template.
+    async fn export(
+        &self,
+        stored: &StoredBuild,
+        session: &str,
+        making: Making,
+    ) -> Result<Made, BuildError> {
+        let id = &stored.build.build_id;
+        let team = TeamId::parse(&stored.team)
+            .map_err(|error| failed("BUILD_FAILED", error.to_string()))?;
+        let session = SessionId::parse(session)
+            .map_err(|error| failed("SESSION_UNKNOWN", error.to_string()))?;
+        let line = format!("taking what was changed in session {session}");
+        self.store.log(id, &line).await?;
+        let mut parts = self.sessions.export(&team, &session).await?;
+        let base = match parts
+            .message()
+            .await
+            .map_err(ExportError::from)?
+            .and_then(|answer| answer.part)
+        {
+            Some(Part::Template(template)) => self.layers_of(&template).await?,
+            _ => {
+                return Err(failed(
+                    "EXPORT_FAILED",
+                    "the node does not say of what template",
+                ));
+            }
+        };
+        let (pieces, arriving) = mpsc::channel(PIECES);
+        let carry = async move {
+            while let Some(answer) = parts.message().await.map_err(ExportError::from)? {
+                let Some(Part::Data(data)) = answer.part else {
+                    continue;
+                };
+                if pieces.send(data).await.is_err() {
+                    break;
+                }
+            }
+            // What breaks off must not look like an end. Whoever does not hear it has failed, and says so.
+            let _ = pieces.send(bytes::Bytes::new()).await;
+            Ok(())
+        };
+        let unpack = self.logged(id, move |lines| making.change(&base, arriving, lines));
+        let (made, ()) = tokio::try_join!(unpack, carry)?;
+        Ok(made)
+    }
+
+    /// A version with its layers.
+    async fn layers_of(&self, template: &Template) -> Result<Template, BuildError> {
+        let Template {
+            team,
+            name,
+            version,
+            ..
+        } = template;
+        let stored = self.store.version(team, name, *version).await?;
+        let stored = stored.ok_or_else(|| {
+            failed(
+                "TEMPLATE_UNKNOWN",
+                format!("the session's template, {name}@{version}, was removed"),
+            )
+        })?;
+        if stored.layers.is_empty() {
+            let message = format!(
+                "the session's template, {name}@{version}, was built before layers were kept; build it anew"
+            );
+            return Err(failed("TEMPLATE_WITHOUT_LAYERS", message));
+        }
+        Ok(stored)
+    }
+}
+
+impl Making {
+    /// A whole root. Blocking.
+    fn tarball(
+        self,
+        tarball: &Path,
+        digest: &str,
+        lines: &mpsc::Sender<String>,
+    ) -> Result<Made, BuildError> {
+        let applied = rootfs::unpack(tarball, &self.root, self.limits, &self.cancel)?;
+        say(lines, said(&applied));
+        let digest = ArtifactDigest::parse(digest)
+            .ok_or_else(|| failed("SOURCE_UNKNOWN", "no digest of an upload"))?;
+        let blob = self.artifacts.share(tarball, &digest).map_err(io_failed)?;
+        Ok(Made {
+            layers: vec![Layer {
+                blob: Some(blob),
+                diff_id: format!("sha256:{}", applied.digest),
+                has_whiteouts: false,
+            }],
+            ..Made::default()
+        })
+    }
+
+    /// The image of that name in an archive, or the only one if that is empty. Blocking.
+    fn archive(
+        self,
+        tarball: &Path,
+        name: &str,
+        lines: &mpsc::Sender<String>,
+    ) -> Result<Made, BuildError> {
+        let mut archive = Root::new(self.folder.clone(), self.limits);
+        let file = File::open(tarball).map_err(io_failed)?;
+        archive.apply(file, Whiteouts::Keep, &self.cancel)?;
+        let image = Image::open(&self.folder, Some(name).filter(|name| !name.is_empty()))?;
+        self.image(&image, lines, || Ok(()))
+    }
+
+    /// Each layer when it is there. What is to be said goes to `lines`, whoever reads those. Blocking.
+    fn image(
+        self,
+        image: &Image,
+        lines: &mpsc::Sender<String>,
+        ready: impl FnMut() -> Result<(), LayerError>,
+    ) -> Result<Made, BuildError> {
+        let count = image.layers();
+        let done = |number, applied| {
+            say(
+                lines,
+                format!("layer {number} of {count}: {}", said(&applied)),
+            );
+        };
+        image.unpack(&self.root, self.limits, &self.cancel, ready, done)?;
+        rootfs::check(&self.root)?;
+        let mut defaults = image.defaults();
+        if let Some((user, group)) = defaults.user.clone().split_once(':') {
+            let line = format!(
+                "the image's user has a group, {group:?}; processes have those of {user:?}"
+            );
+            say(lines, line);
+            user.clone_into(&mut defaults.user);
+        }
+        if !defaults.command.is_empty() {
+            let line = "the image's command is not started: a session runs what it is asked to";
+            say(lines, line.into());
+        }
+        defaults.check(&self.root)?;
+        let mut layers = Vec::new();
+        for number in 0..count {
+            let (file, diff_id) = image.layer(number)?;
+            layers.push(Layer {
+                blob: Some(self.artifacts.ingest_from(file).map_err(io_failed)?),
+                diff_id,
+                has_whiteouts: true,
+            });
+        }
+        Ok(Made {
+            defaults,
+            layers,
+            ..Made::default()
+        })
+    }
+
+    /// A template's layers, and one more, which ends with an empty piece. Blocking.
+    fn change(
+        self,
+        base: &Template,
+        mut pieces: mpsc::Receiver<bytes::Bytes>,
+        lines: &mpsc::Sender<String>,
+    ) -> Result<Made, BuildError> {
+        if base.layers.len() >= MOST_LAYERS {
+            let message =
+                format!("the session's template has {MOST_LAYERS} layers, the most there may be");
+            return Err(failed("TOO_MANY_LAYERS", message));
+        }
+        let mut incoming = self.artifacts.begin().map_err(io_failed)?;
+        let mut packed = zstd::Encoder::new(&mut incoming, LEVEL).map_err(io_failed)?;
+        let mut size: u64 = 0;
+        loop {
+            let Some(piece) = pieces.blocking_recv() else {
+                // Whoever sent it says why it broke off.
+                return Err(BuildError::Cancelled);
+            };
+            if piece.is_empty() {
+                break;
+            }
+            size += piece.len() as u64;
+            if size > self.limits.bytes {
+                return Err(LayerError::TooLarge(self.limits.bytes).into());
+            }
+            packed.write_all(&piece).map_err(io_failed)?;
+        }
+        packed.finish().map_err(io_failed)?;
+        let blob = incoming.finish().map_err(io_failed)?;
+        say(
+            lines,
+            format!("what was changed is a tarball of {size} bytes"),
+        );
+        let mut root = Root::new(self.root.clone(), self.limits);
+        let changed = Layer {
+            blob: Some(blob),
+            diff_id: String::new(),
+            has_whiteouts: true,
+        };
+        let mut layers = base.layers.clone();
+        layers.push(changed);
+        for layer in &mut layers {
+            let whiteouts = if layer.has_whiteouts {
+                Whiteouts::Apply
+            } else {
+                Whiteouts::Keep
+            };
+            let file = self.stored(layer.blob.as_ref())?;
+            let applied = root.apply(file, whiteouts, &self.cancel)?;
+            let diff_id = format!("sha256:{}", applied.digest);
+            if layer.diff_id.is_empty() {
+                say(lines, said(&applied));
+                layer.diff_id = diff_id;
+            } else if layer.diff_id != diff_id {
+                let message = format!(
+                    "a stored layer is damaged: it is {diff_id}, not {}",
+                    layer.diff_id
+                );
+                return Err(failed("LAYER_DAMAGED", message));
+            }
+        }
+        root.finish()?;
+        rootfs::check(&self.root)?;
+        Ok(Made {
+            defaults: Defaults {
+                env: base.env.clone().into_iter().collect(),
+                user: base.default_user.clone(),
+                ..Defaults::default()
+            },
+            source_image: base.source_image.clone(),
+            layers,
+        })
+    }
+
+    fn stored(&self, blob: Option<&Artifact>) -> Result<File, BuildError> {
+        let digest = blob.map(|blob| blob.digest.as_str()).unwrap_or_default();
+        let path = ArtifactDigest::parse(digest).and_then(|digest| self.artifacts.find(&digest));
+        let missing = || {
+            failed(
+                "ARTIFACT_MISSING",
+                format!("the stored layer {digest} is gone"),
+            )
+        };
+        File::open(path.ok_or_else(missing)?).map_err(io_failed)
+    }
+}
+
+/// Nobody hears it any more if the build was given up; then it is cancelled, too.
+fn say(lines: &mpsc::Sender<String>, line: String) {
+    drop(lines.blocking_send(line));
+}
+
+/// What was unpacked, for people.
+fn said(applied: &Applied) -> String {
+    let Applied {
+        entries,
+        bytes,
+        left_out,
+        ..
+    } = applied;
+    let mut words = format!("{entries} entries, {bytes} bytes");
+    if *left_out > 0 {
+        words.push_str("; left out attributes that only a host has a meaning for: ");
+        words.push_str(&left_out.to_string());
+    }
+    words
+}
