@@ -5,11 +5,14 @@ use std::{
     fs,
     path::Path,
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use e2e::{Mesh, small, wait_for};
-use proto::template::v1::GetTemplateRequest;
+use proto::{
+    session::v1::ListSessionsRequest,
+    template::v1::{GetTemplateRequest, ListTemplatesRequest},
+};
 use sdk::NewSession;
 use service_kit::config::tools_folder;
 use testbed::Registry;
@@ -200,7 +203,7 @@ async fn a_session_becomes_a_template() {
         ..sdk::Command::new([
             "sh",
             "-c",
-            "echo $$ > /tmp/pid; i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.1; done",
+            "echo $$ > /tmp/pid; i=0; while :; do i=$((i+1)); echo $i > /tmp/next; mv /tmp/next /tmp/count; sleep 0.1; done",
         ])
     };
     let counter = sandbox.start(counter).await.unwrap();
@@ -281,11 +284,179 @@ async fn a_session_becomes_a_template() {
         &session.session_id,
     ];
     let said = String::from_utf8_lossy(&mesh.run(&arguments).stderr).into_owned();
-    assert!(said.contains("SESSION_"), "{said}");
+    assert!(
+        said.contains("(SESSION_STOPPED)") || said.contains("(SESSION_UNKNOWN)"),
+        "{said}"
+    );
     let request = GetTemplateRequest {
         template: "changed@2".into(),
     };
     let answer = mesh.client().templates().get_template(request).await;
     let template = answer.unwrap().into_inner().template.unwrap();
     assert_eq!(template.layers.len(), 3);
+}
+
+const DOCKERFILE: &str = r#"# syntax=docker/dockerfile:1
+ARG base
+FROM ${base} AS first
+ARG who=world
+ENV GREETING="hello $who" PATH=/opt/tools:$PATH
+WORKDIR /srv/app
+USER root
+RUN echo one > file && \
+    # It is not to be there in the end.
+    echo removed > gone
+RUN rm gone && printf '%s' "$GREETING" > greeting && echo "$PATH" > path && pwd > cwd
+EXPOSE 80
+FROM first
+USER 4242
+RUN <<EOF
+set -e
+id -u > /tmp/uid
+(sleep 1000; echo late > /tmp/late) > /dev/null 2>&1 &
+echo said by a step
+EOF
+CMD ["serve"]
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dockerfile_becomes_a_template() {
+    let registry = testbed::Registry::start(&tools_folder().join("bin")).unwrap();
+    let trusted = format!("http://{}", registry.address());
+    let mesh = Mesh::start(&["--separate", "--trusted-registries", &trusted]);
+    let folder = tempfile::tempdir().unwrap();
+    image(folder.path());
+    registry
+        .push(&folder.path().join("image"), "v1", "team/app")
+        .unwrap();
+    let build = |text: &str, more: &[&str]| {
+        let file = folder.path().join("Dockerfile");
+        fs::write(&file, text).unwrap();
+        let arguments = [
+            "template",
+            "build",
+            "-t",
+            "made",
+            "-f",
+            file.to_str().unwrap(),
+        ];
+        let since = Instant::now();
+        let built = mesh.run(&[&arguments, more].concat());
+        let said = String::from_utf8_lossy(&built.stderr).into_owned();
+        (built.status.success(), said, since.elapsed())
+    };
+    let base = format!("base={}/team/app:v1", registry.address());
+    let password = folder.path().join("password");
+    fs::write(&password, testbed::PASSWORD).unwrap();
+    let common = [
+        "--memory",
+        "512MiB",
+        "--disk",
+        "512MiB",
+        "--build-arg",
+        &base,
+    ];
+    let address = registry.address().to_string();
+    let login = [
+        "--registry",
+        &address,
+        "--registry-user",
+        testbed::USER,
+        "--registry-password-file",
+        password.to_str().unwrap(),
+    ];
+    let usual = [&common[..], &login[..]].concat();
+
+    // What is wrong is told at once, with its place, or when it is come to.
+    let (_, said, _) = build("FROM base\nRUNN x\n", &[]);
+    assert!(said.contains("line 2, column 1"), "{said}");
+    let (_, said, _) = build("FROM base\nCOPY x /\n", &[]);
+    assert!(said.contains("COPY cannot be built yet"), "{said}");
+    let (_, said, _) = build("ARG base\nFROM ${base}\n", &common);
+    assert!(said.contains("(PULL_UNAUTHORIZED)"), "{said}");
+    let (is_built, said, first) = build(DOCKERFILE, &usual);
+    assert!(is_built, "{said}");
+    let (is_built, said, again) = build(DOCKERFILE, &usual);
+    assert!(is_built, "{said}");
+    // template-svc dies in the middle of a step: the build goes on with that step, and whoever watches it sees it through.
+    let changed = DOCKERFILE.replace("echo said", "sleep 5; echo said anew");
+    let (is_built, said, last) = std::thread::scope(|scope| {
+        let building = scope.spawn(|| build(&changed, &usual));
+        wait_for(
+            "a session of the build runs",
+            Duration::from_mins(1),
+            || {
+                let listed = mesh.run(&["session", "list"]).stdout;
+                String::from_utf8_lossy(&listed)
+                    .to_lowercase()
+                    .contains("running")
+            },
+        );
+        mesh.crash("template");
+        building.join().unwrap()
+    });
+    assert!(is_built, "{said}");
+    assert!(said.contains("said anew by a step"), "{said}");
+    println!("first {first:?}, again {again:?}, last step changed {last:?}");
+
+    let (_, said, _) = build("ARG base\nFROM ${base}\nRUN echo so far; exit 3\n", &usual);
+    assert!(
+        said.contains("line 3: RUN echo so far; exit 3: ended with code 3 (STEP_FAILED)"),
+        "{said}"
+    );
+
+    // All of them are the same; logs say what was done, and what was known.
+    let mut client = mesh.client().templates();
+    let mut made = Vec::new();
+    for version in 1..=3 {
+        let request = GetTemplateRequest {
+            template: format!("made@{version}"),
+        };
+        let answer = client.get_template(request).await.unwrap();
+        made.push(answer.into_inner().template.unwrap());
+    }
+    assert_eq!(made[0].rootfs, made[1].rootfs);
+    assert_eq!(made[0].layers, made[1].layers);
+    assert_eq!(made[0].layers.len(), 3);
+    assert_eq!(made[0].env["GREETING"], "hello world");
+    assert_eq!(made[0].default_user, "4242");
+    let names = client.list_templates(ListTemplatesRequest::default()).await;
+    let names = names.unwrap().into_inner().templates;
+    assert!(names.iter().all(|template| !template.name.contains('/')));
+
+    let look =
+        "cd /srv/app; cat file greeting path cwd; ls; cat /tmp/uid; ls /tmp; id -u; cat /srv/hello";
+    let expected = "one\nhello world/opt/tools:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n/srv/app\n\
+                    cwd\nfile\ngreeting\npath\n4242\nuid\n4242\nfrom the second layer";
+    let session = NewSession {
+        template: "made@1".into(),
+        ..small()
+    };
+    let session = mesh.client().create(session).await.unwrap();
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    let output = sandbox.run(["sh", "-c", look]).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+
+    // Nothing of builds is left running, not of those that failed either.
+    let left = async {
+        loop {
+            let mut sessions = mesh.client().sessions();
+            let listed = sessions.list_sessions(ListSessionsRequest::default()).await;
+            let listed = listed.unwrap().into_inner().sessions;
+            if listed
+                .iter()
+                .all(|one| one.session_id == session.session_id)
+            {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), left)
+        .await
+        .unwrap();
+    let work = mesh.state().join("templates/work");
+    wait_for("nothing is left behind", Duration::from_secs(10), || {
+        fs::read_dir(&work).unwrap().count() == 0
+    });
 }

@@ -148,12 +148,15 @@ impl App {
             registries,
             sessions,
             max_rootfs: config.max_rootfs,
+            at_once: config.builds,
+            most_of_team: config.builds_per_team,
             wake: Arc::clone(&wake),
         };
         let background = TaskTracker::new();
         background.spawn(builder.run(shutdown.clone()));
         background.spawn(sweep(
             uploads.clone(),
+            artifacts.clone(),
             work,
             store.clone(),
             shutdown.clone(),
@@ -183,7 +186,13 @@ impl App {
     }
 }
 
-async fn sweep(uploads: Artifacts, work: PathBuf, store: Store, shutdown: CancellationToken) {
+async fn sweep(
+    uploads: Artifacts,
+    artifacts: Artifacts,
+    work: PathBuf,
+    store: Store,
+    shutdown: CancellationToken,
+) {
     let mut ticks = tokio::time::interval(SWEEP_EVERY);
     loop {
         tokio::select! {
@@ -193,8 +202,12 @@ async fn sweep(uploads: Artifacts, work: PathBuf, store: Store, shutdown: Cancel
         if let Err(error) = builds::sweep(&work, &store).await {
             tracing::warn!(%error, "what builds left behind is not removed");
         }
-        let uploads = uploads.clone();
-        match tokio::task::spawn_blocking(move || uploads.sweep(UPLOADS_KEPT)).await {
+        let (uploads, artifacts) = (uploads.clone(), artifacts.clone());
+        let swept = move || {
+            artifacts.sweep_unfinished(UPLOADS_KEPT)?;
+            uploads.sweep(UPLOADS_KEPT)
+        };
+        match tokio::task::spawn_blocking(swept).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "old uploads are not removed"),
             Err(error) => tracing::warn!(%error, "old uploads are not removed"),

@@ -3,6 +3,7 @@
 //! A file appears under its digest whole or not at all: it is written under another name, synced, then renamed.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
@@ -10,6 +11,8 @@ use std::{
 
 use proto::template::v1::Artifact;
 
+/// Begins the names of files that are being written.
+const UNFINISHED: &str = ".incoming-";
 const COPY_BUFFER: usize = 1 << 20;
 
 /// A folder of artifacts.
@@ -61,7 +64,7 @@ impl Artifacts {
     /// Begins a new artifact.
     pub fn begin(&self) -> io::Result<Incoming> {
         let file = tempfile::Builder::new()
-            .prefix(".incoming-")
+            .prefix(UNFINISHED)
             .tempfile_in(&self.folder)?;
         Ok(Incoming {
             folder: self.folder.clone(),
@@ -113,8 +116,26 @@ impl Artifacts {
 
     /// Removes uploads and half-written files older than `age`.
     pub fn sweep(&self, age: std::time::Duration) -> io::Result<()> {
+        self.remove(age, |_| true)
+    }
+
+    /// Removes half-written files older than `age`, whose writer was killed.
+    pub fn sweep_unfinished(&self, age: std::time::Duration) -> io::Result<()> {
+        self.remove(age, |name| {
+            name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
+        })
+    }
+
+    fn remove(
+        &self,
+        age: std::time::Duration,
+        is_meant: impl Fn(&OsStr) -> bool,
+    ) -> io::Result<()> {
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
+            if !is_meant(&entry.file_name()) {
+                continue;
+            }
             if entry
                 .metadata()?
                 .modified()?

@@ -1,4 +1,4 @@
-//! Runs builds: takes one at a time, unpacks, packs, publishes. A replica that dies leaves its build to the next.
+//! Runs builds, some at once: takes one, makes its root, packs, publishes. A replica that dies leaves its build to the next.
 
 use std::{
     borrow::Cow,
@@ -10,8 +10,9 @@ use std::{
     time::Duration,
 };
 
-use futures::FutureExt as _;
+use futures::{FutureExt as _, future};
 use proto::template::v1::{Artifact, BuildState, Template};
+use service_kit::ids::TeamId;
 use tempfile::TempDir;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -28,6 +29,7 @@ use crate::{
 };
 
 mod make;
+mod steps;
 
 use make::Making;
 
@@ -93,6 +95,10 @@ pub struct Builder {
     pub sessions: Sessions,
     /// Largest root filesystem after unpacking.
     pub max_rootfs: u64,
+    /// Builds at once.
+    pub at_once: u32,
+    /// Builds of one team at once.
+    pub most_of_team: u32,
     /// Word of a new build.
     pub wake: Arc<Notify>,
 }
@@ -197,9 +203,9 @@ pub enum SweepError {
 impl Builder {
     /// Runs until `shutdown`; a build in progress is left to its lease.
     pub async fn run(self, shutdown: CancellationToken) {
-        let work = async {
+        let work = || async {
             loop {
-                match self.store.take_build(LEASE).await {
+                match self.store.take_build(LEASE, self.most_of_team).await {
                     Ok(Some(build)) => {
                         let id = build.build.build_id.clone();
                         // One that is a bug's victim must not end all to come; it is left to its lease.
@@ -221,11 +227,48 @@ impl Builder {
         };
         tokio::select! {
             () = shutdown.cancelled() => {}
-            () = work => {}
+            _ = future::join_all((0..self.at_once).map(|_| work())) => {}
         }
     }
 
     async fn one(&self, stored: StoredBuild) {
+        let has_ended = self.to_its_end(&stored).await;
+        // Of earlier builders, which were killed; this one has left nothing.
+        if has_ended
+            && stored.attempts > 1
+            && let Err(error) = self.tidy(&stored).await
+        {
+            let id = &stored.build.build_id;
+            tracing::warn!(build_id = id, %error, "what earlier builders left is removed later");
+        }
+    }
+
+    async fn tidy(&self, stored: &StoredBuild) -> Result<(), BuildError> {
+        let id = &stored.build.build_id;
+        if let Ok(team) = TeamId::parse(&stored.team) {
+            self.stop_leftovers(&team, id).await?;
+        }
+        let (work, prefix) = (self.work.clone(), format!("{id}."));
+        blocking(move || {
+            for entry in std::fs::read_dir(work).map_err(io_failed)? {
+                let entry = entry.map_err(io_failed)?;
+                if !entry.file_name().to_string_lossy().starts_with(&prefix) {
+                    continue;
+                }
+                match std::fs::remove_dir_all(entry.path()) {
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(io_failed(error));
+                    }
+                    _ => {}
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Whether it has come there; if not, another builder takes it.
+    async fn to_its_end(&self, stored: &StoredBuild) -> bool {
         let id = stored.build.build_id.clone();
         tracing::info!(build_id = id, name = stored.build.name, "build begins");
         let build = async {
@@ -235,14 +278,14 @@ impl Builder {
                     message: format!("{MOST_ATTEMPTS} builders ended before it did"),
                 });
             }
-            self.build(&stored).await
+            self.build(stored).await
         };
         let outcome = tokio::select! {
             outcome = build => outcome,
             outcome = self.keep(&id) => outcome,
         };
         let ended = match outcome {
-            Ok(()) => return,
+            Ok(()) => return true,
             Err(BuildError::Cancelled) => self.store.log(&id, "cancelled").await,
             Err(BuildError::Failed { reason, message }) => {
                 tracing::warn!(build_id = id, %reason, message, "build failed");
@@ -257,9 +300,10 @@ impl Builder {
             }
             Err(BuildError::Store(error)) => Err(error),
         };
-        if let Err(error) = ended {
+        if let Err(error) = &ended {
             tracing::warn!(build_id = id, %error, "the build is left to its lease");
         }
+        ended.is_ok()
     }
 
     /// Does what blocks, and logs what is said meanwhile.
@@ -295,6 +339,22 @@ impl Builder {
         }
     }
 
+    /// What a build's template has whatever it is made of.
+    fn spec(&self, stored: &StoredBuild) -> Template {
+        let request = &stored.request;
+        let or = |asked: u64, default: u64| if asked == 0 { default } else { asked };
+        Template {
+            kernel: Some(self.kernel.kernel.clone()),
+            modules: Some(self.kernel.modules.clone()),
+            kernel_version: self.kernel.version.clone(),
+            envd_version: env!("CARGO_PKG_VERSION").to_owned(),
+            default_vcpus: request.default_vcpus.max(1),
+            default_memory_bytes: or(request.default_memory_bytes, DEFAULT_MEMORY),
+            default_disk_bytes: or(request.default_disk_bytes, DEFAULT_DISK),
+            ..Template::default()
+        }
+    }
+
     async fn build(&self, stored: &StoredBuild) -> Result<(), BuildError> {
         let id = &stored.build.build_id;
         let source = stored.request.source.as_ref();
@@ -326,35 +386,30 @@ impl Builder {
             _held: work.clone(),
         };
         let made = self.make(stored, source, making).await?;
-        self.store.log(id, "packing the root filesystem").await?;
-        let artifacts = self.artifacts.clone();
-        let rootfs = blocking(move || {
-            rootfs::pack(&root, &image)?;
-            let artifact = artifacts.ingest(&image).map_err(io_failed)?;
-            // The folder may hold a million files; removing it belongs on this thread too.
-            drop(work);
-            Ok(artifact)
-        })
-        .await?;
+        let rootfs = if let Some(packed) = made.packed {
+            packed
+        } else {
+            self.store.log(id, "packing the root filesystem").await?;
+            let artifacts = self.artifacts.clone();
+            blocking(move || {
+                rootfs::pack(&root, &image)?;
+                let artifact = artifacts.ingest(&image).map_err(io_failed)?;
+                // The folder may hold a million files; removing it belongs on this thread too.
+                drop(work);
+                Ok(artifact)
+            })
+            .await?
+        };
         self.store
             .log(id, &format!("image of {} bytes", rootfs.size_bytes))
             .await?;
-        let request = &stored.request;
-        let or = |asked: u64, default: u64| if asked == 0 { default } else { asked };
         let spec = Template {
             rootfs: Some(rootfs),
-            kernel: Some(self.kernel.kernel.clone()),
-            modules: Some(self.kernel.modules.clone()),
-            kernel_version: self.kernel.version.clone(),
-            envd_version: env!("CARGO_PKG_VERSION").to_owned(),
-            default_vcpus: request.default_vcpus.max(1),
-            default_memory_bytes: or(request.default_memory_bytes, DEFAULT_MEMORY),
-            default_disk_bytes: or(request.default_disk_bytes, DEFAULT_DISK),
             env: made.defaults.env.into_iter().collect(),
             default_user: made.defaults.user,
             source_image: made.source_image,
             layers: made.layers,
-            ..Template::default()
+            ..self.spec(stored)
         };
         match self.store.publish(stored, &spec).await? {
             Some(version) => {

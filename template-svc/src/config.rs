@@ -53,6 +53,12 @@ pub struct Config {
     /// Largest root filesystem after unpacking.
     #[arg(long, env = "SANDMESH_TEMPLATE_MAX_ROOTFS", value_parser = parse_bytes, default_value = "32GiB")]
     pub max_rootfs: u64,
+    /// Builds at once. Those that wait for their microVMs take little of this host.
+    #[arg(long, env = "SANDMESH_TEMPLATE_BUILDS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub builds: u32,
+    /// Builds of one team at once, over all replicas.
+    #[arg(long, env = "SANDMESH_TEMPLATE_BUILDS_PER_TEAM", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub builds_per_team: u32,
     /// Registries that may be asked although they lie on private addresses: host or host:port, with http:// before it for one without
     /// TLS. Others are asked by HTTPS only, and on public addresses only.
     #[arg(long, env = "SANDMESH_TRUSTED_REGISTRIES", value_delimiter = ',')]

@@ -31,6 +31,19 @@ pub fn is_name(text: &str) -> bool {
         })
 }
 
+/// Begins names of what builds use between them; nobody can give a template such a name.
+const HIDDEN: &str = "build/";
+
+/// The name of what builds use, by 64 hexadecimal characters.
+pub fn hidden(digest: &str) -> String {
+    format!("{HIDDEN}{}", digest.chars().take(40).collect::<String>())
+}
+
+/// Whether it is such a name.
+pub fn is_hidden(name: &str) -> bool {
+    name.strip_prefix(HIDDEN).is_some_and(is_name)
+}
+
 impl TemplateRef {
     /// Parses.
     pub fn parse(text: &str) -> Result<Self, MalformedRef> {
@@ -51,7 +64,7 @@ impl TemplateRef {
             (text, Which::Tag("latest".to_owned()))
         };
         let tag_fits = !matches!(&which, Which::Tag(tag) if !is_name(tag));
-        if is_name(name) && tag_fits {
+        if (is_name(name) || is_hidden(name)) && tag_fits {
             Ok(Self {
                 name: name.to_owned(),
                 which,

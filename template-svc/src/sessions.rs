@@ -1,5 +1,7 @@
 //! Sessions and their nodes, as templates need them.
 
+use std::collections::HashMap;
+
 use futures::TryStreamExt as _;
 use proto::{
     node::v1::{
@@ -7,15 +9,19 @@ use proto::{
         node_registry_service_client::NodeRegistryServiceClient,
         node_service_client::NodeServiceClient,
     },
-    session::v1::{GetSessionRequest, session_service_client::SessionServiceClient},
+    session::v1::{
+        CreateSessionRequest, GetSessionRequest, ListSessionsRequest, Session, StopSessionRequest,
+        session_service_client::SessionServiceClient,
+    },
 };
+use sdk::Sandbox;
 use service_kit::{
     address::Address,
     errors::reason_of,
     ids::{SessionId, TeamId},
     mesh::{self, Caller, MeshChannel, MeshToken},
 };
-use tonic::{Request, Status, Streaming};
+use tonic::{Code, Request, Status, Streaming};
 
 /// Pages of nodes that are looked through.
 const MOST_PAGES: usize = 100;
@@ -36,7 +42,7 @@ pub enum ExportError {
     Refused(#[from] Status),
     /// The session is on no node that is known.
     #[error("session {0} is on a node that is not known now; try again")]
-    NodeUnknown(SessionId),
+    NodeGone(String),
 }
 
 impl ExportError {
@@ -44,9 +50,20 @@ impl ExportError {
     pub fn reason(&self) -> String {
         match self {
             Self::Refused(status) => reason_of(status).unwrap_or_else(|| "EXPORT_FAILED".into()),
-            Self::NodeUnknown(_) => "NODE_UNREACHABLE".into(),
+            Self::NodeGone(_) => "NODE_UNREACHABLE".into(),
         }
     }
+}
+
+fn of_team<T>(team: &TeamId, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let caller = Caller {
+        team: team.clone(),
+        key_id: String::new(),
+        operator: false,
+    };
+    caller.apply(request.metadata_mut());
+    request
 }
 
 impl Sessions {
@@ -66,25 +83,71 @@ impl Sessions {
         team: &TeamId,
         session: &SessionId,
     ) -> Result<Streaming<ExportSessionResponse>, ExportError> {
-        let mut request = Request::new(GetSessionRequest {
+        let request = GetSessionRequest {
             session_id: session.to_string(),
-        });
-        let caller = Caller {
-            team: team.clone(),
-            key_id: String::new(),
-            operator: false,
         };
-        caller.apply(request.metadata_mut());
+        let request = of_team(team, request);
         let answer = self.control.clone().get_session(request).await?;
         let found = answer.into_inner().session.unwrap_or_default();
         let node = self.node(&found.node_id).await?;
         let address = node.and_then(|node| node.internal_address.parse().ok());
-        let address: Address = address.ok_or_else(|| ExportError::NodeUnknown(session.clone()))?;
+        let address: Address = address.ok_or_else(|| ExportError::NodeGone(session.to_string()))?;
         let mut node = NodeServiceClient::new(mesh::connect(&[address], &self.token));
         let request = ExportSessionRequest {
             session_id: session.to_string(),
         };
         Ok(node.export_session(request).await?.into_inner())
+    }
+
+    /// A new session of a team, running.
+    pub async fn create(
+        &self,
+        team: &TeamId,
+        request: CreateSessionRequest,
+    ) -> Result<Session, ExportError> {
+        let request = of_team(team, request);
+        let answer = self.control.clone().create_session(request).await?;
+        Ok(answer.into_inner().session.unwrap_or_default())
+    }
+
+    /// Stops one; one that has ended is a success.
+    pub async fn stop(&self, team: &TeamId, session: &SessionId) -> Result<(), ExportError> {
+        let request = StopSessionRequest {
+            session_id: session.to_string(),
+        };
+        let mut control = self.control.clone();
+        match control.stop_session(of_team(team, request)).await {
+            Err(status) if status.code() != Code::NotFound => Err(status.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// A team's sessions with that label that have not ended.
+    pub async fn labelled(
+        &self,
+        team: &TeamId,
+        label: &str,
+        value: &str,
+    ) -> Result<Vec<SessionId>, ExportError> {
+        let request = ListSessionsRequest {
+            metadata: HashMap::from([(label.to_owned(), value.to_owned())]),
+            ..ListSessionsRequest::default()
+        };
+        let mut control = self.control.clone();
+        let listed = control.list_sessions(of_team(team, request));
+        let sessions = listed.await?.into_inner().sessions.into_iter();
+        let ids = sessions.filter_map(|session| SessionId::parse(&session.session_id).ok());
+        Ok(ids.collect())
+    }
+
+    /// The inside of a running session, by its node.
+    pub async fn sandbox(&self, session: &Session) -> Result<Sandbox, ExportError> {
+        let unknown = || ExportError::NodeGone(session.session_id.clone());
+        let node = self.node(&session.node_id).await?.ok_or_else(unknown)?;
+        // The session's own token is all that is needed there.
+        let endpoint = format!("http://{}", node.ingress_address);
+        let client = sdk::Client::connect(&endpoint, "none").map_err(|_| unknown())?;
+        client.sandbox(session).map_err(|_| unknown())
     }
 
     async fn node(&self, id: &str) -> Result<Option<Node>, Status> {

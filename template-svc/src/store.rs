@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use prost::Message as _;
 use proto::template::v1::{
-    Build, BuildState, BuildTemplateRequest, StreamBuildLogsResponse, Template,
+    Build, BuildState, BuildTemplateRequest, Layer, StreamBuildLogsResponse, Template,
 };
 use service_kit::database;
 use sqlx::{FromRow, PgPool};
@@ -221,10 +221,73 @@ impl Store {
         row.map(Template::try_from).transpose()
     }
 
+    /// Keeps what builds use, as version 1 of a hidden name; one that is there stays.
+    pub async fn keep_hidden(
+        &self,
+        team: &str,
+        name: &str,
+        spec: &Template,
+    ) -> Result<(), StoreError> {
+        sqlx::query(
+            "insert into template_versions (team, name, version, create_time, spec) values ($1, $2, 1, $3, $4) on conflict do nothing",
+        )
+        .bind(team)
+        .bind(name)
+        .bind(now())
+        .bind(spec.encode_to_vec())
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// What a team's step of that key has come to.
+    pub async fn known_step(
+        &self,
+        team: &str,
+        key: &[u8; 32],
+    ) -> Result<Option<Vec<Layer>>, StoreError> {
+        let row: Option<(Vec<u8>,)> =
+            sqlx::query_as("select layers from build_steps where team = $1 and key = $2")
+                .bind(team)
+                .bind(key.as_slice())
+                .fetch_optional(&self.pool)
+                .await?;
+        let Some((layers,)) = row else {
+            return Ok(None);
+        };
+        let of = Template::decode(&*layers);
+        let of = of.map_err(|_| StoreError::Malformed("a build's step".to_owned()))?;
+        Ok(Some(of.layers))
+    }
+
+    /// Remembers it, in place of what was remembered before: that may be gone.
+    pub async fn remember_step(
+        &self,
+        team: &str,
+        key: &[u8; 32],
+        layers: &[Layer],
+    ) -> Result<(), StoreError> {
+        let of = Template {
+            layers: layers.to_vec(),
+            ..Template::default()
+        };
+        sqlx::query(
+            "insert into build_steps (team, key, layers, create_time) values ($1, $2, $3, $4) \
+             on conflict (team, key) do update set layers = $3",
+        )
+        .bind(team)
+        .bind(key.as_slice())
+        .bind(of.encode_to_vec())
+        .bind(now())
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
     /// All names a team may use.
     pub async fn names(&self, team: &str) -> Result<Vec<String>, StoreError> {
         let rows: Vec<(String,)> =
-            sqlx::query_as("select distinct name from template_versions where team in ($1, '') order by name limit 10000")
+            sqlx::query_as("select distinct name from template_versions where team in ($1, '') and name not like 'build/%' order by name limit 10000")
                 .bind(team)
                 .fetch_all(&self.pool)
                 .await?;
@@ -239,7 +302,7 @@ impl Store {
         limit: i64,
     ) -> Result<Vec<Template>, StoreError> {
         let sql = format!(
-            "select distinct on (v.name) {VERSION_COLUMNS} from template_versions v where v.team in ($1, '') and v.name > $2 \
+            "select distinct on (v.name) {VERSION_COLUMNS} from template_versions v where v.team in ($1, '') and v.name > $2 and v.name not like 'build/%' \
              order by v.name, v.team desc, v.version desc limit $3"
         );
         let rows = sqlx::query_as::<_, VersionRow>(sqlx::AssertSqlSafe(sql))
@@ -331,17 +394,26 @@ impl Store {
         row.map(StoredBuild::try_from).transpose()
     }
 
-    /// Takes the oldest build that waits, or whose builder has not renewed its lease; no two replicas get the same.
-    pub async fn take_build(&self, lease: Duration) -> Result<Option<StoredBuild>, StoreError> {
+    /// Takes a build that waits, or whose builder has not renewed its lease: of the team that has the fewest running, none that has
+    /// `most_of_team`, and of that team the oldest. No two replicas get the same; two at once may take one more of a team than that.
+    pub async fn take_build(
+        &self,
+        lease: Duration,
+        most_of_team: u32,
+    ) -> Result<Option<StoredBuild>, StoreError> {
         let until = now().saturating_add(i64::try_from(lease.as_micros()).unwrap_or(i64::MAX));
         let sql = format!(
-            "update builds set state = 2, lease_until = $1, attempts = attempts + 1 where build_id = (select build_id from builds \
-             where state = 1 or (state = 2 and lease_until < $2) order by create_time limit 1 for update skip locked) \
+            "update builds set state = 2, lease_until = $1, attempts = attempts + 1 where build_id = (\
+             select build_id from builds b, lateral (select count(*) as running from builds r \
+             where r.team = b.team and r.state = 2 and r.lease_until >= $2) as of_team \
+             where (state = 1 or (state = 2 and lease_until < $2)) and running < $3 \
+             order by running, create_time limit 1 for update of b skip locked) \
              returning {BUILD_COLUMNS}, secrets"
         );
         let row = sqlx::query_as::<_, BuildRow>(sqlx::AssertSqlSafe(sql))
             .bind(until)
             .bind(now())
+            .bind(i64::from(most_of_team))
             .fetch_optional(&self.pool)
             .await?;
         row.map(StoredBuild::try_from).transpose()
@@ -450,6 +522,21 @@ impl Store {
         Ok(())
     }
 
+    /// Adds several, in order.
+    pub async fn log_all(&self, build_id: &str, messages: &[String]) -> Result<(), StoreError> {
+        let messages: Vec<String> = messages.iter().map(|line| presentable(line)).collect();
+        sqlx::query(
+            "insert into build_logs (build_id, time, message) \
+             select $1, $2, line from unnest($3::text[]) with ordinality as lines (line, number) order by number",
+        )
+        .bind(build_id)
+        .bind(now())
+        .bind(messages)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
     /// Lines of a build's log after a number, with their numbers.
     pub async fn log_after(
         &self,
@@ -463,12 +550,13 @@ impl Store {
         .bind(after)
         .fetch_all(&self.pool)
         .await?;
-        let line = |(number, time, message)| {
+        let line = |(number, time, message): (i64, i64, String)| {
             (
                 number,
                 StreamBuildLogsResponse {
                     time: Some(timestamp(time)),
                     message,
+                    number: number.unsigned_abs(),
                 },
             )
         };

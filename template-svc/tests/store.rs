@@ -3,8 +3,11 @@
 
 use std::time::Duration;
 
-use proto::template::v1::{BuildState, BuildTemplateRequest, Template};
-use template_svc::store::Store;
+use proto::template::v1::{BuildState, BuildTemplateRequest, Layer, Template};
+use template_svc::{
+    names::{TemplateRef, hidden},
+    store::Store,
+};
 use testbed::{Durability, Postgres};
 
 async fn store(postgres: &Postgres) -> Store {
@@ -27,7 +30,7 @@ async fn a_build_counts_its_builders() {
     let postgres = Postgres::with(Durability::None).unwrap();
     let store = store(&postgres).await;
     for attempt in 1..=3 {
-        let taken = store.take_build(Duration::ZERO).await.unwrap().unwrap();
+        let taken = store.take_build(Duration::ZERO, 2).await.unwrap().unwrap();
         assert_eq!(taken.attempts, attempt);
     }
 }
@@ -37,7 +40,7 @@ async fn a_build_counts_its_builders() {
 async fn credentials_go_with_the_build() {
     let postgres = Postgres::with(Durability::None).unwrap();
     let store = store(&postgres).await;
-    let taken = store.take_build(Duration::from_mins(1)).await.unwrap();
+    let taken = store.take_build(Duration::from_mins(1), 2).await.unwrap();
     let taken = taken.unwrap();
     assert_eq!(taken.secrets.as_deref(), Some(&b"sealed"[..]));
     let version = store.publish(&taken, &Template::default()).await;
@@ -72,4 +75,90 @@ async fn whatever_a_source_says_is_stored() {
         assert!(text.starts_with("image \u{fffd}a\u{fffd}[2Jxx"));
         assert_eq!(text.chars().count(), 4096);
     }
+}
+
+/// A team's own; another one that writes the same step does not have it.
+#[tokio::test]
+async fn steps_are_known_to_their_team() {
+    let postgres = Postgres::with(Durability::None).unwrap();
+    let store = store(&postgres).await;
+    let layer = |diff_id: &str| Layer {
+        diff_id: diff_id.into(),
+        ..Layer::default()
+    };
+    let key = [7; 32];
+    assert_eq!(store.known_step("team", &key).await.unwrap(), None);
+    for layers in [vec![layer("a")], vec![layer("a"), layer("b")]] {
+        store.remember_step("team", &key, &layers).await.unwrap();
+        let known = store.known_step("team", &key).await.unwrap();
+        assert_eq!(known, Some(layers));
+    }
+    assert_eq!(store.known_step("other", &key).await.unwrap(), None);
+    assert_eq!(store.known_step("team", &[8; 32]).await.unwrap(), None);
+}
+
+/// What builds use between them is found by its name, and is in no list.
+#[tokio::test]
+async fn hidden_templates_are_not_listed() {
+    let postgres = Postgres::with(Durability::None).unwrap();
+    let store = store(&postgres).await;
+    let name = hidden(&"a".repeat(64));
+    for vcpus in [1, 2] {
+        let spec = Template {
+            default_vcpus: vcpus,
+            ..Template::default()
+        };
+        store.keep_hidden("team", &name, &spec).await.unwrap();
+    }
+    let reference = TemplateRef::parse(&format!("{name}@1")).unwrap();
+    let found = store.find("team", &reference).await.unwrap().unwrap();
+    assert_eq!((found.version, found.default_vcpus), (1, 1));
+    assert!(store.find("other", &reference).await.unwrap().is_none());
+    assert!(store.names("team").await.unwrap().is_empty());
+    assert!(store.list("team", "", 10).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn lines_of_a_log_stay_in_order() {
+    let postgres = Postgres::with(Durability::None).unwrap();
+    let store = store(&postgres).await;
+    let lines: Vec<String> = (0..500).map(|number| format!("{number} \0")).collect();
+    store.log("b1", "first").await.unwrap();
+    store.log_all("b1", &lines).await.unwrap();
+    store.log_all("b1", &[]).await.unwrap();
+    let log = store.log_after("b1", 0).await.unwrap();
+    let log: Vec<_> = log.into_iter().map(|(_, line)| line.message).collect();
+    assert_eq!(log[0], "first");
+    let expected = (0..500).map(|number| format!("{number} \u{fffd}"));
+    assert!(log[1..].iter().cloned().eq(expected));
+}
+
+/// However many a team asks for, another one's turn comes.
+#[tokio::test]
+async fn builds_are_taken_fairly() {
+    let postgres = Postgres::with(Durability::None).unwrap();
+    let store = store(&postgres).await;
+    let request = BuildTemplateRequest::default();
+    for (id, team) in [
+        ("b2", "team"),
+        ("b3", "team"),
+        ("b4", "other"),
+        ("b5", "other"),
+    ] {
+        let inserted = store.insert_build(id, team, team, &request, None);
+        inserted.await.unwrap();
+    }
+    let take = async || {
+        let taken = store.take_build(Duration::from_mins(1), 2).await.unwrap();
+        taken.map(|taken| taken.build.build_id)
+    };
+    let mut taken = Vec::new();
+    while let Some(id) = take().await {
+        taken.push(id);
+    }
+    assert_eq!(taken, ["b1", "b4", "b2", "b5"]);
+    // The third of a team waits until one of its others has ended.
+    let ended = store.end_build("b2", BuildState::Failed, "X", "");
+    assert!(ended.await.unwrap());
+    assert_eq!(take().await.as_deref(), Some("b3"));
 }

@@ -3,6 +3,7 @@
 use std::{
     io::IsTerminal as _,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
@@ -10,15 +11,15 @@ use bytes::Bytes;
 use clap::Subcommand;
 use indicatif::ProgressBar;
 use proto::template::v1::{
-    BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, GetBuildRequest,
-    ImageArchive, ListTemplatesRequest, RegistryLogin, StreamBuildLogsRequest, Template,
-    UploadSourceRequest, UploadSourceResponse, build_source::Source,
-    template_service_client::TemplateServiceClient,
+    BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
+    GetBuildRequest, GetBuildResponse, ImageArchive, ListTemplatesRequest, RegistryLogin,
+    StreamBuildLogsRequest, Template, UploadSourceRequest, UploadSourceResponse,
+    build_source::Source, template_service_client::TemplateServiceClient,
 };
 use service_kit::{config::parse_bytes, mesh::MeshChannel};
 use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, service::interceptor::InterceptedService};
+use tonic::{Code, Request, Status, service::interceptor::InterceptedService};
 
 use crate::{
     context::{Context, operator_of, said},
@@ -27,6 +28,9 @@ use crate::{
 
 const CHUNK: usize = 512 << 10;
 const IN_FLIGHT: usize = 4;
+/// A log that is not to be had is waited for.
+const PATIENCE: Duration = Duration::from_mins(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(300);
 const PASSWORD: &str = "SANDMESH_REGISTRY_PASSWORD";
 
 #[derive(Debug, Subcommand)]
@@ -55,8 +59,17 @@ pub(crate) struct Build {
     /// From a running session: its template, and what was changed in it. Its processes stand still meanwhile.
     #[arg(long, group = "source", value_name = "SESSION")]
     from_session: Option<String>,
-    /// Name of a user at the image's registry.
-    #[arg(long, requires = "image", value_name = "NAME")]
+    /// From a Dockerfile.
+    #[arg(short, long, group = "source", value_name = "DOCKERFILE")]
+    file: Option<PathBuf>,
+    /// A value for one of the Dockerfile's ARGs; no place for secrets.
+    #[arg(long = "build-arg", requires = "file", value_name = "NAME=VALUE", value_parser = argument)]
+    arguments: Vec<(String, String)>,
+    /// Registry whose user is named, as names of images have it: host or host:port. Default: the image's.
+    #[arg(long, requires = "registry_user", value_name = "REGISTRY")]
+    registry: Option<String>,
+    /// Name of a user at the registry.
+    #[arg(long, value_name = "NAME")]
     registry_user: Option<String>,
     /// File with that user's password, or - for standard input.
     #[arg(long, requires = "registry_user", value_name = "FILE")]
@@ -139,6 +152,9 @@ impl Build {
             image_archive,
             image,
             from_session,
+            file,
+            arguments,
+            registry,
             registry_user,
             registry_password_file,
             image_name,
@@ -151,18 +167,34 @@ impl Build {
             Some((name, tag)) => (name.to_owned(), vec![tag.to_owned()]),
             None => (tag, Vec::new()),
         };
-        let from = match (rootfs, image_archive, image, from_session) {
-            (Some(tarball), ..) => From::Rootfs(tarball),
-            (_, Some(archive), ..) => From::Archive(archive, image_name.unwrap_or_default()),
-            (_, _, Some(image), _) => From::Registry(image),
-            (.., Some(session)) => From::Session(session),
-            (None, None, None, None) => bail!("say what to build from"),
+        let from = if let Some(tarball) = rootfs {
+            From::Rootfs(tarball)
+        } else if let Some(archive) = image_archive {
+            From::Archive(archive, image_name.unwrap_or_default())
+        } else if let Some(image) = image {
+            From::Registry(image)
+        } else if let Some(session) = from_session {
+            From::Session(session)
+        } else if let Some(file) = file {
+            let text = tokio::fs::read_to_string(&file).await;
+            From::Dockerfile(text.with_context(|| file.display().to_string())?)
+        } else {
+            bail!("say what to build from");
         };
-        let registry_logins = match (&from, registry_user) {
-            (From::Registry(image), Some(username)) => {
-                vec![login(image, username, registry_password_file).await?]
+        let registry_logins = match registry_user {
+            Some(username) => {
+                let registry = match (registry, &from) {
+                    (Some(registry), _) => registry,
+                    (None, From::Registry(image)) => {
+                        template_svc::registry::parse_reference(image)?
+                            .registry()
+                            .to_owned()
+                    }
+                    _ => bail!("say whose user it is: --registry"),
+                };
+                vec![login(registry, username, registry_password_file).await?]
             }
-            _ => Vec::new(),
+            None => Vec::new(),
         };
         let request = BuildTemplateRequest {
             name,
@@ -172,6 +204,7 @@ impl Build {
             default_disk_bytes: disk,
             shared,
             registry_logins,
+            build_args: arguments.into_iter().collect(),
             ..BuildTemplateRequest::default()
         };
         if shared {
@@ -189,6 +222,13 @@ impl Build {
     }
 }
 
+fn argument(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("must be NAME=VALUE".into()),
+    }
+}
+
 /// What a template is made of.
 enum From {
     /// A tarball of a root file system.
@@ -199,17 +239,16 @@ enum From {
     Registry(String),
     /// A session's ID.
     Session(String),
+    /// The text of a Dockerfile.
+    Dockerfile(String),
 }
 
-/// The credentials of a user for an image's registry; the password comes from the environment or a file, never from the command line.
+/// The credentials of a user for a registry; the password comes from the environment or a file, never from the command line.
 async fn login(
-    image: &str,
+    registry: String,
     username: String,
     file: Option<PathBuf>,
 ) -> anyhow::Result<RegistryLogin> {
-    let registry = template_svc::registry::parse_reference(image)?
-        .registry()
-        .to_owned();
     let password = match file {
         Some(file) if file.as_os_str() == "-" => {
             let mut text = String::new();
@@ -236,7 +275,7 @@ async fn build<T>(
     mut request: BuildTemplateRequest,
 ) -> anyhow::Result<Template>
 where
-    T: tonic::client::GrpcService<tonic::body::Body> + Send,
+    T: tonic::client::GrpcService<tonic::body::Body> + Clone + Send,
     T::Error: Into<tonic::codegen::StdError>,
     T::ResponseBody: tonic::codegen::Body<Data = Bytes> + Send + 'static,
     <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
@@ -250,6 +289,7 @@ where
         }
         From::Registry(image) => Source::OciImage(image),
         From::Session(id) => Source::SessionId(id),
+        From::Dockerfile(text) => Source::Dockerfile(text),
     };
     request.source = Some(BuildSource {
         source: Some(source),
@@ -261,23 +301,20 @@ where
         .into_inner();
     let build_id = build.context("the build was not answered")?.build_id;
     let spinner = output::spinner("building");
-    let logs = StreamBuildLogsRequest {
-        build_id: build_id.clone(),
+    let mut follower = client.clone();
+    let followed = tokio::select! {
+        followed = follow(&mut follower, &build_id, &spinner) => followed,
+        interrupted = tokio::signal::ctrl_c() => {
+            interrupted?;
+            spinner.set_message("cancelling");
+            let request = CancelBuildRequest { build_id };
+            client.cancel_build(request).await.map_err(said)?;
+            spinner.finish_and_clear();
+            bail!("cancelled");
+        }
     };
-    let mut lines = client
-        .stream_build_logs(logs)
-        .await
-        .map_err(said)?
-        .into_inner();
-    while let Some(line) = lines.message().await.map_err(said)? {
-        spinner.set_message(line.message);
-    }
     spinner.finish_and_clear();
-    let answer = client
-        .get_build(GetBuildRequest { build_id })
-        .await
-        .map_err(said)?
-        .into_inner();
+    let answer = followed?;
     let build = answer.build.context("the build is gone")?;
     if build.state() != BuildState::Succeeded {
         bail!(
@@ -287,6 +324,74 @@ where
         );
     }
     answer.template.context("the build made no template")
+}
+
+/// Shows a build's log until its end, over what breaks in between; how it ended.
+async fn follow<T>(
+    client: &mut TemplateServiceClient<T>,
+    build_id: &str,
+    spinner: &ProgressBar,
+) -> anyhow::Result<GetBuildResponse>
+where
+    T: tonic::client::GrpcService<tonic::body::Body> + Send,
+    T::Error: Into<tonic::codegen::StdError>,
+    T::ResponseBody: tonic::codegen::Body<Data = Bytes> + Send + 'static,
+    <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
+    T::Future: Send,
+{
+    let (mut seen, mut before) = (0, 0);
+    let mut heard = Instant::now();
+    loop {
+        match follow_once(client, build_id, &mut seen, spinner).await {
+            Ok(answer) => return Ok(answer),
+            // The build goes on without who watches it.
+            Err(status) if is_cut(&status) && heard.elapsed() < PATIENCE => {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            Err(status) => return Err(said(status).into()),
+        }
+        if seen > before {
+            (before, heard) = (seen, Instant::now());
+        }
+    }
+}
+
+async fn follow_once<T>(
+    client: &mut TemplateServiceClient<T>,
+    build_id: &str,
+    seen: &mut u64,
+    spinner: &ProgressBar,
+) -> Result<GetBuildResponse, Status>
+where
+    T: tonic::client::GrpcService<tonic::body::Body> + Send,
+    T::Error: Into<tonic::codegen::StdError>,
+    T::ResponseBody: tonic::codegen::Body<Data = Bytes> + Send + 'static,
+    <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
+    T::Future: Send,
+{
+    let request = StreamBuildLogsRequest {
+        build_id: build_id.to_owned(),
+        after_number: *seen,
+    };
+    let mut lines = client.stream_build_logs(request).await?.into_inner();
+    while let Some(line) = lines.message().await? {
+        *seen = line.number;
+        spinner.suspend(|| eprintln!("{}", line.message));
+    }
+    let request = GetBuildRequest {
+        build_id: build_id.to_owned(),
+    };
+    Ok(client.get_build(request).await?.into_inner())
+}
+
+/// A server that says no gives a reason.
+fn is_cut(status: &Status) -> bool {
+    let is_told = service_kit::errors::reason_of(status).is_some();
+    match status.code() {
+        Code::Unavailable => true,
+        Code::Unknown | Code::Internal | Code::Cancelled => !is_told,
+        _ => false,
+    }
 }
 
 /// Sends a file, and has its digest.

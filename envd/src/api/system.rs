@@ -85,12 +85,15 @@ impl SystemService for Api {
             return Err(refuse(Code::FailedPrecondition, "GUEST_NOT_STILL", message));
         }
         let (to, chunks) = mpsc::channel(IN_FLIGHT);
-        tokio::task::spawn_blocking(move || {
-            let out = io::BufWriter::with_capacity(CHUNK, Outward(to.clone()));
-            if let Err(error) = layer::export(out) {
+        let last = to.clone();
+        tokio::spawn(async move {
+            let exported = tokio::task::spawn_blocking(move || {
+                layer::export(io::BufWriter::with_capacity(CHUNK, Outward(to)))
+            });
+            if let Err(error) = exported.await.map_err(io::Error::other).flatten() {
                 let status = refuse(Code::Aborted, "EXPORT_FAILED", error.to_string());
                 // Nobody listens any more, or the layer breaks off there.
-                let _ = to.blocking_send(Err(status));
+                let _ = last.send(Err(status)).await;
             }
         });
         let chunks = ReceiverStream::new(chunks);

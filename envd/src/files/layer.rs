@@ -84,8 +84,19 @@ struct Packing<W: Write> {
     linked: HashMap<(u64, u64), PathBuf>,
 }
 
+/// An error that says of what it is.
+#[derive(Debug, thiserror::Error)]
+#[error("/{path}: {why}")]
+struct Located {
+    path: String,
+    why: String,
+}
+
 fn failed(path: &Path, why: &str) -> io::Error {
-    io::Error::other(format!("/{}: {why}", path.display()))
+    io::Error::other(Located {
+        path: path.display().to_string(),
+        why: why.to_owned(),
+    })
 }
 
 impl<W: Write> Packing<W> {
@@ -104,13 +115,19 @@ impl<W: Write> Packing<W> {
                 let why = "a name that begins with .wh. means something else in a layer; rename it";
                 return Err(failed(&path, why));
             }
-            let stat = folder.stat(&name)?;
-            self.entry(folder, &name, &path, &stat)
-                .map_err(|error| match error.get_ref() {
-                    // It says already which.
-                    Some(_) => error,
-                    None => failed(&path, &error.to_string()),
-                })?;
+            let stat = match folder.stat(&name) {
+                // envd's own uploads may go on: what has gone is not there.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                stat => stat.map_err(|error| failed(&path, &error.to_string()))?,
+            };
+            self.entry(folder, &name, &path, &stat).map_err(|error| {
+                // It may say already which.
+                if matches!(error.get_ref(), Some(inner) if inner.is::<Located>()) {
+                    error
+                } else {
+                    failed(&path, &error.to_string())
+                }
+            })?;
         }
         Ok(())
     }
@@ -123,13 +140,10 @@ impl<W: Write> Packing<W> {
         stat: &FileStat,
     ) -> io::Result<()> {
         let what = kind(stat);
-        if what == SFlag::S_IFCHR && stat.st_rdev == 0 {
+        // A socket is of a program that will not run, and tar has no such entry; but what the template has in its place is not there.
+        if what == SFlag::S_IFCHR && stat.st_rdev == 0 || what == SFlag::S_IFSOCK {
             let mark = [WHITEOUT, name.as_bytes()].concat();
             return self.mark(&path.with_file_name(OsStr::from_bytes(&mark)));
-        }
-        if what == SFlag::S_IFSOCK {
-            // Of a program that will not run; tar has no such entry.
-            return Ok(());
         }
         let identity = (stat.st_dev, stat.st_ino);
         if what != SFlag::S_IFDIR
@@ -372,6 +386,7 @@ mod tests {
             fs::remove_dir_all(root.join("anew")).unwrap();
             fs::create_dir(root.join("anew")).unwrap();
             fs::write(root.join("changed"), "new").unwrap();
+            std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
             fs::create_dir(root.join(&long)).unwrap();
             fs::write(root.join(&long).join(&long), "deep").unwrap();
             fs::hard_link(root.join("changed"), root.join("twice")).unwrap();
@@ -394,6 +409,7 @@ mod tests {
             assert_eq!(String::from_utf8_lossy(bytes), content, "{name}");
         };
         is(".wh.removed", EntryType::Regular, "");
+        is(".wh.socket", EntryType::Regular, "");
         is(".wh.gone", EntryType::Regular, "");
         is("anew", EntryType::Directory, "");
         is("anew/.wh..wh..opq", EntryType::Regular, "");

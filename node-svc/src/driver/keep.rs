@@ -19,6 +19,7 @@ use proto::{
     template::v1::Template,
 };
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 
 use super::{
     DriveError, Driver, Export, Outcome, PAUSED, Stopwatch, TEMPLATE_MEMORY, blocking, link_anew,
@@ -97,7 +98,8 @@ impl Driver {
     /// Lets a guest that stands still go on as it was; returns how long it stood.
     pub(super) async fn go_on(&mut self, still: Still) -> Result<Duration, DriveError> {
         let vm = self.vm.as_mut().ok_or(DriveError::State("not running"))?;
-        let is_linked = vm.link_outlives_store();
+        // Where the CPUs did not stand, the link stands.
+        let is_linked = !still.is_stopped || vm.link_outlives_store();
         if still.is_stopped {
             vm.run().await?;
         }
@@ -357,19 +359,32 @@ impl Driver {
         if self.reach.is_none() {
             return Ok(Err(DriveError::State("paused")));
         }
+        if to.is_closed() {
+            // Whoever asked has gone while others had their turn.
+            return Ok(Ok(()));
+        }
         let still = match self.freeze(Phase::Held).await {
             Ok((still, _)) => still,
             Err(error) => return self.stood_not(error).await,
         };
         let template = self.request.template.clone().unwrap_or_default();
         let carry = carry(&still.reach.guest, template, &to);
-        let carried = tokio::time::timeout(EXPORT_LIMIT, carry);
-        let carried = carried.await.unwrap_or_else(|_| {
-            let limit = EXPORT_LIMIT.as_secs();
-            Err(DriveError::Export(format!(
-                "it was not through in {limit} s"
-            )))
-        });
+        let vm = self.vm.as_mut();
+        let died = async {
+            match vm {
+                Some(vm) => vm.wait().await,
+                None => std::future::pending().await,
+            }
+        };
+        let carried = tokio::select! {
+            carried = tokio::time::timeout(EXPORT_LIMIT, carry) => carried.unwrap_or_else(|_| {
+                let limit = EXPORT_LIMIT.as_secs();
+                Err(DriveError::Export(format!("it was not through in {limit} s")))
+            }),
+            // A guest that says nothing is not waited for when nobody listens any more.
+            () = to.closed() => Ok(()),
+            exit = died => return Err(self.failed(&exit).await),
+        };
         if let Err(error) = self.go_on(still).await {
             return Err(self.beyond_help(&error).await);
         }
@@ -479,7 +494,13 @@ impl Driver {
 
 /// Passes the layer on until its end, or until nobody listens.
 async fn carry(guest: &GuestClient, template: Template, to: &Export) -> Result<(), DriveError> {
-    let failed = |status: tonic::Status| DriveError::Export(status.message().to_owned());
+    let failed = |status: tonic::Status| {
+        DriveError::Export(if status.code() == Code::Unimplemented {
+            "its envd is of before this was known; start the session anew".to_owned()
+        } else {
+            status.message().to_owned()
+        })
+    };
     let asked = guest.system().export_layer(ExportLayerRequest {}).await;
     let mut pieces = asked.map_err(failed)?.into_inner();
     let mut next = Some(Part::Template(template));

@@ -5,7 +5,7 @@ use std::{io::Write as _, pin::Pin, sync::Arc, time::Duration};
 use futures::Stream;
 use prost::Message as _;
 use proto::template::v1::{
-    BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
+    BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
     CancelBuildResponse, DeleteTemplateRequest, DeleteTemplateResponse, GetBuildRequest,
     GetBuildResponse, GetTemplateRequest, GetTemplateResponse, ImageArchive, ListTemplatesRequest,
     ListTemplatesResponse, RegistryLogin, StreamBuildLogsRequest, StreamBuildLogsResponse,
@@ -22,6 +22,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
+    dockerfile::Dockerfile,
     names::{self, TemplateRef, Which},
     registry,
     secrets::Sealer,
@@ -30,6 +31,8 @@ use crate::{
 
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 const UPLOADS_AT_ONCE: usize = 8;
+const MOST_ARGS: usize = 256;
+const LARGEST_ARGS: usize = 64 << 10;
 const MOST_LOGINS: usize = 16;
 /// All credentials of a build together; tokens of some registries are a few thousand characters.
 const MOST_SECRETS: usize = 64 << 10;
@@ -226,6 +229,26 @@ impl TemplateService for TemplateApi {
             )
             .into());
         }
+        let args = &request.build_args;
+        let args_size: usize = args
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
+        if args.len() > MOST_ARGS || args_size > LARGEST_ARGS {
+            let message = format!("must be at most {MOST_ARGS}, and {LARGEST_ARGS} bytes together");
+            return Err(Failure::field_invalid("build_args", message).into());
+        }
+        if request.shared
+            && matches!(
+                &request.source,
+                Some(BuildSource {
+                    source: Some(Source::SessionId(_))
+                })
+            )
+        {
+            let message = "sessions are of teams, and make templates of theirs; share the image or Dockerfile";
+            return Err(Failure::field_invalid("shared", message).into());
+        }
         if request.shared && !caller.operator {
             return Err(Failure::new(
                 Code::PermissionDenied,
@@ -269,8 +292,11 @@ impl TemplateService for TemplateApi {
                     );
                 }
             }
-            Some(Source::Dockerfile(_)) => {
-                return Err(Failure::not_yet("building from a Dockerfile").into());
+            Some(Source::Dockerfile(text)) => {
+                if let Err(error) = Dockerfile::parse(text).and_then(|parsed| parsed.check()) {
+                    let field = "source.dockerfile";
+                    return Err(Failure::field_invalid(field, error.to_string()).into());
+                }
             }
             None => return Err(Failure::field_invalid("source", "is required").into()),
         }
@@ -332,7 +358,8 @@ impl TemplateService for TemplateApi {
             .build_id;
         let store = self.store.clone();
         // State: the number of the last line sent, and whether the build had ended before the last look.
-        let lines = futures::stream::try_unfold((0_i64, false), move |(after, ended)| {
+        let after = i64::try_from(request.get_ref().after_number).unwrap_or(i64::MAX);
+        let lines = futures::stream::try_unfold((after, false), move |(after, ended)| {
             let (store, id) = (store.clone(), id.clone());
             async move {
                 let mut ended = ended;
@@ -404,10 +431,14 @@ impl TemplateService for TemplateApi {
         } else {
             i64::from(request.page_size.min(1000))
         };
-        let templates = self
+        let mut templates = self
             .store
             .list(caller.team.as_str(), &request.page_token, limit)
             .await?;
+        // A page of templates with hundreds each would be more than a message may be.
+        for template in &mut templates {
+            template.layers.clear();
+        }
         let full = i64::try_from(templates.len()).is_ok_and(|count| count == limit);
         let next_page_token = templates
             .last()

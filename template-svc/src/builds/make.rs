@@ -7,14 +7,17 @@ use std::{
     sync::Arc,
 };
 
+use oci_spec::distribution::Reference;
 use prost::Message as _;
 use proto::{
-    node::v1::export_session_response::Part,
+    node::v1::{ExportSessionResponse, export_session_response::Part},
     template::v1::{Artifact, BuildTemplateRequest, Layer, Template, build_source::Source},
 };
 use service_kit::ids::{SessionId, TeamId};
+use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
 
 use super::{BuildError, Builder, Work, io_failed};
 use crate::{
@@ -29,6 +32,8 @@ use crate::{
 
 /// An image has come within it, or does not come.
 const PULL_LIMIT: std::time::Duration = std::time::Duration::from_hours(1);
+/// Says of which layers the root is, beside what is fetched.
+const LAID: &str = "laid";
 /// Pieces of a session's layer that wait to be written.
 const PIECES: usize = 4;
 /// Of zstd: what a session has changed is unpacked more often than packed.
@@ -40,9 +45,32 @@ pub(super) struct Made {
     pub(super) defaults: Defaults,
     pub(super) source_image: String,
     pub(super) layers: Vec<Layer>,
+    /// The root, packed before by another build; if not, it lies where it was to be made.
+    pub(super) packed: Option<Artifact>,
+}
+
+/// An image of which all is here but its layers.
+struct Pulled {
+    reference: Reference,
+    pull: Pull,
+    image: Arc<Image>,
+    digest: String,
+}
+
+impl Pulled {
+    fn source_image(&self) -> String {
+        let (registry, repository) = (self.reference.registry(), self.reference.repository());
+        format!("{registry}/{repository}@{}", self.digest)
+    }
+
+    /// Under which its layers are known.
+    fn key(&self) -> [u8; 32] {
+        blake3::derive_key("sandmesh build: image", self.digest.as_bytes())
+    }
 }
 
 /// Where a root is made.
+#[derive(Clone)]
 pub(super) struct Making {
     /// For what is fetched.
     pub(super) folder: PathBuf,
@@ -55,7 +83,7 @@ pub(super) struct Making {
     pub(super) _held: Work,
 }
 
-fn failed(reason: &'static str, message: impl Into<String>) -> BuildError {
+pub(super) fn failed(reason: &'static str, message: impl Into<String>) -> BuildError {
     BuildError::Failed {
         reason: reason.into(),
         message: message.into(),
@@ -86,10 +114,8 @@ impl Builder {
             }
             Some(Source::OciImage(name)) => self.pull(stored, &name, making).await,
             Some(Source::SessionId(session)) => self.export(stored, &session, making).await,
-            Some(Source::Dockerfile(_)) | None => Err(failed(
-                "NOT_YET_AVAILABLE",
-                "Dockerfiles cannot be built yet",
-            )),
+            Some(Source::Dockerfile(text)) => self.dockerfile(stored, &text, making).await,
+            None => Err(failed("SOURCE_INVALID", "it says not what to build from")),
         }
     }
 
@@ -111,23 +137,52 @@ impl Builder {
         name: &str,
         making: Making,
     ) -> Result<Made, BuildError> {
-        let id = &stored.build.build_id;
+        let pulled = self.documents(stored, name, &making).await?;
+        self.pull_layers(stored, pulled, making).await
+    }
+
+    /// Fetches what an image says of itself.
+    async fn documents(
+        &self,
+        stored: &StoredBuild,
+        name: &str,
+        making: &Making,
+    ) -> Result<Pulled, BuildError> {
         let reference = registry::parse_reference(name)?;
         let login = self.login(stored, &registry::registry_of(reference.registry()))?;
         let folder = making.folder.clone();
         let pull = Pull::new(&self.registries, reference.clone(), login, folder)?;
         let (image, digest) = pull.documents().await?;
-        let image = Arc::new(image);
         let sizes = image.blobs().map(|(_, size)| size);
         let bytes = sizes.fold(0_u64, u64::saturating_add);
         let layers = image.layers();
         let line = format!("{reference} is {digest}: {layers} layers of {bytes} bytes");
-        self.store.log(id, &line).await?;
+        self.store.log(&stored.build.build_id, &line).await?;
+        Ok(Pulled {
+            reference,
+            pull,
+            image: Arc::new(image),
+            digest,
+        })
+    }
+
+    async fn pull_layers(
+        &self,
+        stored: &StoredBuild,
+        pulled: Pulled,
+        making: Making,
+    ) -> Result<Made, BuildError> {
+        let Pulled {
+            reference,
+            pull,
+            image,
+            ..
+        } = &pulled;
         // Room for all: those that come do not wait for those that are unpacked.
-        let (arrived, mut arrivals) = mpsc::channel(layers.max(1));
+        let (arrived, mut arrivals) = mpsc::channel(image.layers().max(1));
         let limit = making.limits.bytes;
         let fetch = async {
-            let fetched = pull.layers(&image, limit, arrived);
+            let fetched = pull.layers(image, limit, arrived);
             let late = |_| {
                 let limit = PULL_LIMIT.as_secs();
                 failed(
@@ -138,16 +193,15 @@ impl Builder {
             let fetched = tokio::time::timeout(PULL_LIMIT, fetched).await;
             Ok(fetched.map_err(late)??)
         };
-        let unpacked = Arc::clone(&image);
-        let unpack = self.logged(id, move |lines| {
+        let unpacked = Arc::clone(image);
+        let unpack = self.logged(&stored.build.build_id, move |lines| {
             making.image(&unpacked, lines, || {
                 arrivals.blocking_recv().ok_or(LayerError::Cancelled)
             })
         });
         let (made, ()) = tokio::try_join!(unpack, fetch)?;
-        let (registry, repository) = (reference.registry(), reference.repository());
         Ok(Made {
-            source_image: format!("{registry}/{repository}@{digest}"),
+            source_image: pulled.source_image(),
             ..made
         })
     }
@@ -202,6 +256,38 @@ impl Builder {
                 ));
             }
         };
+        if base.layers.len() >= MOST_LAYERS {
+            let message =
+                format!("the session's template has {MOST_LAYERS} layers, the most there may be");
+            return Err(failed("TOO_MANY_LAYERS", message));
+        }
+        let mut layers = base.layers;
+        layers.push(self.take_change(id, parts, &making).await?);
+        let (laid, user) = (layers.clone(), base.default_user.clone());
+        self.logged(id, move |lines| {
+            making.lay(&laid, lines)?;
+            making.check_user(&user)
+        })
+        .await?;
+        Ok(Made {
+            defaults: Defaults {
+                env: base.env.into_iter().collect(),
+                user: base.default_user,
+                ..Defaults::default()
+            },
+            layers,
+            // It is not the template's image any more.
+            ..Made::default()
+        })
+    }
+
+    /// Receives what was changed in a session, and keeps it.
+    pub(super) async fn take_change(
+        &self,
+        id: &str,
+        mut parts: Streaming<ExportSessionResponse>,
+        making: &Making,
+    ) -> Result<Layer, BuildError> {
         let (pieces, arriving) = mpsc::channel(PIECES);
         let carry = async move {
             while let Some(answer) = parts.message().await.map_err(ExportError::from)? {
@@ -216,8 +302,36 @@ impl Builder {
             let _ = pieces.send(bytes::Bytes::new()).await;
             Ok(())
         };
-        let unpack = self.logged(id, move |lines| making.change(&base, arriving, lines));
-        let (made, ()) = tokio::try_join!(unpack, carry)?;
+        let making = making.clone();
+        let receive = self.logged(id, move |lines| making.receive(arriving, lines));
+        let (layer, ()) = tokio::try_join!(receive, carry)?;
+        Ok(layer)
+    }
+
+    /// An image to begin with; one whose layers are known is not fetched again.
+    pub(super) async fn image_base(
+        &self,
+        stored: &StoredBuild,
+        name: &str,
+        making: Making,
+    ) -> Result<Made, BuildError> {
+        let pulled = self.documents(stored, name, &making).await?;
+        let known = self.known(stored, &pulled.key()).await?;
+        if let Some(layers) = known {
+            let line = "its layers are known";
+            self.store.log(&stored.build.build_id, line).await?;
+            return Ok(Made {
+                defaults: without_group(pulled.image.defaults()).0,
+                source_image: pulled.source_image(),
+                layers,
+                packed: None,
+            });
+        }
+        let key = pulled.key();
+        let made = self.pull_layers(stored, pulled, making).await?;
+        self.store
+            .remember_step(&stored.team, &key, &made.layers)
+            .await?;
         Ok(made)
     }
 
@@ -230,6 +344,8 @@ impl Builder {
             ..
         } = template;
         let stored = self.store.version(team, name, *version).await?;
+        // A number may have been given anew since.
+        let stored = stored.filter(|stored| stored.rootfs == template.rootfs);
         let stored = stored.ok_or_else(|| {
             failed(
                 "TEMPLATE_UNKNOWN",
@@ -299,13 +415,9 @@ impl Making {
         };
         image.unpack(&self.root, self.limits, &self.cancel, ready, done)?;
         rootfs::check(&self.root)?;
-        let mut defaults = image.defaults();
-        if let Some((user, group)) = defaults.user.clone().split_once(':') {
-            let line = format!(
-                "the image's user has a group, {group:?}; processes have those of {user:?}"
-            );
-            say(lines, line);
-            user.clone_into(&mut defaults.user);
+        let (defaults, told) = without_group(image.defaults());
+        if let Some(told) = told {
+            say(lines, told);
         }
         if !defaults.command.is_empty() {
             let line = "the image's command is not started: a session runs what it is asked to";
@@ -321,6 +433,7 @@ impl Making {
                 has_whiteouts: true,
             });
         }
+        self.note_laid(&layers)?;
         Ok(Made {
             defaults,
             layers,
@@ -328,21 +441,15 @@ impl Making {
         })
     }
 
-    /// A template's layers, and one more, which ends with an empty piece. Blocking.
-    fn change(
+    /// A layer in pieces, of which the last is empty. Blocking.
+    fn receive(
         self,
-        base: &Template,
         mut pieces: mpsc::Receiver<bytes::Bytes>,
         lines: &mpsc::Sender<String>,
-    ) -> Result<Made, BuildError> {
-        if base.layers.len() >= MOST_LAYERS {
-            let message =
-                format!("the session's template has {MOST_LAYERS} layers, the most there may be");
-            return Err(failed("TOO_MANY_LAYERS", message));
-        }
+    ) -> Result<Layer, BuildError> {
         let mut incoming = self.artifacts.begin().map_err(io_failed)?;
         let mut packed = zstd::Encoder::new(&mut incoming, LEVEL).map_err(io_failed)?;
-        let mut size: u64 = 0;
+        let (mut size, mut hasher) = (0_u64, Sha256::new());
         loop {
             let Some(piece) = pieces.blocking_recv() else {
                 // Whoever sent it says why it broke off.
@@ -355,53 +462,88 @@ impl Making {
             if size > self.limits.bytes {
                 return Err(LayerError::TooLarge(self.limits.bytes).into());
             }
+            hasher.update(&piece);
             packed.write_all(&piece).map_err(io_failed)?;
         }
         packed.finish().map_err(io_failed)?;
         let blob = incoming.finish().map_err(io_failed)?;
-        say(
-            lines,
-            format!("what was changed is a tarball of {size} bytes"),
-        );
-        let mut root = Root::new(self.root.clone(), self.limits);
-        let changed = Layer {
+        let line = format!("what was changed is a tarball of {size} bytes");
+        say(lines, line);
+        Ok(Layer {
             blob: Some(blob),
-            diff_id: String::new(),
+            diff_id: format!("sha256:{}", hex::encode(hasher.finalize())),
             has_whiteouts: true,
-        };
-        let mut layers = base.layers.clone();
-        layers.push(changed);
-        for layer in &mut layers {
+        })
+    }
+
+    /// Lays stored layers upon each other in a root that is new. Blocking.
+    pub(super) fn lay(
+        &self,
+        layers: &[Layer],
+        lines: &mpsc::Sender<String>,
+    ) -> Result<(), BuildError> {
+        if self.is_laid(layers) {
+            return Ok(());
+        }
+        std::fs::remove_dir_all(&self.root).map_err(io_failed)?;
+        std::fs::create_dir(&self.root).map_err(io_failed)?;
+        let mut root = Root::new(self.root.clone(), self.limits);
+        let count = layers.len();
+        for (number, layer) in (1..).zip(layers) {
             let whiteouts = if layer.has_whiteouts {
                 Whiteouts::Apply
             } else {
                 Whiteouts::Keep
             };
             let file = self.stored(layer.blob.as_ref())?;
-            let applied = root.apply(file, whiteouts, &self.cancel)?;
-            let diff_id = format!("sha256:{}", applied.digest);
-            if layer.diff_id.is_empty() {
-                say(lines, said(&applied));
-                layer.diff_id = diff_id;
-            } else if layer.diff_id != diff_id {
-                let message = format!(
-                    "a stored layer is damaged: it is {diff_id}, not {}",
-                    layer.diff_id
-                );
+            let applied = root.apply(file, whiteouts, &self.cancel);
+            let applied = applied.map_err(|error| {
+                failed(
+                    error.reason(),
+                    format!("layer {number} of {count}: {error}"),
+                )
+            })?;
+            let found = format!("sha256:{}", applied.digest);
+            if layer.diff_id != found {
+                let wanted = &layer.diff_id;
+                let message = format!("a stored layer is damaged: it is {found}, not {wanted}");
                 return Err(failed("LAYER_DAMAGED", message));
             }
+            say(
+                lines,
+                format!("layer {number} of {count}: {}", said(&applied)),
+            );
         }
         root.finish()?;
         rootfs::check(&self.root)?;
-        Ok(Made {
-            defaults: Defaults {
-                env: base.env.clone().into_iter().collect(),
-                user: base.default_user.clone(),
-                ..Defaults::default()
-            },
-            source_image: base.source_image.clone(),
-            layers,
-        })
+        self.note_laid(layers)
+    }
+
+    /// Whether the root is of just these layers.
+    fn is_laid(&self, layers: &[Layer]) -> bool {
+        std::fs::read(self.folder.join(LAID))
+            .is_ok_and(|laid| laid == super::steps::first_key(layers))
+    }
+
+    fn note_laid(&self, layers: &[Layer]) -> Result<(), BuildError> {
+        let key = super::steps::first_key(layers);
+        std::fs::write(self.folder.join(LAID), key).map_err(io_failed)
+    }
+
+    /// Packs the root. Blocking.
+    pub(super) fn pack(&self) -> Result<Artifact, BuildError> {
+        let image = self.folder.join("packed.erofs");
+        rootfs::pack(&self.root, &image)?;
+        self.artifacts.ingest(&image).map_err(io_failed)
+    }
+
+    /// Whether it has that user. Blocking.
+    pub(super) fn check_user(&self, user: &str) -> Result<(), BuildError> {
+        let defaults = Defaults {
+            user: user.to_owned(),
+            ..Defaults::default()
+        };
+        Ok(defaults.check(&self.root)?)
     }
 
     fn stored(&self, blob: Option<&Artifact>) -> Result<File, BuildError> {
@@ -418,8 +560,18 @@ impl Making {
 }
 
 /// Nobody hears it any more if the build was given up; then it is cancelled, too.
-fn say(lines: &mpsc::Sender<String>, line: String) {
+pub(super) fn say(lines: &mpsc::Sender<String>, line: String) {
     drop(lines.blocking_send(line));
+}
+
+/// Processes have the groups of their user; says so if an image wants another.
+fn without_group(mut defaults: Defaults) -> (Defaults, Option<String>) {
+    let Some((user, group)) = defaults.user.split_once(':') else {
+        return (defaults, None);
+    };
+    let told = format!("the image's user has a group, {group:?}; processes have those of {user:?}");
+    defaults.user = user.to_owned();
+    (defaults, Some(told))
 }
 
 /// What was unpacked, for people.

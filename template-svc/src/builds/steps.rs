@@ -1,0 +1,711 @@
+//! Dockerfiles, step by step, in microVMs. Nothing of one runs on this host: a build has a session of its own, as its team could have started
+//! it, with the same limits of CPU, memory, disk and network.
+//!
+//! ```text
+//!   FROM --> layers --> root, packed --> session --RUN--> what was changed, as a layer --RUN--> again, in place of it --> ... --> template
+//! ```
+//! After each `RUN` the whole of what was changed since the session's start is taken as one layer, so what a step removes of an earlier one is
+//! gone. What a step has come to is remembered under its key: all that it depends on. The next build begins after the last step whose key is
+//! known. Keys are of one team: what another team's step has made is not to be had by writing the same instruction.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
+
+use proto::{
+    envd::v1::{Backpressure, MakeDirectoryRequest, SignalTarget},
+    session::v1::{CreateSessionRequest, Resources},
+    template::v1::{Artifact, Layer, Template},
+};
+use sdk::{Command, Event, Exit, Sandbox};
+use service_kit::ids::{SessionId, TeamId};
+use tokio::time::Instant;
+
+use super::{
+    BuildError, Builder,
+    make::{Made, Making, failed},
+};
+use crate::{
+    artifact::ArtifactDigest,
+    dockerfile::{Action, Dockerfile, DockerfileError, Stage, State, Step},
+    image::Defaults,
+    names::{self, TemplateRef},
+    sessions::Sessions,
+    store::StoredBuild,
+};
+
+/// Which build a session is of.
+pub(super) const LABEL: &str = "sandmesh.dev/build";
+/// A step takes no longer, nor all of them together.
+const STEP_LIMIT: Duration = Duration::from_mins(30);
+const STEPS_LIMIT: Duration = Duration::from_hours(2);
+/// After a step's deadline, until its end is known.
+const GRACE: Duration = Duration::from_mins(1);
+/// What steps say beyond it is left out of the log.
+const MOST_SAID: usize = 8 << 20;
+const LONGEST_LINE: usize = 4096;
+/// Lines are stored so many at once, or after so long.
+const LINES_AT_ONCE: usize = 200;
+const LINGER: Duration = Duration::from_millis(200);
+/// `SIGKILL`
+const KILL: i32 = 9;
+
+impl From<DockerfileError> for BuildError {
+    fn from(error: DockerfileError) -> Self {
+        failed("DOCKERFILE_INVALID", error.to_string())
+    }
+}
+
+impl From<sdk::Error> for BuildError {
+    fn from(error: sdk::Error) -> Self {
+        failed("SANDBOX_FAILED", error.to_string())
+    }
+}
+
+/// An action, and what holds for it.
+struct Planned<'a> {
+    step: &'a Step,
+    action: Action,
+    state: State,
+    key: [u8; 32],
+}
+
+impl Builder {
+    /// Builds the last stage.
+    pub(super) async fn dockerfile(
+        &self,
+        stored: &StoredBuild,
+        text: &str,
+        making: Making,
+    ) -> Result<Made, BuildError> {
+        let id = &stored.build.build_id;
+        let given: BTreeMap<String, String> =
+            stored.request.build_args.clone().into_iter().collect();
+        let dockerfile = Dockerfile::parse(text)?;
+        let (base, stages) = chain(&dockerfile, &given)?;
+        let made = self.base(stored, &base, making.clone()).await?;
+        let Defaults { env, user, cwd, .. } = &made.defaults;
+        let mut state = State::new(env.clone(), cwd, user);
+        let mut key = first_key(&made.layers);
+        let mut planned = Vec::new();
+        for stage in stages {
+            state.args.clear();
+            for step in &stage.steps {
+                let (action, told) = dockerfile.follow(step, &mut state, &given)?;
+                if let Some(told) = told {
+                    let line = format!("line {}: {told}", step.line());
+                    self.store.log(id, &line).await?;
+                }
+                let Some(action) = action else {
+                    continue;
+                };
+                key = next_key(&key, &action, &state);
+                planned.push(Planned {
+                    step,
+                    action,
+                    state: state.clone(),
+                    key,
+                });
+            }
+        }
+        if !state.command.is_empty() || !state.entrypoint.is_empty() {
+            let line = "CMD and ENTRYPOINT are not started: a session runs what it is asked to";
+            self.store.log(id, line).await?;
+        }
+        let layers =
+            tokio::time::timeout(STEPS_LIMIT, self.steps(stored, &planned, &made, &making));
+        let late = || {
+            let limit = STEPS_LIMIT.as_secs();
+            failed(
+                "STEPS_TIMED_OUT",
+                format!("the steps took more than {limit} s"),
+            )
+        };
+        let layers = layers.await.map_err(|_| late())??;
+        let name = last_name(&layers, &state.user);
+        let known = self.store.version(&stored.team, &name, 1).await?;
+        let mut packed = known.and_then(|known| known.rootfs);
+        packed = packed.filter(|packed| self.is_kept(packed));
+        if packed.is_none() {
+            self.store.log(id, "packing the root filesystem").await?;
+            let (user, laid) = (state.user.clone(), layers.clone());
+            let rootfs = self
+                .logged(id, move |lines| {
+                    making.lay(&laid, lines)?;
+                    making.check_user(&user)?;
+                    making.pack()
+                })
+                .await?;
+            let spec = Template {
+                rootfs: Some(rootfs.clone()),
+                ..self.spec(stored)
+            };
+            self.store.keep_hidden(&stored.team, &name, &spec).await?;
+            packed = Some(rootfs);
+        }
+        Ok(Made {
+            defaults: Defaults {
+                env: state.env,
+                user: state.user,
+                cwd: state.cwd,
+                command: Vec::new(),
+            },
+            source_image: String::new(),
+            layers,
+            packed,
+        })
+    }
+
+    /// A template of the team's or everybody's, or else an image.
+    async fn base(
+        &self,
+        stored: &StoredBuild,
+        name: &str,
+        making: Making,
+    ) -> Result<Made, BuildError> {
+        let id = &stored.build.build_id;
+        let template = match TemplateRef::parse(name) {
+            Ok(reference) if !names::is_hidden(&reference.name) => {
+                self.store.find(&stored.team, &reference).await?
+            }
+            _ => None,
+        };
+        let Some(template) = template else {
+            return self.image_base(stored, name, making).await;
+        };
+        let shown = format!("{}@{}", template.name, template.version);
+        if template.layers.is_empty() {
+            let message = format!("{shown} was built before layers were kept; build it anew");
+            return Err(failed("TEMPLATE_WITHOUT_LAYERS", message));
+        }
+        let line = format!("{name} is the template {shown}");
+        self.store.log(id, &line).await?;
+        Ok(Made {
+            defaults: Defaults {
+                env: template.env.into_iter().collect(),
+                user: template.default_user,
+                ..Defaults::default()
+            },
+            layers: template.layers,
+            ..Made::default()
+        })
+    }
+
+    /// Does what no build has done before; the layers that come of it.
+    async fn steps(
+        &self,
+        stored: &StoredBuild,
+        planned: &[Planned<'_>],
+        base: &Made,
+        making: &Making,
+    ) -> Result<Vec<Layer>, BuildError> {
+        let id = &stored.build.build_id;
+        let mut layers = base.layers.clone();
+        let mut done = 0;
+        for (number, plan) in planned.iter().enumerate().rev() {
+            if let Some(known) = self.known(stored, &plan.key).await? {
+                (layers, done) = (known, number + 1);
+                break;
+            }
+        }
+        for plan in planned.iter().take(done) {
+            self.store
+                .log(id, &format!("{}: known", shown(plan.step)))
+                .await?;
+        }
+        let rest = planned.get(done..).unwrap_or_default();
+        if rest.is_empty() {
+            return Ok(layers);
+        }
+        let team = TeamId::parse(&stored.team)
+            .map_err(|error| failed("BUILD_FAILED", error.to_string()))?;
+        self.stop_leftovers(&team, id).await?;
+        let template = self.packed(stored, &layers, making).await?;
+        let running = self.start(stored, &team, &template).await?;
+        let mut said = Said::default();
+        let mut change = None;
+        for (number, plan) in (1..).zip(rest) {
+            self.store.log(id, &shown(plan.step)).await?;
+            let since = Instant::now();
+            let is_run = self.act(id, &running, plan, &mut said).await?;
+            // What only folders have come to is taken with what comes next.
+            if is_run || number == rest.len() {
+                let changed = self.change_of(id, &team, &running, making).await?;
+                let mut all = layers.clone();
+                all.push(changed.clone());
+                self.store
+                    .remember_step(&stored.team, &plan.key, &all)
+                    .await?;
+                change = Some(changed);
+            }
+            let line = format!(
+                "line {}: done in {:.1} s",
+                plan.step.line(),
+                since.elapsed().as_secs_f64()
+            );
+            self.store.log(id, &line).await?;
+        }
+        running.stop().await?;
+        layers.extend(change);
+        Ok(layers)
+    }
+
+    /// What a step has come to before, if all of it is still here.
+    pub(super) async fn known(
+        &self,
+        stored: &StoredBuild,
+        key: &[u8; 32],
+    ) -> Result<Option<Vec<Layer>>, BuildError> {
+        let known = self.store.known_step(&stored.team, key).await?;
+        let is_here = |layer: &Layer| layer.blob.as_ref().is_some_and(|blob| self.is_kept(blob));
+        Ok(known.filter(|layers| layers.iter().all(is_here)))
+    }
+
+    fn is_kept(&self, artifact: &Artifact) -> bool {
+        ArtifactDigest::parse(&artifact.digest)
+            .is_some_and(|digest| self.artifacts.find(&digest).is_some())
+    }
+
+    /// A template, for builds only, of those layers.
+    async fn packed(
+        &self,
+        stored: &StoredBuild,
+        layers: &[Layer],
+        making: &Making,
+    ) -> Result<String, BuildError> {
+        let name = names::hidden(&hex::encode(first_key(layers)));
+        if self.store.version(&stored.team, &name, 1).await?.is_none() {
+            let id = &stored.build.build_id;
+            self.store
+                .log(id, "packing what the steps begin with")
+                .await?;
+            let (making, layers) = (making.clone(), layers.to_vec());
+            let rootfs = self
+                .logged(id, move |lines| {
+                    making.lay(&layers, lines)?;
+                    making.pack()
+                })
+                .await?;
+            let spec = Template {
+                rootfs: Some(rootfs),
+                ..self.spec(stored)
+            };
+            self.store.keep_hidden(&stored.team, &name, &spec).await?;
+        }
+        Ok(format!("{name}@1"))
+    }
+
+    /// Ends what an earlier builder of this build has left.
+    pub(super) async fn stop_leftovers(&self, team: &TeamId, id: &str) -> Result<(), BuildError> {
+        for session in self.sessions.labelled(team, LABEL, id).await? {
+            self.sessions.stop(team, &session).await?;
+        }
+        Ok(())
+    }
+
+    async fn start(
+        &self,
+        stored: &StoredBuild,
+        team: &TeamId,
+        template: &str,
+    ) -> Result<Running, BuildError> {
+        let id = &stored.build.build_id;
+        let spec = self.spec(stored);
+        let request = CreateSessionRequest {
+            template: template.to_owned(),
+            timeout: prost_types::Duration::try_from(STEPS_LIMIT + GRACE).ok(),
+            metadata: HashMap::from([(LABEL.to_owned(), id.clone())]),
+            resources: Some(Resources {
+                vcpus: spec.default_vcpus,
+                memory_bytes: spec.default_memory_bytes,
+                disk_bytes: spec.default_disk_bytes,
+            }),
+            request_id: format!("build-{id}-{}", stored.attempts),
+            ..CreateSessionRequest::default()
+        };
+        let session = self.sessions.create(team, request).await?;
+        let mut running = Running {
+            sessions: self.sessions.clone(),
+            team: team.clone(),
+            id: SessionId::parse(&session.session_id).ok(),
+            sandbox: None,
+        };
+        running.sandbox = Some(self.sessions.sandbox(&session).await?);
+        Ok(running)
+    }
+
+    /// Does it; says whether a program has run.
+    async fn act(
+        &self,
+        id: &str,
+        running: &Running,
+        plan: &Planned<'_>,
+        said: &mut Said,
+    ) -> Result<bool, BuildError> {
+        let sandbox = running.sandbox()?;
+        let (argv, is_run) = match &plan.action {
+            Action::Run { argv } => (argv.clone(), true),
+            // By envd: the image may have no mkdir.
+            Action::MakeFolder(path) => {
+                running.make_folder(path).await?;
+                return Ok(false);
+            }
+        };
+        let command = Command {
+            cwd: plan.state.cwd.clone(),
+            env: plan.state.visible().into_iter().collect(),
+            user: if plan.state.user.is_empty() {
+                "root".to_owned()
+            } else {
+                plan.state.user.clone()
+            },
+            deadline: Some(STEP_LIMIT),
+            backpressure: Backpressure::Always,
+            ..Command::new(argv)
+        };
+        let process = async {
+            let mut process = sandbox.start(command).await?;
+            let mut lines = Lines::default();
+            loop {
+                // Who says nothing is listened to all the same; what was said is not held back.
+                if let Ok(event) = tokio::time::timeout(LINGER, process.next()).await {
+                    match event? {
+                        Some(Event::Stdout(bytes)) => lines.push(false, &bytes, said),
+                        Some(Event::Stderr(bytes)) => lines.push(true, &bytes, said),
+                        Some(Event::Started { .. }) => {}
+                        Some(Event::Exited(exit)) => {
+                            lines.end(said);
+                            self.store.log_all(id, &lines.ready).await?;
+                            // Nothing of it is to run on into the next step; if it has ended already, so much the better.
+                            let _ = process.remote().signal_to(KILL, SignalTarget::All).await;
+                            return Ok::<_, BuildError>(exit);
+                        }
+                        None => return Err(failed("SANDBOX_FAILED", "a step ended unheard")),
+                    }
+                }
+                if lines.is_due() {
+                    self.store
+                        .log_all(id, &std::mem::take(&mut lines.ready))
+                        .await?;
+                    lines.stored = Instant::now();
+                }
+            }
+        };
+        let ended = tokio::time::timeout(STEP_LIMIT + GRACE, process).await;
+        let ended = ended.map_err(|_| timed_out(plan.step))?;
+        sound(plan.step, &ended?)?;
+        Ok(is_run)
+    }
+
+    /// What was changed since the session's start, as a layer.
+    async fn change_of(
+        &self,
+        id: &str,
+        team: &TeamId,
+        running: &Running,
+        making: &Making,
+    ) -> Result<Layer, BuildError> {
+        let session = running.id.as_ref();
+        let session = session.ok_or_else(|| failed("SANDBOX_FAILED", "a session without an ID"))?;
+        let parts = self.sessions.export(team, session).await?;
+        self.take_change(id, parts, making).await
+    }
+}
+
+/// A session for steps; it is stopped whatever becomes of the build.
+struct Running {
+    sessions: Sessions,
+    team: TeamId,
+    /// Until it is stopped.
+    id: Option<SessionId>,
+    sandbox: Option<Sandbox>,
+}
+
+impl Running {
+    fn sandbox(&self) -> Result<&Sandbox, BuildError> {
+        let sandbox = self.sandbox.as_ref();
+        sandbox.ok_or_else(|| failed("SANDBOX_FAILED", "a session that cannot be reached"))
+    }
+
+    async fn make_folder(&self, path: &str) -> Result<(), BuildError> {
+        let request = MakeDirectoryRequest {
+            path: path.to_owned(),
+            user: "root".to_owned(),
+            ..MakeDirectoryRequest::default()
+        };
+        let made = self.sandbox()?.filesystem().make_directory(request).await;
+        match made {
+            // It was there.
+            Err(status) if status.code() == tonic::Code::AlreadyExists => Ok(()),
+            made => {
+                made.map_err(sdk::Error::from)?;
+                Ok(())
+            }
+        }
+    }
+
+    async fn stop(mut self) -> Result<(), BuildError> {
+        if let Some(id) = self.id.take() {
+            self.sessions.stop(&self.team, &id).await?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let Some(id) = self.id.take() else {
+            return;
+        };
+        let (sessions, team) = (self.sessions.clone(), self.team.clone());
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                if let Err(error) = sessions.stop(&team, &id).await {
+                    tracing::warn!(session_id = id.short(), %error, "the session of a build runs until its deadline");
+                }
+            });
+        }
+    }
+}
+
+/// How much steps have said.
+#[derive(Default)]
+struct Said {
+    bytes: usize,
+}
+
+/// Bytes of two streams on their way to be lines.
+struct Lines {
+    begun: [Vec<u8>; 2],
+    ready: Vec<String>,
+    stored: Instant,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self {
+            begun: Default::default(),
+            ready: Vec::new(),
+            stored: Instant::now(),
+        }
+    }
+}
+
+impl Lines {
+    fn push(&mut self, is_stderr: bool, bytes: &[u8], said: &mut Said) {
+        for piece in bytes.split_inclusive(|byte| matches!(byte, b'\n' | b'\r')) {
+            let [stdout, stderr] = &mut self.begun;
+            let begun = if is_stderr { stderr } else { stdout };
+            begun.extend_from_slice(piece);
+            let is_whole = piece.ends_with(b"\n") || piece.ends_with(b"\r");
+            if is_whole || begun.len() >= LONGEST_LINE {
+                let line = std::mem::take(begun);
+                self.add(&line, said);
+            }
+        }
+    }
+
+    /// What was not ended by a newline is a line, too.
+    fn end(&mut self, said: &mut Said) {
+        for line in std::mem::take(&mut self.begun) {
+            self.add(&line, said);
+        }
+    }
+
+    fn add(&mut self, line: &[u8], said: &mut Said) {
+        let line = String::from_utf8_lossy(line);
+        let line = line.trim_end();
+        if line.is_empty() || said.bytes > MOST_SAID {
+            return;
+        }
+        said.bytes += line.len();
+        self.ready.push(if said.bytes > MOST_SAID {
+            format!("what steps say beyond {MOST_SAID} bytes is left out")
+        } else {
+            line.to_owned()
+        });
+    }
+
+    fn is_due(&self) -> bool {
+        self.ready.len() >= LINES_AT_ONCE
+            || !self.ready.is_empty() && self.stored.elapsed() >= LINGER
+    }
+}
+
+fn shown(step: &Step) -> String {
+    format!("line {}: {}", step.line(), step.text)
+}
+
+fn timed_out(step: &Step) -> BuildError {
+    let limit = STEP_LIMIT.as_secs();
+    failed(
+        "STEP_TIMED_OUT",
+        format!("{}: took more than {limit} s", shown(step)),
+    )
+}
+
+/// Whether a step's program has ended well.
+fn sound(step: &Step, exit: &Exit) -> Result<(), BuildError> {
+    let Exit(ended) = exit;
+    if ended.oom_killed {
+        let message = format!(
+            "{}: the sandbox ran out of memory; ask for more",
+            shown(step)
+        );
+        return Err(failed("STEP_OUT_OF_MEMORY", message));
+    }
+    if ended.deadline_exceeded {
+        return Err(timed_out(step));
+    }
+    match exit.code() {
+        0 => Ok(()),
+        code => {
+            let message = format!("{}: ended with code {code}", shown(step));
+            Err(failed("STEP_FAILED", message))
+        }
+    }
+}
+
+/// What the last stage begins with, and the stages that lead from there to it.
+fn chain<'a>(
+    dockerfile: &'a Dockerfile,
+    given: &BTreeMap<String, String>,
+) -> Result<(String, Vec<&'a Stage>), DockerfileError> {
+    let mut stages = Vec::new();
+    let mut before = dockerfile.stages.len();
+    loop {
+        // Each stage begins with one before it, so this ends.
+        let Some(number) = before.checked_sub(1) else {
+            return Ok((String::new(), stages));
+        };
+        let Some(stage) = dockerfile.stages.get(number) else {
+            return Ok((String::new(), stages));
+        };
+        stages.insert(0, stage);
+        let base = dockerfile.base(stage, given)?;
+        let is_named = |stage: &Stage| {
+            let name = stage.name.as_deref();
+            name.is_some_and(|name| name.eq_ignore_ascii_case(&base))
+        };
+        let earlier = dockerfile.stages.iter().take(number).rposition(is_named);
+        match earlier {
+            Some(earlier) => before = earlier + 1,
+            None => return Ok((base, stages)),
+        }
+    }
+}
+
+/// Under which a whole template of these layers is known, in which there is that user.
+fn last_name(layers: &[Layer], user: &str) -> String {
+    let mut hasher = blake3::Hasher::new_derive_key("sandmesh build: root");
+    hasher.update(&first_key(layers));
+    hasher.update(user.as_bytes());
+    names::hidden(&hasher.finalize().to_hex())
+}
+
+/// What steps upon these layers begin with.
+pub(super) fn first_key(layers: &[Layer]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("sandmesh build: layers");
+    for layer in layers {
+        hasher.update(layer.diff_id.as_bytes());
+        hasher.update(&[u8::from(layer.has_whiteouts), 0]);
+    }
+    hasher.finalize().into()
+}
+
+/// All that an action depends on: what was before it, what it is, and what holds for it.
+fn next_key(before: &[u8; 32], action: &Action, state: &State) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("sandmesh build: step");
+    hasher.update(before);
+    let mut add = |text: &str| {
+        hasher.update(&(text.len() as u64).to_le_bytes());
+        hasher.update(text.as_bytes());
+    };
+    match action {
+        Action::Run { argv } => {
+            add("run");
+            for word in argv {
+                add(word);
+            }
+            add(&state.cwd);
+            add(&state.user);
+            for (name, value) in state.visible() {
+                add(&name);
+                add(&value);
+            }
+        }
+        Action::MakeFolder(path) => {
+            add("folder");
+            add(path);
+        }
+    }
+    hasher.finalize().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_becomes_lines_of_bounded_length_and_number() {
+        let (mut lines, mut said) = (Lines::default(), Said::default());
+        lines.push(false, b"one\ntw", &mut said);
+        lines.push(true, b"other", &mut said);
+        lines.push(false, b"o\r50%\rno end", &mut said);
+        lines.push(false, &[b'x'; 9000], &mut said);
+        lines.end(&mut said);
+        let lengths: Vec<_> = lines.ready.iter().map(String::len).collect();
+        assert_eq!(lines.ready[..3], ["one", "two", "50%"]);
+        assert!(lengths.iter().all(|length| *length <= 9010));
+        assert_eq!(lines.ready.last().unwrap(), "other");
+        let (mut lines, mut said) = (Lines::default(), Said::default());
+        for _ in 0..3000 {
+            lines.push(false, &[[b'y'; 4000].as_slice(), b"\n"].concat(), &mut said);
+        }
+        let bytes: usize = lines.ready.iter().map(String::len).sum();
+        assert!(bytes <= MOST_SAID);
+        assert!(lines.ready.last().unwrap().contains("left out"));
+    }
+
+    #[test]
+    fn stages_lead_to_the_last_one() {
+        let text = "FROM a AS one\nRUN 1\nFROM b AS two\nRUN 2\nFROM One AS three\nRUN 3\nFROM three\nRUN 4\n";
+        let dockerfile = Dockerfile::parse(text).unwrap();
+        let (base, stages) = chain(&dockerfile, &BTreeMap::new()).unwrap();
+        let names: Vec<_> = stages.iter().map(|stage| stage.name.as_deref()).collect();
+        assert_eq!(
+            (base.as_str(), names),
+            ("a", vec![Some("one"), Some("three"), None])
+        );
+        let dockerfile = Dockerfile::parse("FROM x AS x\nFROM x\n").unwrap();
+        let (base, stages) = chain(&dockerfile, &BTreeMap::new()).unwrap();
+        assert_eq!((base.as_str(), stages.len()), ("x", 2));
+    }
+
+    #[test]
+    fn a_key_is_of_all_a_step_depends_on() {
+        let action = |text: &str| Action::Run {
+            argv: vec!["sh".into(), text.into()],
+        };
+        let state = State::new(vec![("A".into(), "1".into())], "/", "");
+        let before = first_key(&[]);
+        let key = next_key(&before, &action("x"), &state);
+        assert_eq!(key, next_key(&before, &action("x"), &state));
+        let mut others = vec![
+            next_key(&key, &action("x"), &state),
+            next_key(&before, &action("y"), &state),
+        ];
+        let mut changed = state.clone();
+        changed.user = "me".into();
+        others.push(next_key(&before, &action("x"), &changed));
+        let mut changed = state.clone();
+        changed.cwd = "/x".into();
+        others.push(next_key(&before, &action("x"), &changed));
+        let mut changed = state;
+        changed.args.insert("B".into(), "2".into());
+        others.push(next_key(&before, &action("x"), &changed));
+        others.push(next_key(&before, &Action::MakeFolder("x".into()), &changed));
+        assert!(others.iter().all(|other| *other != key));
+    }
+}

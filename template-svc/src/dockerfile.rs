@@ -1,0 +1,649 @@
+//! Dockerfiles, as the Dockerfile reference of BuildKit has them: from text to what is to be done, one stage after the other. Pure.
+//!
+//! `parse-dockerfile` tells instructions apart; words, quotes and variables are taken apart here ([`words`]), because what they mean depends
+//! on the environment of the image below. Every error says where: line and column.
+
+use std::collections::BTreeMap;
+
+use parse_dockerfile::{Command, Instruction as Parsed, Span};
+
+pub mod words;
+
+use words::{Lexer, WordError};
+
+/// Bytes of a Dockerfile that is read; BuildKit takes no more in a line than 64 KiB.
+pub const LARGEST: usize = 1 << 20;
+/// Characters of an instruction that are shown.
+const LONGEST_SHOWN: usize = 120;
+/// Of an image that has none, as BuildKit has it.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+const SHELL: [&str; 2] = ["/bin/sh", "-c"];
+
+/// What is wrong with a Dockerfile, and where.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}, column {column}: {message}")]
+pub struct DockerfileError {
+    /// From 1.
+    pub line: usize,
+    /// From 1.
+    pub column: usize,
+    /// What is wrong, or what was expected.
+    pub message: String,
+}
+
+/// A Dockerfile that parses.
+#[derive(Debug, Clone)]
+pub struct Dockerfile {
+    /// `ARG`s before the first `FROM`, with their defaults.
+    globals: Vec<Step>,
+    /// In order; the last is what is built.
+    pub stages: Vec<Stage>,
+    lexer: Lexer,
+}
+
+/// A stage: what it begins with, and what is done upon it.
+#[derive(Debug, Clone)]
+pub struct Stage {
+    /// The image or template, as it stands there.
+    base: String,
+    /// `AS`.
+    pub name: Option<String>,
+    /// Of its `FROM`.
+    place: Place,
+    /// In order.
+    pub steps: Vec<Step>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    line: usize,
+    column: usize,
+}
+
+impl Place {
+    fn error(self, message: impl Into<String>) -> DockerfileError {
+        DockerfileError {
+            line: self.line,
+            column: self.column,
+            message: message.into(),
+        }
+    }
+}
+
+/// An instruction.
+#[derive(Debug, Clone)]
+pub struct Step {
+    place: Place,
+    /// As it stands there, on one line.
+    pub text: String,
+    instruction: Instruction,
+}
+
+impl Step {
+    /// Where it stands, from 1.
+    pub fn line(&self) -> usize {
+        self.place.line
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Instruction {
+    Run(Words),
+    Env(String),
+    Arg(String),
+    Workdir(String),
+    User(String),
+    Shell(Vec<String>),
+    Cmd(Words),
+    Entrypoint(Words),
+    /// Nothing comes of it, which is said.
+    Told(&'static str),
+    /// It cannot be built yet.
+    NotYet(&'static str),
+}
+
+/// A command: as a list, or as text for the shell.
+#[derive(Debug, Clone)]
+enum Words {
+    Exec(Vec<String>),
+    Shell(String),
+    /// A script of its own.
+    Script(String),
+}
+
+/// What is to be done in a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// A program runs to its end.
+    Run {
+        /// Program and arguments.
+        argv: Vec<String>,
+    },
+    /// A folder is made, with those above it.
+    MakeFolder(String),
+}
+
+/// What holds for what comes next: of the image below, then as instructions change it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    /// In order.
+    pub env: Vec<(String, String)>,
+    /// Build arguments of this stage; the environment comes before them.
+    pub args: BTreeMap<String, String>,
+    /// Absolute.
+    pub cwd: String,
+    /// Empty for root.
+    pub user: String,
+    shell: Vec<String>,
+    /// `ENTRYPOINT`.
+    pub entrypoint: Vec<String>,
+    /// `CMD`.
+    pub command: Vec<String>,
+}
+
+impl State {
+    /// Of an image with that environment, folder and user.
+    pub fn new(env: Vec<(String, String)>, cwd: &str, user: &str) -> Self {
+        let mut env = env;
+        if !env.iter().any(|(name, _)| name == "PATH") {
+            env.push(("PATH".to_owned(), PATH.to_owned()));
+        }
+        Self {
+            env,
+            args: BTreeMap::new(),
+            cwd: if cwd.starts_with('/') { cwd } else { "/" }.to_owned(),
+            user: user.to_owned(),
+            shell: SHELL.map(str::to_owned).to_vec(),
+            entrypoint: Vec::new(),
+            command: Vec::new(),
+        }
+    }
+
+    /// What programs of the build see: arguments, and over them the environment.
+    pub fn visible(&self) -> BTreeMap<String, String> {
+        let mut all = self.args.clone();
+        all.extend(self.env.iter().cloned());
+        all
+    }
+
+    fn set(&mut self, name: String, value: String) {
+        match self.env.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, old)) => *old = value,
+            None => self.env.push((name, value)),
+        }
+    }
+
+    fn argv(&self, words: &Words) -> Vec<String> {
+        let with = |text: &String| [self.shell.as_slice(), std::slice::from_ref(text)].concat();
+        match words {
+            Words::Exec(words) => words.clone(),
+            // One that says who reads it is a program (execve(2), "Interpreter scripts").
+            Words::Script(text) if text.starts_with("#!") => {
+                let script = "f=$(mktemp) && printf %s \"$0\" >\"$f\" && chmod +x \"$f\" && { \"$f\"; s=$?; rm -f \"$f\"; exit $s; }";
+                vec![
+                    SHELL[0].into(),
+                    SHELL[1].into(),
+                    script.into(),
+                    text.clone(),
+                ]
+            }
+            Words::Shell(text) | Words::Script(text) => with(text),
+        }
+    }
+}
+
+impl Dockerfile {
+    /// Parses.
+    pub fn parse(text: &str) -> Result<Self, DockerfileError> {
+        let beginning = Place { line: 1, column: 1 };
+        if text.len() > LARGEST {
+            return Err(beginning.error(format!("a Dockerfile is at most {LARGEST} bytes")));
+        }
+        let (text, bodies) = words::take_here_documents(text);
+        let parsed = parse_dockerfile::parse(&text).map_err(|error| DockerfileError {
+            line: error.line().max(1),
+            column: error.column().max(1),
+            message: reason(&error.to_string()),
+        })?;
+        let escape = parsed.parser_directives.escape.as_ref();
+        let lexer = Lexer {
+            escape: escape.map_or('\\', |directive| directive.value.value),
+        };
+        let reading = Reading {
+            text: &text,
+            bodies: &bodies,
+            lexer,
+        };
+        let mut globals = Vec::new();
+        let mut stages: Vec<Stage> = Vec::new();
+        for instruction in &parsed.instructions {
+            if let Parsed::From(from) = instruction {
+                let place = reading.place(&from.from.span);
+                if from
+                    .options
+                    .iter()
+                    .any(|flag| flag.name.value != "platform")
+                {
+                    return Err(place.error("of options FROM knows --platform only"));
+                }
+                stages.push(Stage {
+                    base: reading.raw(&from.image.span),
+                    name: from.as_.as_ref().map(|(_, name)| name.value.to_string()),
+                    place,
+                    steps: Vec::new(),
+                });
+                continue;
+            }
+            let step = reading.step(instruction)?;
+            match (stages.last_mut(), &step.instruction) {
+                (Some(stage), _) => stage.steps.push(step),
+                (None, Instruction::Arg(_)) => globals.push(step),
+                (None, _) => return Err(step.place.error("expected FROM or ARG")),
+            }
+        }
+        if stages.is_empty() {
+            return Err(beginning.error("it has no FROM"));
+        }
+        Ok(Self {
+            globals,
+            stages,
+            lexer,
+        })
+    }
+
+    /// Whether all of it can be built.
+    pub fn check(&self) -> Result<(), DockerfileError> {
+        let steps = self.stages.iter().flat_map(|stage| &stage.steps);
+        let not_yet = |step: &Step| match step.instruction {
+            Instruction::NotYet(what) => Some(step.place.error(what)),
+            _ => None,
+        };
+        steps.into_iter().find_map(not_yet).map_or(Ok(()), Err)
+    }
+
+    /// The image or template that a stage begins with, when these arguments are given.
+    pub fn base(
+        &self,
+        stage: &Stage,
+        given: &BTreeMap<String, String>,
+    ) -> Result<String, DockerfileError> {
+        let globals = self.globals(given)?;
+        let base = self.lexer.word(&stage.base, &globals);
+        let base = base.map_err(|error| stage.place.error(error.to_string()))?;
+        if base.is_empty() {
+            return Err(stage
+                .place
+                .error("FROM names nothing: its variables are empty"));
+        }
+        Ok(base)
+    }
+
+    fn globals(
+        &self,
+        given: &BTreeMap<String, String>,
+    ) -> Result<BTreeMap<String, String>, DockerfileError> {
+        let mut globals = BTreeMap::new();
+        for step in &self.globals {
+            let Instruction::Arg(text) = &step.instruction else {
+                continue;
+            };
+            let failed = |error: WordError| step.place.error(error.to_string());
+            for (name, default) in self.lexer.arguments(text, &globals).map_err(failed)? {
+                let value = given.get(&name).cloned().or(default);
+                globals.insert(name, value.unwrap_or_default());
+            }
+        }
+        Ok(globals)
+    }
+
+    /// Follows an instruction: changes what holds, and says what is to be done, and what there is to say of it.
+    pub fn follow(
+        &self,
+        step: &Step,
+        state: &mut State,
+        given: &BTreeMap<String, String>,
+    ) -> Result<(Option<Action>, Option<String>), DockerfileError> {
+        let failed = |error: WordError| step.place.error(error.to_string());
+        let visible = state.visible();
+        let word = |text: &str| self.lexer.word(text, &visible).map_err(failed);
+        match &step.instruction {
+            Instruction::Run(words) => {
+                let argv = state.argv(words);
+                return Ok((Some(Action::Run { argv }), None));
+            }
+            Instruction::Env(text) => {
+                for (name, value) in self.lexer.pairs(text, &visible).map_err(failed)? {
+                    state.set(name, value);
+                }
+            }
+            Instruction::Arg(text) => {
+                let globals = self.globals(given)?;
+                for (name, default) in self.lexer.arguments(text, &visible).map_err(failed)? {
+                    let value = given.get(&name).cloned().or(default);
+                    // One that was set before the first FROM keeps that value, if it is named again.
+                    if let Some(value) = value.or_else(|| globals.get(&name).cloned()) {
+                        state.args.insert(name, value);
+                    }
+                }
+            }
+            Instruction::Workdir(text) => {
+                state.cwd = words::join(&state.cwd, &word(text)?);
+                return Ok((Some(Action::MakeFolder(state.cwd.clone())), None));
+            }
+            Instruction::User(text) => {
+                let user = word(text)?;
+                let (name, group) = match user.split_once(':') {
+                    Some((name, group)) => (name.to_owned(), Some(group.to_owned())),
+                    None => (user, None),
+                };
+                if name.is_empty() {
+                    return Err(step.place.error("USER names nobody"));
+                }
+                state.user = name;
+                let told = group.map(|group| {
+                    format!("the group {group:?} is left out: processes have those of their user")
+                });
+                return Ok((None, told));
+            }
+            Instruction::Shell(words) => state.shell.clone_from(words),
+            Instruction::Cmd(words) => state.command = state.argv(words),
+            Instruction::Entrypoint(words) => {
+                state.entrypoint = state.argv(words);
+                state.command.clear();
+            }
+            Instruction::Told(what) => return Ok((None, Some((*what).to_owned()))),
+            Instruction::NotYet(what) => return Err(step.place.error(*what)),
+        }
+        Ok((None, None))
+    }
+}
+
+/// What the parser says, without the place it says, too.
+fn reason(said: &str) -> String {
+    let said = said.split(" at line ").next().unwrap_or(said);
+    said.to_owned()
+}
+
+struct Reading<'a> {
+    text: &'a str,
+    /// Here-documents within commands, by the line of the command.
+    bodies: &'a BTreeMap<usize, String>,
+    lexer: Lexer,
+}
+
+impl Reading<'_> {
+    fn place(&self, span: &Span) -> Place {
+        let before = self.text.get(..span.start).unwrap_or_default();
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        let in_line = before.get(line_start..).unwrap_or_default();
+        Place {
+            line: before.matches('\n').count() + 1,
+            column: in_line.chars().count() + 1,
+        }
+    }
+
+    /// As it stands there, with its lines joined.
+    fn raw(&self, span: &Span) -> String {
+        let raw = self.text.get(span.clone()).unwrap_or_default();
+        self.lexer.joined(raw)
+    }
+
+    fn words(&self, command: &Command<'_>, script: Option<String>) -> Words {
+        match (command, script) {
+            (_, Some(script)) => Words::Script(script),
+            (Command::Exec(words), _) => {
+                let words = words.value.iter();
+                Words::Exec(words.map(|word| word.value.to_string()).collect())
+            }
+            (Command::Shell(text), _) => {
+                let line = self.place(&text.span).line;
+                let mut command = self.raw(&text.span);
+                if let Some(body) = self.bodies.get(&line) {
+                    command.push('\n');
+                    command.push_str(body);
+                }
+                Words::Shell(command)
+            }
+            // The crate may learn of others.
+            _ => Words::Shell(String::new()),
+        }
+    }
+
+    fn step(&self, parsed: &Parsed<'_>) -> Result<Step, DockerfileError> {
+        let (keyword, instruction) = match parsed {
+            Parsed::Run(run) => {
+                let place = self.place(&run.run.span);
+                if let Some(flag) = run.options.first() {
+                    let name = &flag.name.value;
+                    return Err(place.error(format!("RUN --{name} cannot be built yet")));
+                }
+                let script = run.here_docs.first().map(|it| it.value.to_string());
+                (
+                    &run.run,
+                    Instruction::Run(self.words(&run.arguments, script)),
+                )
+            }
+            Parsed::Env(env) => (&env.env, Instruction::Env(self.raw(&env.arguments.span))),
+            Parsed::Arg(arg) => (&arg.arg, Instruction::Arg(self.raw(&arg.arguments.span))),
+            Parsed::Workdir(it) => {
+                let text = self.raw(&it.arguments.span);
+                (&it.workdir, Instruction::Workdir(text))
+            }
+            Parsed::User(it) => (&it.user, Instruction::User(self.raw(&it.arguments.span))),
+            Parsed::Shell(it) => {
+                let words = it.arguments.iter();
+                let words = words.map(|word| word.value.to_string()).collect();
+                (&it.shell, Instruction::Shell(words))
+            }
+            Parsed::Cmd(it) => (&it.cmd, Instruction::Cmd(self.words(&it.arguments, None))),
+            Parsed::Entrypoint(it) => {
+                let words = self.words(&it.arguments, None);
+                (&it.entrypoint, Instruction::Entrypoint(words))
+            }
+            Parsed::Label(it) => (&it.label, Instruction::Told("labels are left out")),
+            Parsed::Maintainer(it) => (&it.maintainer, Instruction::Told("MAINTAINER is left out")),
+            Parsed::Expose(it) => {
+                let told = "EXPOSE needs nothing: every port of a session can be reached";
+                (&it.expose, Instruction::Told(told))
+            }
+            Parsed::Volume(it) => {
+                let told = "VOLUME needs nothing: all of a session's disk is its own";
+                (&it.volume, Instruction::Told(told))
+            }
+            Parsed::Healthcheck(it) => {
+                let told = "HEALTHCHECK is left out: sessions are not checked";
+                (&it.healthcheck, Instruction::Told(told))
+            }
+            Parsed::Stopsignal(it) => {
+                let told =
+                    "STOPSIGNAL is left out: a session's end is told to its processes by SIGTERM";
+                (&it.stopsignal, Instruction::Told(told))
+            }
+            Parsed::Onbuild(it) => {
+                let told = "ONBUILD is left out: it would be done in builds upon this one";
+                (&it.onbuild, Instruction::Told(told))
+            }
+            Parsed::Copy(it) => (&it.copy, Instruction::NotYet("COPY cannot be built yet")),
+            Parsed::Add(it) => (&it.add, Instruction::NotYet("ADD cannot be built yet")),
+            _ => {
+                let place = Place { line: 1, column: 1 };
+                return Err(place.error("it has an instruction that is not known"));
+            }
+        };
+        let place = self.place(&keyword.span);
+        let line = self.text.get(keyword.span.start..).unwrap_or_default();
+        let line = line.lines().next().unwrap_or_default();
+        Ok(Step {
+            place,
+            text: line.trim_end().chars().take(LONGEST_SHOWN).collect(),
+            instruction,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    /// What is done in the last stage, and what holds then.
+    fn done(text: &str, given: &[(&str, &str)]) -> (Vec<Action>, State) {
+        let dockerfile = Dockerfile::parse(text).unwrap();
+        let given: BTreeMap<String, String> = given
+            .iter()
+            .map(|(name, value)| ((*name).into(), (*value).into()))
+            .collect();
+        let env = vec![("PATH".into(), "/bin".into())];
+        let mut state = State::new(env, "", "");
+        let mut actions = Vec::new();
+        for step in &dockerfile.stages.last().unwrap().steps {
+            let (action, _) = dockerfile.follow(step, &mut state, &given).unwrap();
+            actions.extend(action);
+        }
+        (actions, state)
+    }
+
+    fn shell(text: &str) -> Action {
+        let argv = ["/bin/sh", "-c", text].map(str::to_owned).to_vec();
+        Action::Run { argv }
+    }
+
+    #[test]
+    fn commands_in_all_their_forms() {
+        let text = r#"FROM debian
+RUN apt-get update && \
+    # why
+    apt-get install -y \
+      python3
+RUN ["printf", "%s", "$HOME"]
+SHELL ["/bin/bash", "-ec"]
+RUN echo 'single  $quoted' "and \" more"
+"#;
+        let (actions, _) = done(text, &[]);
+        let argv = |words: &[&str]| Action::Run {
+            argv: words.iter().map(ToString::to_string).collect(),
+        };
+        assert_eq!(
+            actions,
+            [
+                shell("apt-get update &&     apt-get install -y       python3"),
+                argv(&["printf", "%s", "$HOME"]),
+                argv(&[
+                    "/bin/bash",
+                    "-ec",
+                    r#"echo 'single  $quoted' "and \" more""#
+                ]),
+            ]
+        );
+    }
+
+    #[test]
+    fn here_documents() {
+        let text = "FROM debian\nRUN <<EOF\nset -e\necho $HOME\nEOF\nRUN cat <<'A' >/a && cat <<-B >/b\none\nRUN two\nA\n\tthree\n\tB\nRUN <<EOF\n#!/usr/bin/python3\nprint(1)\nEOF\nUSER me\n";
+        let (actions, state) = done(text, &[]);
+        assert_eq!(actions[0], shell("set -e\necho $HOME\n"));
+        let two = "cat <<'A' >/a && cat <<-B >/b\none\nRUN two\nA\n\tthree\n\tB\n";
+        assert_eq!(actions[1], shell(two));
+        let Action::Run { argv } = &actions[2] else {
+            panic!()
+        };
+        assert_eq!(argv.last().unwrap(), "#!/usr/bin/python3\nprint(1)\n");
+        assert_eq!(state.user, "me");
+    }
+
+    #[test]
+    fn variables() {
+        let text = r#"ARG base=debian
+ARG tag=12
+FROM ${base}:${tag:-x} AS final
+ARG base
+ARG who=nobody greeting
+ENV PATH=/opt/bin:$PATH A="one two" B='$A' C=a\ b
+ENV OLD it is
+ENV D=${A:+set} E=${missing:-un set} F=$who-${greeting}
+WORKDIR /srv
+WORKDIR app/${who}
+WORKDIR ../x
+RUN true
+"#;
+        let dockerfile = Dockerfile::parse(text).unwrap();
+        let none = BTreeMap::new();
+        assert_eq!(
+            dockerfile.base(&dockerfile.stages[0], &none).unwrap(),
+            "debian:12"
+        );
+        let given = BTreeMap::from([("tag".to_owned(), "13".to_owned())]);
+        assert_eq!(
+            dockerfile.base(&dockerfile.stages[0], &given).unwrap(),
+            "debian:13"
+        );
+        let (actions, state) = done(text, &[("greeting", "hi"), ("other", "x")]);
+        let env = [
+            ("PATH", "/opt/bin:/bin"),
+            ("A", "one two"),
+            ("B", "$A"),
+            ("C", "a b"),
+            ("OLD", "it is"),
+            ("D", "set"),
+            ("E", "un set"),
+            ("F", "nobody-hi"),
+        ];
+        let env = env.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(state.env, env);
+        assert_eq!(state.args["base"], "debian");
+        assert_eq!(state.args["greeting"], "hi");
+        assert!(!state.args.contains_key("other"));
+        let folders: Vec<_> = actions
+            .iter()
+            .filter_map(|action| match action {
+                Action::MakeFolder(path) => Some(path.as_str()),
+                Action::Run { .. } => None,
+            })
+            .collect();
+        assert_eq!(folders, ["/srv", "/srv/app/nobody", "/srv/app/x"]);
+    }
+
+    #[test]
+    fn what_is_started_later_is_known() {
+        let text = "FROM a\nCMD first\nENTRYPOINT [\"/serve\"]\nCMD [\"--port\", \"80\"]\n";
+        let (_, state) = done(text, &[]);
+        assert_eq!(state.entrypoint, ["/serve"]);
+        assert_eq!(state.command, ["--port", "80"]);
+        let (_, state) = done("FROM a\nCMD first\nENTRYPOINT serve\n", &[]);
+        assert_eq!(state.entrypoint, ["/bin/sh", "-c", "serve"]);
+        assert!(state.command.is_empty());
+    }
+
+    #[rstest]
+    #[case::nothing("", 1, "FROM")]
+    #[case::unknown("FROM a\n  RUNN x\n", 2, "instruction")]
+    #[case::too_early("RUN x\nFROM a\n", 1, "FROM")]
+    #[case::no_name("FROM a AS\n", 1, "AS")]
+    #[case::no_end("FROM a\nRUN <<EOF\nx\n", 3, "EOF")]
+    #[case::copy("FROM a\n\nCOPY x /\n", 3, "COPY cannot be built yet")]
+    #[case::mount("FROM a\nRUN --mount=type=cache,target=/x y\n", 2, "RUN --mount")]
+    #[case::quote("FROM a\nENV A=\"x\n", 2, "quote")]
+    #[case::brace("FROM a\nENV A=${x\n", 2, "}")]
+    #[case::modifier("FROM a\nENV A=${x%y}\n", 2, "${x%")]
+    #[case::env("FROM a\nENV A=1 B\n", 2, "=")]
+    #[case::required("FROM a\nENV A=${x:?not given}\n", 2, "not given")]
+    #[case::empty_base("FROM $missing\n", 1, "names nothing")]
+    fn errors_say_where(#[case] text: &str, #[case] line: usize, #[case] message: &str) {
+        let found = (|| {
+            let dockerfile = Dockerfile::parse(text)?;
+            let none = BTreeMap::new();
+            for stage in &dockerfile.stages {
+                dockerfile.base(stage, &none)?;
+                let mut state = State::new(Vec::new(), "", "");
+                for step in &stage.steps {
+                    dockerfile.follow(step, &mut state, &none)?;
+                }
+            }
+            Ok::<_, DockerfileError>(())
+        })();
+        let error = found.unwrap_err();
+        assert_eq!(error.line, line, "{error}");
+        assert!(error.to_string().contains(message), "{error}");
+    }
+}
