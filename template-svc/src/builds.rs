@@ -7,7 +7,7 @@ use std::{
     panic::AssertUnwindSafe,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::{FutureExt as _, future};
@@ -114,6 +114,9 @@ enum BuildError {
     },
     #[error("cancelled")]
     Cancelled,
+    /// Another builder has it by now.
+    #[error("taken by another builder")]
+    Lost,
 }
 
 impl From<ImageError> for BuildError {
@@ -282,17 +285,27 @@ impl Builder {
         };
         let outcome = tokio::select! {
             outcome = build => outcome,
-            outcome = self.keep(&id) => outcome,
+            outcome = self.keep(&id, stored.attempts) => outcome,
         };
         let ended = match outcome {
             Ok(()) => return true,
             Err(BuildError::Cancelled) => self.store.log(&id, "cancelled").await,
+            Err(BuildError::Lost) => {
+                tracing::warn!(build_id = id, "another builder has the build");
+                return false;
+            }
             Err(BuildError::Failed { reason, message }) => {
                 tracing::warn!(build_id = id, %reason, message, "build failed");
                 match self.store.log(&id, &format!("failed: {message}")).await {
                     Ok(()) => self
                         .store
-                        .end_build(&id, BuildState::Failed, &reason, &message)
+                        .end_build(
+                            &id,
+                            Some(stored.attempts),
+                            BuildState::Failed,
+                            &reason,
+                            &message,
+                        )
                         .await
                         .map(drop),
                     Err(error) => Err(error),
@@ -327,14 +340,29 @@ impl Builder {
         logged.map(|()| done).map_err(BuildError::Store)
     }
 
-    /// Renews the lease for as long as the build runs; returns when it was cancelled.
-    async fn keep(&self, id: &str) -> Result<(), BuildError> {
+    /// Renews the lease for as long as the build runs; returns when it was cancelled, or is another's.
+    async fn keep(&self, id: &str, attempt: u32) -> Result<(), BuildError> {
+        let mut renewed = Instant::now();
         loop {
             tokio::time::sleep(RENEW_EVERY).await;
-            match self.store.renew_build(id, LEASE).await {
-                Ok(true) => {}
-                Ok(false) => return Err(BuildError::Cancelled),
-                Err(error) => tracing::warn!(build_id = id, %error, "lease not renewed"),
+            match self.store.renew_build(id, attempt, LEASE).await {
+                Ok(true) => renewed = Instant::now(),
+                Ok(false) => {
+                    let state = self
+                        .store
+                        .build(id)
+                        .await?
+                        .map(|stored| stored.build.state());
+                    return Err(match state {
+                        Some(BuildState::Running) => BuildError::Lost,
+                        _ => BuildError::Cancelled,
+                    });
+                }
+                Err(error) if renewed.elapsed() < LEASE => {
+                    tracing::warn!(build_id = id, %error, "lease not renewed");
+                }
+                // By now another one may have it.
+                Err(_) => return Err(BuildError::Lost),
             }
         }
     }

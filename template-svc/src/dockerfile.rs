@@ -9,12 +9,27 @@ use parse_dockerfile::{Command, Instruction as Parsed, Span};
 
 pub mod words;
 
-use words::{Lexer, WordError};
+use words::{Here, Lexer, WordError};
 
-/// Bytes of a Dockerfile that is read; BuildKit takes no more in a line than 64 KiB.
-pub const LARGEST: usize = 1 << 20;
+/// Bytes and instructions of a Dockerfile, at most.
+pub const LARGEST: usize = 256 << 10;
+const MOST_INSTRUCTIONS: usize = 1000;
+/// Bytes of an environment, and of build arguments.
+const MOST_VARIABLES: usize = 64 << 10;
 /// Characters of an instruction that are shown.
 const LONGEST_SHOWN: usize = 120;
+const TOO_MUCH: &str = "the environment, or the build arguments, are more than 64 KiB";
+/// Arguments that are there without being given (Dockerfile reference, "Automatic platform ARGs"): guests have this host's platform.
+const PLATFORM: [(&str, &str); 8] = [
+    ("TARGETPLATFORM", "linux/amd64"),
+    ("TARGETOS", "linux"),
+    ("TARGETARCH", "amd64"),
+    ("TARGETVARIANT", ""),
+    ("BUILDPLATFORM", "linux/amd64"),
+    ("BUILDOS", "linux"),
+    ("BUILDARCH", "amd64"),
+    ("BUILDVARIANT", ""),
+];
 /// Of an image that has none, as BuildKit has it.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const SHELL: [&str; 2] = ["/bin/sh", "-c"];
@@ -173,6 +188,21 @@ impl State {
         }
     }
 
+    /// Whether it is no more than may be.
+    fn fits(&self) -> bool {
+        let env: usize = self
+            .env
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
+        let args: usize = self
+            .args
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
+        env.max(args) <= MOST_VARIABLES
+    }
+
     fn argv(&self, words: &Words) -> Vec<String> {
         let with = |text: &String| [self.shell.as_slice(), std::slice::from_ref(text)].concat();
         match words {
@@ -199,16 +229,30 @@ impl Dockerfile {
         if text.len() > LARGEST {
             return Err(beginning.error(format!("a Dockerfile is at most {LARGEST} bytes")));
         }
-        let (text, bodies) = words::take_here_documents(text);
+        let text = text.trim_start_matches('\u{feff}').replace("\r\n", "\n");
+        let lexer = Lexer {
+            escape: escape_of(&text),
+        };
+        let (text, bodies) = words::take_here_documents(&text, lexer).map_err(|endless| {
+            let place = Place {
+                line: endless.line,
+                column: 1,
+            };
+            place.error(format!(
+                "expected a line {:?} that ends the here-document",
+                endless.end
+            ))
+        })?;
         let parsed = parse_dockerfile::parse(&text).map_err(|error| DockerfileError {
             line: error.line().max(1),
             column: error.column().max(1),
             message: reason(&error.to_string()),
         })?;
-        let escape = parsed.parser_directives.escape.as_ref();
-        let lexer = Lexer {
-            escape: escape.map_or('\\', |directive| directive.value.value),
-        };
+        if parsed.instructions.len() > MOST_INSTRUCTIONS {
+            return Err(
+                beginning.error(format!("it has more than {MOST_INSTRUCTIONS} instructions"))
+            );
+        }
         let reading = Reading {
             text: &text,
             bodies: &bodies,
@@ -282,7 +326,11 @@ impl Dockerfile {
         &self,
         given: &BTreeMap<String, String>,
     ) -> Result<BTreeMap<String, String>, DockerfileError> {
-        let mut globals = BTreeMap::new();
+        let mut globals: BTreeMap<String, String> = PLATFORM
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        let mut bytes = 0;
         for step in &self.globals {
             let Instruction::Arg(text) = &step.instruction else {
                 continue;
@@ -290,7 +338,14 @@ impl Dockerfile {
             let failed = |error: WordError| step.place.error(error.to_string());
             for (name, default) in self.lexer.arguments(text, &globals).map_err(failed)? {
                 let value = given.get(&name).cloned().or(default);
-                globals.insert(name, value.unwrap_or_default());
+                let value = value
+                    .or_else(|| globals.get(&name).cloned())
+                    .unwrap_or_default();
+                bytes += name.len() + value.len();
+                globals.insert(name, value);
+                if bytes > MOST_VARIABLES {
+                    return Err(step.place.error(TOO_MUCH));
+                }
             }
         }
         Ok(globals)
@@ -304,6 +359,7 @@ impl Dockerfile {
         given: &BTreeMap<String, String>,
     ) -> Result<(Option<Action>, Option<String>), DockerfileError> {
         let failed = |error: WordError| step.place.error(error.to_string());
+        let is_grown = matches!(step.instruction, Instruction::Env(_) | Instruction::Arg(_));
         let visible = state.visible();
         let word = |text: &str| self.lexer.word(text, &visible).map_err(failed);
         match &step.instruction {
@@ -354,8 +410,25 @@ impl Dockerfile {
             Instruction::Told(what) => return Ok((None, Some((*what).to_owned()))),
             Instruction::NotYet(what) => return Err(step.place.error(*what)),
         }
+        if is_grown && !state.fits() {
+            return Err(step.place.error(TOO_MUCH));
+        }
         Ok((None, None))
     }
+}
+
+/// `\`, or what a directive at the beginning says (Dockerfile reference, "Parser directives").
+fn escape_of(text: &str) -> char {
+    let directives = text.lines().map_while(|line| line.trim().strip_prefix('#'));
+    let escape = directives.filter_map(|directive| {
+        let (name, value) = directive.split_once('=')?;
+        let is_escape = name.trim().eq_ignore_ascii_case("escape");
+        value.trim().chars().next().filter(|_| is_escape)
+    });
+    escape
+        .last()
+        .filter(|escape| *escape == '`')
+        .unwrap_or('\\')
 }
 
 /// What the parser says, without the place it says, too.
@@ -366,8 +439,8 @@ fn reason(said: &str) -> String {
 
 struct Reading<'a> {
     text: &'a str,
-    /// Here-documents within commands, by the line of the command.
-    bodies: &'a BTreeMap<usize, String>,
+    /// Commands with here-documents, by their line.
+    bodies: &'a BTreeMap<usize, Here>,
     lexer: Lexer,
 }
 
@@ -388,22 +461,17 @@ impl Reading<'_> {
         self.lexer.joined(raw)
     }
 
-    fn words(&self, command: &Command<'_>, script: Option<String>) -> Words {
-        match (command, script) {
-            (_, Some(script)) => Words::Script(script),
-            (Command::Exec(words), _) => {
+    fn words(&self, command: &Command<'_>) -> Words {
+        match command {
+            Command::Exec(words) => {
                 let words = words.value.iter();
                 Words::Exec(words.map(|word| word.value.to_string()).collect())
             }
-            (Command::Shell(text), _) => {
-                let line = self.place(&text.span).line;
-                let mut command = self.raw(&text.span);
-                if let Some(body) = self.bodies.get(&line) {
-                    command.push('\n');
-                    command.push_str(body);
-                }
-                Words::Shell(command)
-            }
+            Command::Shell(text) => match self.bodies.get(&self.place(&text.span).line) {
+                Some(Here::Script(text)) => Words::Script(text.clone()),
+                Some(Here::Command(text)) => Words::Shell(text.clone()),
+                None => Words::Shell(self.raw(&text.span)),
+            },
             // The crate may learn of others.
             _ => Words::Shell(String::new()),
         }
@@ -417,11 +485,7 @@ impl Reading<'_> {
                     let name = &flag.name.value;
                     return Err(place.error(format!("RUN --{name} cannot be built yet")));
                 }
-                let script = run.here_docs.first().map(|it| it.value.to_string());
-                (
-                    &run.run,
-                    Instruction::Run(self.words(&run.arguments, script)),
-                )
+                (&run.run, Instruction::Run(self.words(&run.arguments)))
             }
             Parsed::Env(env) => (&env.env, Instruction::Env(self.raw(&env.arguments.span))),
             Parsed::Arg(arg) => (&arg.arg, Instruction::Arg(self.raw(&arg.arguments.span))),
@@ -435,9 +499,9 @@ impl Reading<'_> {
                 let words = words.map(|word| word.value.to_string()).collect();
                 (&it.shell, Instruction::Shell(words))
             }
-            Parsed::Cmd(it) => (&it.cmd, Instruction::Cmd(self.words(&it.arguments, None))),
+            Parsed::Cmd(it) => (&it.cmd, Instruction::Cmd(self.words(&it.arguments))),
             Parsed::Entrypoint(it) => {
-                let words = self.words(&it.arguments, None);
+                let words = self.words(&it.arguments);
                 (&it.entrypoint, Instruction::Entrypoint(words))
             }
             Parsed::Label(it) => (&it.label, Instruction::Told("labels are left out")),
@@ -543,13 +607,69 @@ RUN echo 'single  $quoted' "and \" more"
         let text = "FROM debian\nRUN <<EOF\nset -e\necho $HOME\nEOF\nRUN cat <<'A' >/a && cat <<-B >/b\none\nRUN two\nA\n\tthree\n\tB\nRUN <<EOF\n#!/usr/bin/python3\nprint(1)\nEOF\nUSER me\n";
         let (actions, state) = done(text, &[]);
         assert_eq!(actions[0], shell("set -e\necho $HOME\n"));
-        let two = "cat <<'A' >/a && cat <<-B >/b\none\nRUN two\nA\n\tthree\n\tB\n";
+        let two = "cat <<'A' >/a && cat <<-B >/b\none\nRUN two\nA\nthree\nB\n";
         assert_eq!(actions[1], shell(two));
         let Action::Run { argv } = &actions[2] else {
             panic!()
         };
         assert_eq!(argv.last().unwrap(), "#!/usr/bin/python3\nprint(1)\n");
         assert_eq!(state.user, "me");
+    }
+
+    #[rstest]
+    #[case(
+        "RUN mkdir /x && \\\n  # why\n  cat <<END-OF-IT >/x/y\nUSER no\nEND-OF-IT\n",
+        "mkdir /x &&   cat <<END-OF-IT >/x/y\nUSER no\nEND-OF-IT\n"
+    )]
+    #[case("RUN <<EOF cat > /x\nhi\nEOF\n", "<<EOF cat > /x\nhi\nEOF\n")]
+    #[case(
+        "RUN [ -e /x ] || cat <<EOF\r\nhi\r\nEOF\r\n",
+        "[ -e /x ] || cat <<EOF\nhi\nEOF\n"
+    )]
+    #[case("RUN cat <<\"A B\"\nhi\nA B\n", "cat <<\"A B\"\nhi\nA B\n")]
+    fn here_documents_are_of_the_whole_instruction(#[case] run: &str, #[case] command: &str) {
+        let (actions, state) = done(&format!("\u{feff}FROM a\n{run}USER me\n"), &[]);
+        assert_eq!(actions, [shell(command)]);
+        assert_eq!(state.user, "me");
+    }
+
+    /// A few lines must not become more than memory holds.
+    #[rstest]
+    #[case("ENV A=xx\n", "ENV A=$A$A\n")]
+    #[case("ARG A=xx\n", "ARG A=$A$A\n")]
+    #[case("ENV A=xx\n", "ENV A=\"$A$A$A$A$A$A$A$A\"\n")]
+    #[case("", "ENV A$RANDOM=1\n")]
+    fn variables_do_not_grow_without_end(#[case] first: &str, #[case] then: &str) {
+        let text = format!("FROM a\n{first}{}", then.repeat(998));
+        let dockerfile = Dockerfile::parse(&text).unwrap();
+        let (mut state, none) = (State::new(Vec::new(), "", ""), BTreeMap::new());
+        let steps = &dockerfile.stages[0].steps;
+        let failed = steps
+            .iter()
+            .find_map(|step| dockerfile.follow(step, &mut state, &none).err());
+        assert_eq!(failed.is_some(), !first.is_empty());
+        assert!(
+            state
+                .env
+                .iter()
+                .map(|(_, value)| value.len())
+                .sum::<usize>()
+                <= 2 * MOST_VARIABLES
+        );
+        let text = format!("FROM a\n{}", "RUN x\n".repeat(MOST_INSTRUCTIONS));
+        assert!(Dockerfile::parse(&text).is_err());
+    }
+
+    #[test]
+    fn the_platform_is_known() {
+        let text =
+            "ARG TARGETARCH\nFROM a-${TARGETARCH}\nARG TARGETARCH\nENV A=$TARGETARCH B=$TARGETOS\n";
+        let dockerfile = Dockerfile::parse(text).unwrap();
+        let base = dockerfile.base(&dockerfile.stages[0], &BTreeMap::new());
+        assert_eq!(base.unwrap(), "a-amd64");
+        let (_, state) = done(text, &[]);
+        let of = |name: &str| state.visible().remove(name).unwrap();
+        assert_eq!((of("A"), of("B")), ("amd64".into(), String::new()));
     }
 
     #[test]
@@ -620,7 +740,7 @@ RUN true
     #[case::unknown("FROM a\n  RUNN x\n", 2, "instruction")]
     #[case::too_early("RUN x\nFROM a\n", 1, "FROM")]
     #[case::no_name("FROM a AS\n", 1, "AS")]
-    #[case::no_end("FROM a\nRUN <<EOF\nx\n", 3, "EOF")]
+    #[case::no_end("FROM a\nRUN <<EOF\nx\n", 2, "EOF")]
     #[case::copy("FROM a\n\nCOPY x /\n", 3, "COPY cannot be built yet")]
     #[case::mount("FROM a\nRUN --mount=type=cache,target=/x y\n", 2, "RUN --mount")]
     #[case::quote("FROM a\nENV A=\"x\n", 2, "quote")]

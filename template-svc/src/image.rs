@@ -176,19 +176,7 @@ impl Defaults {
     /// Whether processes can be started so, in that root. Blocking.
     pub fn check(&self, root: &Path) -> Result<(), ImageError> {
         let wrong = |why: String| malformed("config", why);
-        for (name, value) in &self.env {
-            if name.is_empty() || name.contains('\0') || value.contains('\0') {
-                return Err(wrong(format!(
-                    "{name:?} is no name of an environment variable"
-                )));
-            }
-        }
-        let length = |(name, value): &(String, String)| name.len() + value.len();
-        if self.env.iter().map(length).sum::<usize>() > MOST_ENV {
-            return Err(wrong(format!(
-                "its environment is larger than {MOST_ENV} bytes"
-            )));
-        }
+        self.check_env()?;
         if self.user.is_empty() || self.user.parse::<u32>().is_ok() {
             // Numbers need no name.
             return Ok(());
@@ -205,6 +193,25 @@ impl Defaults {
                 self.user
             )))
         }
+    }
+
+    /// Whether programs can be given that environment.
+    pub fn check_env(&self) -> Result<(), ImageError> {
+        let wrong = |why: String| malformed("config", why);
+        for (name, value) in &self.env {
+            if name.is_empty() || name.contains('\0') || value.contains('\0') {
+                return Err(wrong(format!(
+                    "{name:?} is no name of an environment variable"
+                )));
+            }
+        }
+        let length = |(name, value): &(String, String)| name.len() + value.len();
+        if self.env.iter().map(length).sum::<usize>() > MOST_ENV {
+            return Err(wrong(format!(
+                "its environment is larger than {MOST_ENV} bytes"
+            )));
+        }
+        Ok(())
     }
 }
 

@@ -221,7 +221,7 @@ impl Store {
         row.map(Template::try_from).transpose()
     }
 
-    /// Keeps what builds use, as version 1 of a hidden name; one that is there stays.
+    /// Keeps what builds use, as version 1 of a hidden name, in place of what was kept before.
     pub async fn keep_hidden(
         &self,
         team: &str,
@@ -229,7 +229,8 @@ impl Store {
         spec: &Template,
     ) -> Result<(), StoreError> {
         sqlx::query(
-            "insert into template_versions (team, name, version, create_time, spec) values ($1, $2, 1, $3, $4) on conflict do nothing",
+            "insert into template_versions (team, name, version, create_time, spec) values ($1, $2, 1, $3, $4) \
+             on conflict (team, name, version) do update set create_time = $3, spec = $4",
         )
         .bind(team)
         .bind(name)
@@ -419,38 +420,57 @@ impl Store {
         row.map(StoredBuild::try_from).transpose()
     }
 
-    /// Keeps a build; `false` if it was cancelled.
-    pub async fn renew_build(&self, build_id: &str, lease: Duration) -> Result<bool, StoreError> {
+    /// Keeps a build; `false` if it was cancelled, or another builder has it: one is known by how often it had been taken then.
+    pub async fn renew_build(
+        &self,
+        build_id: &str,
+        attempt: u32,
+        lease: Duration,
+    ) -> Result<bool, StoreError> {
         let until = now().saturating_add(i64::try_from(lease.as_micros()).unwrap_or(i64::MAX));
-        let done =
-            sqlx::query("update builds set lease_until = $2 where build_id = $1 and state = 2")
-                .bind(build_id)
-                .bind(until)
-                .execute(&self.pool)
-                .await?;
+        let done = sqlx::query(
+            "update builds set lease_until = $2 where build_id = $1 and state = 2 and attempts = $3",
+        )
+        .bind(build_id)
+        .bind(until)
+        .bind(i64::from(attempt))
+        .execute(&self.pool)
+        .await?;
         Ok(done.rows_affected() > 0)
     }
 
-    /// Ends a build that has not ended; `false` if it has.
+    /// Ends a build that has not ended; `false` if it has, or if it is another builder's than the one of this attempt.
     pub async fn end_build(
         &self,
         build_id: &str,
+        attempt: Option<u32>,
         state: BuildState,
         reason: &str,
         message: &str,
     ) -> Result<bool, StoreError> {
         let done = sqlx::query(
             "update builds set state = $2, end_time = $3, error_reason = $4, error_message = $5, lease_until = null, secrets = null \
-             where build_id = $1 and state < 3",
+             where build_id = $1 and state < 3 and ($6::bigint is null or attempts = $6)",
         )
         .bind(build_id)
         .bind(state as i16)
         .bind(now())
         .bind(reason)
         .bind(presentable(message))
+        .bind(attempt.map(i64::from))
         .execute(&self.pool)
         .await?;
         Ok(done.rows_affected() > 0)
+    }
+
+    /// How many of a team's builds wait or run.
+    pub async fn unfinished(&self, team: &str) -> Result<i64, StoreError> {
+        let (count,): (i64,) =
+            sqlx::query_as("select count(*) from builds where state < 3 and team = $1")
+                .bind(team)
+                .fetch_one(&self.pool)
+                .await?;
+        Ok(count)
     }
 
     /// Stores what a build made as the next version, tags it, and ends the build: all or nothing.
@@ -496,15 +516,17 @@ impl Store {
             .await?;
         }
         let ended = sqlx::query(
-            "update builds set state = 3, end_time = $2, version = $3, lease_until = null, secrets = null where build_id = $1 and state = 2",
+            "update builds set state = 3, end_time = $2, version = $3, lease_until = null, secrets = null \
+             where build_id = $1 and state = 2 and attempts = $4",
         )
         .bind(&stored.build.build_id)
         .bind(now())
         .bind(version)
+        .bind(i64::from(stored.attempts))
         .execute(&mut *transaction)
         .await?;
         if ended.rows_affected() == 0 {
-            // Cancelled meanwhile: nothing of it is kept.
+            // Cancelled meanwhile, or another builder's: nothing of it is kept.
             return Ok(None);
         }
         transaction.commit().await?;

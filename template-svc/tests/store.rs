@@ -52,7 +52,7 @@ async fn credentials_go_with_the_build() {
     let secrets = Some(b"sealed".to_vec());
     let inserted = store.insert_build("b2", "team", "team", &request, secrets);
     inserted.await.unwrap();
-    let ended = store.end_build("b2", BuildState::Cancelled, "CANCELLED", "");
+    let ended = store.end_build("b2", None, BuildState::Cancelled, "CANCELLED", "");
     assert!(ended.await.unwrap());
     let pool = sqlx::PgPool::connect(&postgres.url()).await.unwrap();
     let kept = "select count(*), count(secrets) from sandmesh_template.builds";
@@ -67,7 +67,7 @@ async fn whatever_a_source_says_is_stored() {
     let store = store(&postgres).await;
     let said = format!("image \0a\u{1b}[2J{}", "x".repeat(1 << 20));
     store.log("b1", &said).await.unwrap();
-    let ended = store.end_build("b1", BuildState::Failed, "IMAGE_UNKNOWN", &said);
+    let ended = store.end_build("b1", None, BuildState::Failed, "IMAGE_UNKNOWN", &said);
     assert!(ended.await.unwrap());
     let build = store.build("b1").await.unwrap().unwrap().build;
     let (_, line) = store.log_after("b1", 0).await.unwrap().remove(0);
@@ -112,7 +112,7 @@ async fn hidden_templates_are_not_listed() {
     }
     let reference = TemplateRef::parse(&format!("{name}@1")).unwrap();
     let found = store.find("team", &reference).await.unwrap().unwrap();
-    assert_eq!((found.version, found.default_vcpus), (1, 1));
+    assert_eq!((found.version, found.default_vcpus), (1, 2));
     assert!(store.find("other", &reference).await.unwrap().is_none());
     assert!(store.names("team").await.unwrap().is_empty());
     assert!(store.list("team", "", 10).await.unwrap().is_empty());
@@ -158,7 +158,31 @@ async fn builds_are_taken_fairly() {
     }
     assert_eq!(taken, ["b1", "b4", "b2", "b5"]);
     // The third of a team waits until one of its others has ended.
-    let ended = store.end_build("b2", BuildState::Failed, "X", "");
+    let ended = store.end_build("b2", None, BuildState::Failed, "X", "");
     assert!(ended.await.unwrap());
     assert_eq!(take().await.as_deref(), Some("b3"));
+}
+
+/// One that has missed its lease neither keeps nor ends what another has taken.
+#[tokio::test]
+async fn a_build_is_its_last_builders() {
+    let postgres = Postgres::with(Durability::None).unwrap();
+    let store = store(&postgres).await;
+    let first = store.take_build(Duration::ZERO, 2).await.unwrap().unwrap();
+    let second = store.take_build(Duration::from_mins(1), 2).await.unwrap();
+    let second = second.unwrap();
+    let renew = async |attempt| {
+        let renewed = store.renew_build("b1", attempt, Duration::from_mins(1));
+        renewed.await.unwrap()
+    };
+    assert!(!renew(first.attempts).await);
+    assert!(renew(second.attempts).await);
+    let failed = store.end_build("b1", Some(first.attempts), BuildState::Failed, "X", "");
+    assert!(!failed.await.unwrap());
+    let spec = Template::default();
+    assert_eq!(store.publish(&first, &spec).await.unwrap(), None);
+    assert_eq!(store.unfinished("team").await.unwrap(), 1);
+    assert_eq!(store.publish(&second, &spec).await.unwrap(), Some(1));
+    assert!(!renew(second.attempts).await);
+    assert_eq!(store.unfinished("team").await.unwrap(), 0);
 }

@@ -308,9 +308,18 @@ where
             interrupted?;
             spinner.set_message("cancelling");
             let request = CancelBuildRequest { build_id };
-            client.cancel_build(request).await.map_err(said)?;
+            let answer = tokio::select! {
+                answer = client.cancel_build(request) => answer.map_err(said)?.into_inner(),
+                again = tokio::signal::ctrl_c() => {
+                    again?;
+                    bail!("the build may go on");
+                }
+            };
             spinner.finish_and_clear();
-            bail!("cancelled");
+            match answer.build.unwrap_or_default().state() {
+                BuildState::Cancelled => bail!("cancelled"),
+                state => bail!("the build had ended before: {state:?}"),
+            }
         }
     };
     spinner.finish_and_clear();
@@ -340,19 +349,21 @@ where
     T::Future: Send,
 {
     let (mut seen, mut before) = (0, 0);
-    let mut heard = Instant::now();
+    let mut failing = None;
     loop {
-        match follow_once(client, build_id, &mut seen, spinner).await {
+        let status = match follow_once(client, build_id, &mut seen, spinner).await {
             Ok(answer) => return Ok(answer),
-            // The build goes on without who watches it.
-            Err(status) if is_cut(&status) && heard.elapsed() < PATIENCE => {
-                tokio::time::sleep(LOOK_AGAIN).await;
-            }
-            Err(status) => return Err(said(status).into()),
-        }
+            Err(status) => status,
+        };
         if seen > before {
-            (before, heard) = (seen, Instant::now());
+            (before, failing) = (seen, None);
         }
+        // The build goes on without who watches it.
+        let since = *failing.get_or_insert_with(Instant::now);
+        if !is_cut(&status) || since.elapsed() > PATIENCE {
+            return Err(said(status).into());
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 

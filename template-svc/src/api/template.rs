@@ -31,6 +31,8 @@ use crate::{
 
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 const UPLOADS_AT_ONCE: usize = 8;
+/// Builds of a team that wait or run.
+const MOST_UNFINISHED: i64 = 100;
 const MOST_ARGS: usize = 256;
 const LARGEST_ARGS: usize = 64 << 10;
 const MOST_LOGINS: usize = 16;
@@ -300,6 +302,15 @@ impl TemplateService for TemplateApi {
             }
             None => return Err(Failure::field_invalid("source", "is required").into()),
         }
+        if self.store.unfinished(caller.team.as_str()).await? >= MOST_UNFINISHED {
+            return Err(Failure::new(
+                Code::ResourceExhausted,
+                Reason::new("TOO_MANY_BUILDS"),
+                format!("{MOST_UNFINISHED} builds of the team wait or run, the most there may be"),
+            )
+            .retry_after(Duration::from_mins(1))
+            .into());
+        }
         let template_team = if request.shared {
             ""
         } else {
@@ -398,6 +409,7 @@ impl TemplateService for TemplateApi {
         self.store
             .end_build(
                 &stored.build.build_id,
+                None,
                 BuildState::Cancelled,
                 "CANCELLED",
                 "cancelled by its owner",

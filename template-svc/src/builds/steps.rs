@@ -10,6 +10,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    sync::Arc,
     time::Duration,
 };
 
@@ -20,7 +21,10 @@ use proto::{
 };
 use sdk::{Command, Event, Exit, Sandbox};
 use service_kit::ids::{SessionId, TeamId};
-use tokio::time::Instant;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use super::{
     BuildError, Builder,
@@ -29,7 +33,7 @@ use super::{
 use crate::{
     artifact::ArtifactDigest,
     dockerfile::{Action, Dockerfile, DockerfileError, Stage, State, Step},
-    image::Defaults,
+    image::{Defaults, MOST_LAYERS},
     names::{self, TemplateRef},
     sessions::Sessions,
     store::StoredBuild,
@@ -45,9 +49,12 @@ const GRACE: Duration = Duration::from_mins(1);
 /// What steps say beyond it is left out of the log.
 const MOST_SAID: usize = 8 << 20;
 const LONGEST_LINE: usize = 4096;
+const ROW: usize = 64;
 /// Lines are stored so many at once, or after so long.
 const LINES_AT_ONCE: usize = 200;
 const LINGER: Duration = Duration::from_millis(200);
+/// Pieces of a step's output that wait.
+const PIECES: usize = 16;
 /// `SIGKILL`
 const KILL: i32 = 9;
 
@@ -67,7 +74,7 @@ impl From<sdk::Error> for BuildError {
 struct Planned<'a> {
     step: &'a Step,
     action: Action,
-    state: State,
+    state: Arc<State>,
     key: [u8; 32],
 }
 
@@ -90,7 +97,7 @@ impl Builder {
         let mut key = first_key(&made.layers);
         let mut planned = Vec::new();
         for stage in stages {
-            state.args.clear();
+            // Arguments of a stage hold in those that begin with it, too.
             for step in &stage.steps {
                 let (action, told) = dockerfile.follow(step, &mut state, &given)?;
                 if let Some(told) = told {
@@ -101,10 +108,13 @@ impl Builder {
                     continue;
                 };
                 key = next_key(&key, &action, &state);
+                // Most steps change nothing of it.
+                let same = planned.last().map(|last: &Planned<'_>| &last.state);
+                let same = same.filter(|same| ***same == state).cloned();
                 planned.push(Planned {
                     step,
                     action,
-                    state: state.clone(),
+                    state: same.unwrap_or_else(|| Arc::new(state.clone())),
                     key,
                 });
             }
@@ -123,6 +133,13 @@ impl Builder {
             )
         };
         let layers = layers.await.map_err(|_| late())??;
+        let defaults = Defaults {
+            env: state.env.clone(),
+            user: state.user.clone(),
+            cwd: state.cwd.clone(),
+            command: Vec::new(),
+        };
+        defaults.check_env()?;
         let name = last_name(&layers, &state.user);
         let known = self.store.version(&stored.team, &name, 1).await?;
         let mut packed = known.and_then(|known| known.rootfs);
@@ -145,12 +162,7 @@ impl Builder {
             packed = Some(rootfs);
         }
         Ok(Made {
-            defaults: Defaults {
-                env: state.env,
-                user: state.user,
-                cwd: state.cwd,
-                command: Vec::new(),
-            },
+            defaults,
             source_image: String::new(),
             layers,
             packed,
@@ -204,7 +216,10 @@ impl Builder {
         let mut layers = base.layers.clone();
         let mut done = 0;
         for (number, plan) in planned.iter().enumerate().rev() {
-            if let Some(known) = self.known(stored, &plan.key).await? {
+            let known = self.known(stored, &plan.key).await?;
+            // Upon the most there may be nothing can be laid.
+            let is_last = number + 1 == planned.len();
+            if let Some(known) = known.filter(|it| is_last || it.len() < MOST_LAYERS) {
                 (layers, done) = (known, number + 1);
                 break;
             }
@@ -217,6 +232,11 @@ impl Builder {
         let rest = planned.get(done..).unwrap_or_default();
         if rest.is_empty() {
             return Ok(layers);
+        }
+        if layers.len() >= MOST_LAYERS {
+            let message =
+                format!("what it begins with has {MOST_LAYERS} layers, the most there may be");
+            return Err(failed("TOO_MANY_LAYERS", message));
         }
         let team = TeamId::parse(&stored.team)
             .map_err(|error| failed("BUILD_FAILED", error.to_string()))?;
@@ -246,7 +266,7 @@ impl Builder {
             );
             self.store.log(id, &line).await?;
         }
-        running.stop().await?;
+        running.stop().await;
         layers.extend(change);
         Ok(layers)
     }
@@ -274,8 +294,16 @@ impl Builder {
         layers: &[Layer],
         making: &Making,
     ) -> Result<String, BuildError> {
-        let name = names::hidden(&hex::encode(first_key(layers)));
-        if self.store.version(&stored.team, &name, 1).await?.is_none() {
+        let mut hasher = blake3::Hasher::new_derive_key("sandmesh build: begin");
+        hasher.update(&first_key(layers));
+        // With another kernel it is another template.
+        for part in [&self.kernel.kernel, &self.kernel.modules] {
+            hasher.update(part.digest.as_bytes());
+        }
+        let name = names::hidden(&hasher.finalize().to_hex());
+        let known = self.store.version(&stored.team, &name, 1).await?;
+        let known = known.and_then(|known| known.rootfs);
+        if !known.is_some_and(|rootfs| self.is_kept(&rootfs)) {
             let id = &stored.build.build_id;
             self.store
                 .log(id, "packing what the steps begin with")
@@ -324,7 +352,22 @@ impl Builder {
             request_id: format!("build-{id}-{}", stored.attempts),
             ..CreateSessionRequest::default()
         };
-        let session = self.sessions.create(team, request).await?;
+        // Whatever becomes of this build meanwhile, what was made is ended.
+        let (tell, told) = oneshot::channel();
+        let (sessions, owner) = (self.sessions.clone(), team.clone());
+        tokio::spawn(async move {
+            let created = sessions.create(&owner, request).await;
+            if let Err(Ok(session)) = tell.send(created) {
+                drop(Running {
+                    sessions,
+                    team: owner,
+                    id: SessionId::parse(&session.session_id).ok(),
+                    sandbox: None,
+                });
+            }
+        });
+        let gone = |_| failed("SANDBOX_FAILED", "its session was not made");
+        let session = told.await.map_err(gone)??;
         let mut running = Running {
             sessions: self.sessions.clone(),
             team: team.clone(),
@@ -364,25 +407,36 @@ impl Builder {
             backpressure: Backpressure::Always,
             ..Command::new(argv)
         };
-        let process = async {
+        let (tell, mut told) = mpsc::channel(PIECES);
+        // Waits undisturbed: the stream is taken up again when it breaks.
+        let run = async move {
             let mut process = sandbox.start(command).await?;
+            loop {
+                let (is_stderr, bytes) = match process.next().await? {
+                    Some(Event::Stdout(bytes)) => (false, bytes),
+                    Some(Event::Stderr(bytes)) => (true, bytes),
+                    Some(Event::Started { .. }) => continue,
+                    Some(Event::Exited(exit)) => {
+                        // Nothing of it is to run on into the next step; if it has ended already, so much the better.
+                        let _ = process.remote().signal_to(KILL, SignalTarget::All).await;
+                        return Ok::<_, BuildError>(exit);
+                    }
+                    None => return Err(failed("SANDBOX_FAILED", "a step ended unheard")),
+                };
+                if tell.send((is_stderr, bytes)).await.is_err() {
+                    // Whoever was to hear it has failed, and says why.
+                    return Err(BuildError::Cancelled);
+                }
+            }
+        };
+        let log = async {
             let mut lines = Lines::default();
             loop {
-                // Who says nothing is listened to all the same; what was said is not held back.
-                if let Ok(event) = tokio::time::timeout(LINGER, process.next()).await {
-                    match event? {
-                        Some(Event::Stdout(bytes)) => lines.push(false, &bytes, said),
-                        Some(Event::Stderr(bytes)) => lines.push(true, &bytes, said),
-                        Some(Event::Started { .. }) => {}
-                        Some(Event::Exited(exit)) => {
-                            lines.end(said);
-                            self.store.log_all(id, &lines.ready).await?;
-                            // Nothing of it is to run on into the next step; if it has ended already, so much the better.
-                            let _ = process.remote().signal_to(KILL, SignalTarget::All).await;
-                            return Ok::<_, BuildError>(exit);
-                        }
-                        None => return Err(failed("SANDBOX_FAILED", "a step ended unheard")),
-                    }
+                // What was said is not held back until more is.
+                match tokio::time::timeout(LINGER, told.recv()).await {
+                    Ok(Some((is_stderr, bytes))) => lines.push(is_stderr, &bytes, said),
+                    Ok(None) => break,
+                    Err(_) => {}
                 }
                 if lines.is_due() {
                     self.store
@@ -391,7 +445,11 @@ impl Builder {
                     lines.stored = Instant::now();
                 }
             }
+            lines.end(said);
+            self.store.log_all(id, &lines.ready).await?;
+            Ok(())
         };
+        let process = async { tokio::try_join!(log, run).map(|((), exit)| exit) };
         let ended = tokio::time::timeout(STEP_LIMIT + GRACE, process).await;
         let ended = ended.map_err(|_| timed_out(plan.step))?;
         sound(plan.step, &ended?)?;
@@ -445,11 +503,16 @@ impl Running {
         }
     }
 
-    async fn stop(mut self) -> Result<(), BuildError> {
-        if let Some(id) = self.id.take() {
-            self.sessions.stop(&self.team, &id).await?;
+    /// If it fails, it is tried again when this is dropped.
+    async fn stop(mut self) {
+        if let Some(id) = &self.id {
+            match self.sessions.stop(&self.team, id).await {
+                Ok(()) => self.id = None,
+                Err(error) => {
+                    tracing::warn!(session_id = id.short(), %error, "the session of a build is not stopped");
+                }
+            }
         }
-        Ok(())
     }
 }
 
@@ -499,9 +562,12 @@ impl Lines {
             let begun = if is_stderr { stderr } else { stdout };
             begun.extend_from_slice(piece);
             let is_whole = piece.ends_with(b"\n") || piece.ends_with(b"\r");
+            let mut line = Vec::new();
             if is_whole || begun.len() >= LONGEST_LINE {
-                let line = std::mem::take(begun);
-                self.add(&line, said);
+                line = std::mem::take(begun);
+            }
+            for part in line.chunks(LONGEST_LINE) {
+                self.add(part, said);
             }
         }
     }
@@ -519,7 +585,8 @@ impl Lines {
         if line.is_empty() || said.bytes > MOST_SAID {
             return;
         }
-        said.bytes += line.len();
+        // A row costs something whatever is in it.
+        said.bytes += line.len() + ROW;
         self.ready.push(if said.bytes > MOST_SAID {
             format!("what steps say beyond {MOST_SAID} bytes is left out")
         } else {
@@ -657,7 +724,8 @@ mod tests {
         lines.end(&mut said);
         let lengths: Vec<_> = lines.ready.iter().map(String::len).collect();
         assert_eq!(lines.ready[..3], ["one", "two", "50%"]);
-        assert!(lengths.iter().all(|length| *length <= 9010));
+        assert!(lengths.iter().all(|length| *length <= LONGEST_LINE));
+        assert_eq!(lengths.iter().sum::<usize>(), 3 + 3 + 3 + 6 + 9000 + 5);
         assert_eq!(lines.ready.last().unwrap(), "other");
         let (mut lines, mut said) = (Lines::default(), Said::default());
         for _ in 0..3000 {

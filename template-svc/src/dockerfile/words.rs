@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, iter::Peekable, str::Chars};
 
 /// Of what a variable's default holds: others in it, and so on.
 const DEEPEST: u32 = 16;
+/// Bytes of a word when its variables are in it.
+const LONGEST: usize = 64 << 10;
 
 /// A word that is none.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -28,6 +30,9 @@ pub enum WordError {
     /// No `name=value`.
     #[error("expected name=value in place of {0:?}")]
     Pair(String),
+    /// More than a variable may hold.
+    #[error("a value of more than {LONGEST} bytes")]
+    Long,
     /// Variables in variables without end.
     #[error("variables in each other, more than {DEEPEST} deep")]
     Deep,
@@ -130,6 +135,9 @@ impl Lexer {
     ) -> Result<String, WordError> {
         let mut piece = String::new();
         while let Some(next) = text.next_if(|next| !is_end(*next)) {
+            if piece.len() > LONGEST {
+                return Err(WordError::Long);
+            }
             match next {
                 '\'' => loop {
                     match text.next() {
@@ -141,7 +149,12 @@ impl Lexer {
                 '"' => loop {
                     match text.next() {
                         Some('"') => break,
-                        Some('$') => piece.push_str(&self.variable(text, variables, depth)?),
+                        Some('$') => {
+                            piece.push_str(&self.variable(text, variables, depth)?);
+                            if piece.len() > LONGEST {
+                                return Err(WordError::Long);
+                            }
+                        }
                         Some(inner) if inner == self.escape => match text.next() {
                             Some(quoted)
                                 if matches!(quoted, '"' | '$') || quoted == self.escape =>
@@ -161,6 +174,9 @@ impl Lexer {
                 escape if escape == self.escape => piece.extend(text.next()),
                 other => piece.push(other),
             }
+        }
+        if piece.len() > LONGEST {
+            return Err(WordError::Long);
         }
         Ok(piece)
     }
@@ -247,44 +263,113 @@ pub fn join(folder: &str, path: &str) -> String {
     format!("/{}", parts.join("/"))
 }
 
-/// Takes the bodies of here-documents that stand within a `RUN`'s command out of the text, whose lines keep their numbers; by the number of
-/// the command's line. Those that are all of a command are left to the parser.
-pub fn take_here_documents(text: &str) -> (String, BTreeMap<usize, String>) {
-    let mut bodies = BTreeMap::new();
-    let mut kept: Vec<&str> = Vec::new();
-    let mut lines = (1..).zip(text.split('\n')).peekable();
+/// A `RUN` with here-documents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Here {
+    /// It is one, and nothing else: a script.
+    Script(String),
+    /// A command for the shell, with the documents after it.
+    Command(String),
+}
+
+/// A here-document without an end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endless {
+    /// The line of its instruction, from 1.
+    pub line: usize,
+    /// What should end it.
+    pub end: String,
+}
+
+/// Takes `RUN`s with here-documents out of a text: what is left has the same lines, those of the documents empty. By the line of the `RUN`. As in
+/// `BuildKit` documents are looked for in the whole instruction, whose lines are joined, and follow it.
+pub fn take_here_documents(
+    text: &str,
+    lexer: Lexer,
+) -> Result<(String, BTreeMap<usize, Here>), Endless> {
+    let mut found = BTreeMap::new();
+    let mut kept: Vec<String> = Vec::new();
+    let mut lines = (1..).zip(text.split('\n'));
     while let Some((number, line)) = lines.next() {
-        kept.push(line);
+        kept.push(line.to_owned());
         let mut words = line.trim_start().splitn(2, char::is_whitespace);
         let is_run = words
             .next()
             .is_some_and(|word| word.eq_ignore_ascii_case("run"));
-        let command = words.next().unwrap_or_default().trim_start();
-        if !is_run || command.starts_with("<<") || command.starts_with('[') {
+        if !is_run {
             continue;
         }
-        let mut body = String::new();
-        for (end, strips_tabs) in here_documents(command) {
-            for (_, line) in lines.by_ref() {
-                kept.push("");
-                body.push_str(line);
-                body.push('\n');
-                let line = line.trim_end_matches('\r');
-                let line = if strips_tabs {
+        let first = kept.len() - 1;
+        let mut instruction = words.next().unwrap_or_default().trim_start().to_owned();
+        let goes_on = |line: &str| line.trim_end().ends_with(lexer.escape);
+        let is_nothing = |line: &str| line.trim().is_empty() || line.trim_start().starts_with('#');
+        let mut is_open = goes_on(line);
+        while is_open {
+            let Some((_, line)) = lines.next() else {
+                break;
+            };
+            kept.push(line.to_owned());
+            instruction.push('\n');
+            instruction.push_str(line);
+            is_open = is_nothing(line) || goes_on(line);
+        }
+        let command = lexer.joined(&instruction);
+        let ends = here_documents(&command);
+        if ends.is_empty() {
+            continue;
+        }
+        let mut documents = Vec::new();
+        for (end, strips_tabs) in &ends {
+            let mut body = String::new();
+            loop {
+                let Some((_, line)) = lines.next() else {
+                    let end = end.clone();
+                    return Err(Endless { line: number, end });
+                };
+                kept.push(String::new());
+                let stripped = if *strips_tabs {
                     line.trim_start_matches('\t')
                 } else {
                     line
                 };
-                if line == end {
+                if stripped == end {
                     break;
                 }
+                body.push_str(if *strips_tabs { stripped } else { line });
+                body.push('\n');
             }
+            documents.push((end, body));
         }
-        if !body.is_empty() {
-            bodies.insert(number, body);
+        let is_script = ends.len() == 1 && is_here_document(command.trim());
+        let here = match documents.as_slice() {
+            [(_, body)] if is_script => Here::Script(body.clone()),
+            documents => {
+                let mut whole = command;
+                for (end, body) in documents {
+                    whole.push('\n');
+                    whole.push_str(body);
+                    whole.push_str(end);
+                }
+                whole.push('\n');
+                Here::Command(whole)
+            }
+        };
+        found.insert(number, here);
+        // What is left is a command without them, for a parser that knows less of them.
+        for line in kept.iter_mut().skip(first) {
+            line.clear();
+        }
+        if let Some(line) = kept.get_mut(first) {
+            "RUN here-document".clone_into(line);
         }
     }
-    (kept.join("\n"), bodies)
+    Ok((kept.join("\n"), found))
+}
+
+/// Whether a command is but one.
+fn is_here_document(command: &str) -> bool {
+    command.starts_with("<<")
+        && !command.contains(|next: char| next.is_whitespace() || ";&|>()".contains(next))
 }
 
 /// Words that end the here-documents of a command, and whether tabs before their lines go. As in `BuildKit`, one is a word of its own that begins
@@ -306,7 +391,11 @@ fn here_documents(command: &str) -> Vec<(String, bool)> {
                 let strips_tabs = text.next_if_eq(&'-').is_some();
                 let open = text.next_if(|next| matches!(next, '\'' | '"'));
                 let mut end = String::new();
-                while let Some(next) = text.next_if(|next| next.is_alphanumeric() || *next == '_') {
+                let ends = |next: char| match open {
+                    Some(open) => next == open,
+                    None => next.is_whitespace() || ";&|<>()'\"".contains(next),
+                };
+                while let Some(next) = text.next_if(|next| !ends(*next)) {
                     end.push(next);
                 }
                 if let Some(open) = open {
@@ -377,8 +466,9 @@ mod tests {
             let joined = LEXER.joined(&text);
             let _ = LEXER.word(&joined, &variables);
             let _ = LEXER.pairs(&joined, &variables);
-            let (kept, _) = take_here_documents(&text);
-            prop_assert_eq!(kept.matches('\n').count(), text.matches('\n').count());
+            if let Ok((kept, _)) = take_here_documents(&text, LEXER) {
+                prop_assert_eq!(kept.matches('\n').count(), text.matches('\n').count());
+            }
             let _ = super::super::Dockerfile::parse(&format!("FROM a\nRUN {text}\nENV {text}"));
         }
 
