@@ -190,6 +190,20 @@ async fn an_image_becomes_a_template() {
     });
 }
 
+/// Makes the template `changed` of a session; whether it is made, and what is said.
+fn promote(mesh: &Mesh, session: &str) -> (bool, String) {
+    let built = mesh.run(&[
+        "template",
+        "build",
+        "-t",
+        "changed",
+        "--from-session",
+        session,
+    ]);
+    let said = String::from_utf8_lossy(&built.stderr).into_owned();
+    (built.status.success(), said)
+}
+
 /// A session is changed in every way that a layer has a word for; a template of it is what it was.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_becomes_a_template() {
@@ -240,10 +254,8 @@ async fn a_session_becomes_a_template() {
     shell(sandbox, script).await;
     let before = shell(sandbox, look).await;
     assert!(before.contains("4711 4000000 12 1000000000"), "{before}");
-    let arguments = ["template", "build", "-t", "changed", "--from-session", id];
-    let built = mesh.run(&arguments);
-    let said = String::from_utf8_lossy(&built.stderr).into_owned();
-    assert!(built.status.success(), "{said}");
+    let (is_built, said) = promote(&mesh, id);
+    assert!(is_built, "{said}");
     // It goes on as if nothing had been.
     let counted = shell(sandbox, "cat /tmp/count; sleep 0.5; cat /tmp/count").await;
     let counts: Vec<u64> = counted.lines().map(|line| line.parse().unwrap()).collect();
@@ -260,30 +272,10 @@ async fn a_session_becomes_a_template() {
     assert_eq!(shell(&again, look).await, before);
     // One whose layers lie upon each other can be changed again.
     shell(&again, "rm -r /srv/deep; echo second > /srv/file").await;
-    let arguments = [
-        "template",
-        "build",
-        "-t",
-        "changed",
-        "--from-session",
-        &session.session_id,
-    ];
-    let built = mesh.run(&arguments);
-    assert!(
-        built.status.success(),
-        "{}",
-        String::from_utf8_lossy(&built.stderr)
-    );
+    let (is_built, said) = promote(&mesh, &session.session_id);
+    assert!(is_built, "{said}");
     mesh.client().stop(&session.session_id).await.unwrap();
-    let arguments = [
-        "template",
-        "build",
-        "-t",
-        "changed",
-        "--from-session",
-        &session.session_id,
-    ];
-    let said = String::from_utf8_lossy(&mesh.run(&arguments).stderr).into_owned();
+    let (_, said) = promote(&mesh, &session.session_id);
     assert!(
         said.contains("(SESSION_STOPPED)") || said.contains("(SESSION_UNKNOWN)"),
         "{said}"

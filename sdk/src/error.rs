@@ -66,7 +66,7 @@ impl Error {
     }
 
     /// Whether the connection broke rather than the server having said no.
-    pub(crate) fn is_interruption(&self) -> bool {
+    pub fn is_interruption(&self) -> bool {
         match self {
             Self::Status(status) => match status.code() {
                 Code::Unavailable => true,

@@ -22,7 +22,7 @@ use crate::{
     image::ImageError,
     layer::{LayerError, Limits},
     registry::{Registries, RegistryError},
-    rootfs::{self, RootfsError},
+    rootfs::RootfsError,
     secrets::Sealer,
     sessions::{ExportError, Sessions},
     store::{Store, StoreError, StoredBuild},
@@ -41,8 +41,6 @@ const MOST_ATTEMPTS: u32 = 5;
 
 /// Lines of a log that wait to be stored.
 const LINES: usize = 16;
-/// Where an archive is unpacked and what is pulled lies, in the folder of a build.
-const ARCHIVE: &str = "archive";
 
 const MIB: u64 = 1 << 20;
 /// Files, folders and links of a template; as many as a large distribution has with everything installed.
@@ -119,30 +117,28 @@ enum BuildError {
     Lost,
 }
 
+fn failed(reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> BuildError {
+    BuildError::Failed {
+        reason: reason.into(),
+        message: message.into(),
+    }
+}
+
 impl From<ImageError> for BuildError {
     fn from(error: ImageError) -> Self {
-        Self::Failed {
-            reason: error.reason().into(),
-            message: error.to_string(),
-        }
+        failed(error.reason(), error.to_string())
     }
 }
 
 impl From<RegistryError> for BuildError {
     fn from(error: RegistryError) -> Self {
-        Self::Failed {
-            reason: error.reason().into(),
-            message: error.to_string(),
-        }
+        failed(error.reason(), error.to_string())
     }
 }
 
 impl From<ExportError> for BuildError {
     fn from(error: ExportError) -> Self {
-        Self::Failed {
-            reason: error.reason().into(),
-            message: error.to_string(),
-        }
+        failed(error.reason(), error.to_string())
     }
 }
 
@@ -154,19 +150,18 @@ impl From<LayerError> for BuildError {
 
 impl From<RootfsError> for BuildError {
     fn from(error: RootfsError) -> Self {
-        Self::Failed {
-            reason: error.reason().into(),
-            message: error.to_string(),
-        }
+        failed(error.reason(), error.to_string())
     }
 }
 
 fn io_failed(error: std::io::Error) -> BuildError {
     let full = error.kind() == std::io::ErrorKind::StorageFull;
-    BuildError::Failed {
-        reason: if full { "DISK_FULL" } else { "BUILD_FAILED" }.into(),
-        message: error.to_string(),
-    }
+    let reason = if full { "DISK_FULL" } else { "BUILD_FAILED" };
+    failed(reason, error.to_string())
+}
+
+fn team_of(stored: &StoredBuild) -> Result<TeamId, BuildError> {
+    TeamId::parse(&stored.team).map_err(|error| failed("BUILD_FAILED", error.to_string()))
 }
 
 /// Removes what builds have left behind that do not run any more, because whoever ran them was killed.
@@ -246,28 +241,12 @@ impl Builder {
         }
     }
 
+    /// Of a build that does not run any more.
     async fn tidy(&self, stored: &StoredBuild) -> Result<(), BuildError> {
-        let id = &stored.build.build_id;
-        if let Ok(team) = TeamId::parse(&stored.team) {
-            self.stop_leftovers(&team, id).await?;
-        }
-        let (work, prefix) = (self.work.clone(), format!("{id}."));
-        blocking(move || {
-            for entry in std::fs::read_dir(work).map_err(io_failed)? {
-                let entry = entry.map_err(io_failed)?;
-                if !entry.file_name().to_string_lossy().starts_with(&prefix) {
-                    continue;
-                }
-                match std::fs::remove_dir_all(entry.path()) {
-                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                        return Err(io_failed(error));
-                    }
-                    _ => {}
-                }
-            }
-            Ok(())
-        })
-        .await
+        let team = team_of(stored)?;
+        self.stop_leftovers(&team, &stored.build.build_id).await?;
+        let swept = sweep(&self.work, &self.store).await;
+        swept.map_err(|error| failed("BUILD_FAILED", error.to_string()))
     }
 
     /// Whether it has come there; if not, another builder takes it.
@@ -276,10 +255,8 @@ impl Builder {
         tracing::info!(build_id = id, name = stored.build.name, "build begins");
         let build = async {
             if stored.attempts > MOST_ATTEMPTS {
-                return Err(BuildError::Failed {
-                    reason: "BUILDER_DIED".into(),
-                    message: format!("{MOST_ATTEMPTS} builders ended before it did"),
-                });
+                let message = format!("{MOST_ATTEMPTS} builders ended before it did");
+                return Err(failed("BUILDER_DIED", message));
             }
             self.build(stored).await
         };
@@ -394,10 +371,6 @@ impl Builder {
             .permissions(Permissions::from_mode(0o700))
             .tempdir_in(&self.work);
         let work = Work::new(work.map_err(io_failed)?);
-        let (root, image) = (work.path("root"), work.path("rootfs.erofs"));
-        for folder in [&root, &work.path(ARCHIVE)] {
-            std::fs::create_dir(folder).map_err(io_failed)?;
-        }
         let limits = Limits {
             bytes: self.max_rootfs,
             entries: MOST_ENTRIES,
@@ -405,28 +378,14 @@ impl Builder {
         // The thread ends soon after this future, which a cancelled build drops.
         let cancel = CancellationToken::new();
         let _cancelled = cancel.clone().drop_guard();
-        let making = Making {
-            folder: work.path(ARCHIVE),
-            root: root.clone(),
-            limits,
-            artifacts: self.artifacts.clone(),
-            cancel,
-            _held: work.clone(),
-        };
-        let made = self.make(stored, source, making).await?;
+        let making = Making::new(work, limits, self.artifacts.clone(), cancel)?;
+        let made = self.make(stored, source, making.clone()).await?;
         let rootfs = if let Some(packed) = made.packed {
             packed
         } else {
             self.store.log(id, "packing the root filesystem").await?;
-            let artifacts = self.artifacts.clone();
-            blocking(move || {
-                rootfs::pack(&root, &image)?;
-                let artifact = artifacts.ingest(&image).map_err(io_failed)?;
-                // The folder may hold a million files; removing it belongs on this thread too.
-                drop(work);
-                Ok(artifact)
-            })
-            .await?
+            // What is removed with it may be a million files, which is of that thread, too.
+            blocking(move || making.pack()).await?
         };
         self.store
             .log(id, &format!("image of {} bytes", rootfs.size_bytes))
@@ -494,9 +453,6 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, BuildError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        Err(error) => Err(BuildError::Failed {
-            reason: "BUILD_FAILED".into(),
-            message: error.to_string(),
-        }),
+        Err(error) => Err(failed("BUILD_FAILED", error.to_string())),
     }
 }

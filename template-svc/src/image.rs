@@ -366,6 +366,11 @@ pub(crate) fn sha256(what: &str, digest: &str) -> Result<String, ImageError> {
     }
 }
 
+/// The digest of a document.
+pub(crate) fn digest_of(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
+}
+
 /// Where a blob lies in a layout.
 pub(crate) fn blob_path(digest: &str) -> String {
     format!("blobs/{}", digest.replacen(':', "/", 1))
@@ -453,11 +458,7 @@ impl Reader<'_> {
         let digest = sha256(what, descriptor.digest().as_ref())?;
         let missing = || ImageError::Missing(listed(digest.clone()));
         let bytes = self.document(&blob_path(&digest))?.ok_or_else(missing)?;
-        is_same(
-            || what.to_owned(),
-            &digest,
-            &format!("sha256:{}", hex::encode(Sha256::digest(&bytes))),
-        )?;
+        is_same(|| what.to_owned(), &digest, &digest_of(&bytes))?;
         Ok(bytes)
     }
 

@@ -31,7 +31,6 @@ use reqwest::{
 };
 use serde::Deserialize;
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 use tokio::{
     io::{AsyncSeekExt as _, AsyncWriteExt as _, BufWriter},
     sync::mpsc,
@@ -583,7 +582,7 @@ impl Pull {
         let wanted = self.reference.digest();
         let which = wanted.or(self.reference.tag()).unwrap_or("latest");
         let (bytes, kind) = self.document(&format!("manifests/{which}"), true).await?;
-        let digest = format!("sha256:{}", hex::encode(Sha256::digest(&bytes)));
+        let digest = image::digest_of(&bytes);
         if let Some(wanted) = wanted.filter(|wanted| **wanted != digest) {
             return Err(RegistryError::Image(ImageError::Digest {
                 what: self.reference.to_string(),

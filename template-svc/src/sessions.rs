@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use futures::TryStreamExt as _;
 use proto::{
     node::v1::{
         ExportSessionRequest, ExportSessionResponse, ListNodesRequest, Node,
@@ -151,28 +150,16 @@ impl Sessions {
     }
 
     async fn node(&self, id: &str) -> Result<Option<Node>, Status> {
-        let first = (self.nodes.clone(), Some(String::new()));
-        let pages = futures::stream::try_unfold(first, |(mut nodes, token)| async move {
-            let Some(page_token) = token else {
-                return Ok::<_, Status>(None);
-            };
-            let request = ListNodesRequest {
-                page_token,
-                ..ListNodesRequest::default()
-            };
-            let page = nodes.list_nodes(request).await?.into_inner();
-            let next = Some(page.next_page_token).filter(|token| !token.is_empty());
-            Ok(Some((page.nodes, (nodes, next))))
-        });
-        let pages = futures::StreamExt::take(pages, MOST_PAGES);
-        let mut found = None;
-        let mut pages = std::pin::pin!(pages);
-        while let Some(nodes) = pages.try_next().await? {
-            found = nodes.into_iter().find(|node| node.node_id == id);
-            if found.is_some() {
-                break;
+        let mut request = ListNodesRequest::default();
+        for _ in 0..MOST_PAGES {
+            let page = self.nodes.clone().list_nodes(request.clone()).await?;
+            let page = page.into_inner();
+            let found = page.nodes.into_iter().find(|node| node.node_id == id);
+            if found.is_some() || page.next_page_token.is_empty() {
+                return Ok(found);
             }
+            request.page_token = page.next_page_token;
         }
-        Ok(found)
+        Ok(None)
     }
 }

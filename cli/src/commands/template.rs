@@ -19,7 +19,12 @@ use proto::template::v1::{
 use service_kit::{config::parse_bytes, mesh::MeshChannel};
 use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Status, service::interceptor::InterceptedService};
+use tonic::{
+    Request,
+    client::GrpcService,
+    codegen::{Body, StdError},
+    service::interceptor::InterceptedService,
+};
 
 use crate::{
     context::{Context, operator_of, said},
@@ -229,6 +234,29 @@ fn argument(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// What a client speaks by, as a team or as an operator.
+trait Transport:
+    GrpcService<
+        tonic::body::Body,
+        Error: Into<StdError>,
+        Future: Send,
+        ResponseBody: Body<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
+    > + Clone
+    + Send
+{
+}
+
+impl<T> Transport for T where
+    T: GrpcService<
+            tonic::body::Body,
+            Error: Into<StdError>,
+            Future: Send,
+            ResponseBody: Body<Data = Bytes, Error: Into<StdError> + Send> + Send + 'static,
+        > + Clone
+        + Send
+{
+}
+
 /// What a template is made of.
 enum From {
     /// A tarball of a root file system.
@@ -269,18 +297,11 @@ async fn login(
     })
 }
 
-async fn build<T>(
+async fn build<T: Transport>(
     mut client: TemplateServiceClient<T>,
     from: From,
     mut request: BuildTemplateRequest,
-) -> anyhow::Result<Template>
-where
-    T: tonic::client::GrpcService<tonic::body::Body> + Clone + Send,
-    T::Error: Into<tonic::codegen::StdError>,
-    T::ResponseBody: tonic::codegen::Body<Data = Bytes> + Send + 'static,
-    <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
-    T::Future: Send,
-{
+) -> anyhow::Result<Template> {
     let source = match from {
         From::Rootfs(file) => Source::RootfsTarball(upload(&mut client, &file).await?),
         From::Archive(file, image) => {
@@ -336,84 +357,57 @@ where
 }
 
 /// Shows a build's log until its end, over what breaks in between; how it ended.
-async fn follow<T>(
+async fn follow<T: Transport>(
     client: &mut TemplateServiceClient<T>,
     build_id: &str,
     spinner: &ProgressBar,
-) -> anyhow::Result<GetBuildResponse>
-where
-    T: tonic::client::GrpcService<tonic::body::Body> + Send,
-    T::Error: Into<tonic::codegen::StdError>,
-    T::ResponseBody: tonic::codegen::Body<Data = Bytes> + Send + 'static,
-    <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
-    T::Future: Send,
-{
+) -> anyhow::Result<GetBuildResponse> {
     let (mut seen, mut before) = (0, 0);
     let mut failing = None;
     loop {
-        let status = match follow_once(client, build_id, &mut seen, spinner).await {
+        let error = match follow_once(client, build_id, &mut seen, spinner).await {
             Ok(answer) => return Ok(answer),
-            Err(status) => status,
+            Err(error) => error,
         };
         if seen > before {
             (before, failing) = (seen, None);
         }
         // The build goes on without who watches it.
         let since = *failing.get_or_insert_with(Instant::now);
-        if !is_cut(&status) || since.elapsed() > PATIENCE {
-            return Err(said(status).into());
+        if !error.is_interruption() || since.elapsed() > PATIENCE {
+            return Err(error.into());
         }
         tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 
-async fn follow_once<T>(
+async fn follow_once<T: Transport>(
     client: &mut TemplateServiceClient<T>,
     build_id: &str,
     seen: &mut u64,
     spinner: &ProgressBar,
-) -> Result<GetBuildResponse, Status>
-where
-    T: tonic::client::GrpcService<tonic::body::Body> + Send,
-    T::Error: Into<tonic::codegen::StdError>,
-    T::ResponseBody: tonic::codegen::Body<Data = Bytes> + Send + 'static,
-    <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
-    T::Future: Send,
-{
+) -> Result<GetBuildResponse, sdk::Error> {
     let request = StreamBuildLogsRequest {
         build_id: build_id.to_owned(),
         after_number: *seen,
     };
-    let mut lines = client.stream_build_logs(request).await?.into_inner();
-    while let Some(line) = lines.message().await? {
+    let lines = client.stream_build_logs(request).await.map_err(said)?;
+    let mut lines = lines.into_inner();
+    while let Some(line) = lines.message().await.map_err(said)? {
         *seen = line.number;
         spinner.suspend(|| eprintln!("{}", line.message));
     }
     let request = GetBuildRequest {
         build_id: build_id.to_owned(),
     };
-    Ok(client.get_build(request).await?.into_inner())
-}
-
-/// A server that says no gives a reason.
-fn is_cut(status: &Status) -> bool {
-    let is_told = service_kit::errors::reason_of(status).is_some();
-    match status.code() {
-        Code::Unavailable => true,
-        Code::Unknown | Code::Internal | Code::Cancelled => !is_told,
-        _ => false,
-    }
+    Ok(client.get_build(request).await.map_err(said)?.into_inner())
 }
 
 /// Sends a file, and has its digest.
-async fn upload<T>(client: &mut TemplateServiceClient<T>, file: &Path) -> anyhow::Result<String>
-where
-    T: tonic::client::GrpcService<tonic::body::Body> + Send,
-    T::Error: Into<tonic::codegen::StdError>,
-    T::ResponseBody: tonic::codegen::Body<Data = Bytes> + Send + 'static,
-    <T::ResponseBody as tonic::codegen::Body>::Error: Into<tonic::codegen::StdError> + Send,
-    T::Future: Send,
-{
+async fn upload<T: Transport>(
+    client: &mut TemplateServiceClient<T>,
+    file: &Path,
+) -> anyhow::Result<String> {
     let mut file = File::open(file)
         .await
         .with_context(|| file.display().to_string())?;

@@ -142,20 +142,26 @@ fn readable(folder: &Folder, name: &OsStr) -> Option<(File, u64)> {
 }
 
 /// Exactly so many bytes, whatever becomes of the file meanwhile: an archive has said already how many come.
-fn exactly(file: &File, size: u64) -> impl Read {
+pub(super) fn exactly(file: &File, size: u64) -> impl Read {
     file.take(size).chain(io::repeat(0)).take(size)
+}
+
+/// Mode, owner and time; kind and size are to be set.
+pub(super) fn header_of(stat: &FileStat) -> Header {
+    let mut header = Header::new_gnu();
+    header.set_mode(stat.st_mode & 0o7777);
+    header.set_uid(stat.st_uid.into());
+    header.set_gid(stat.st_gid.into());
+    header.set_mtime(u64::try_from(stat.st_mtime).unwrap_or(0));
+    header.set_size(0);
+    header
 }
 
 impl<W: Write> Sink for tar::Builder<W> {
     const HAS_HARD_LINKS: bool = true;
 
     fn add(&mut self, path: &Path, stat: &FileStat, item: Item<'_>) -> io::Result<()> {
-        let mut header = Header::new_gnu();
-        header.set_mode(stat.st_mode & 0o7777);
-        header.set_uid(stat.st_uid.into());
-        header.set_gid(stat.st_gid.into());
-        header.set_mtime(u64::try_from(stat.st_mtime).unwrap_or(0));
-        header.set_size(0);
+        let mut header = header_of(stat);
         let mut bare = |header: &mut Header, kind| {
             header.set_entry_type(kind);
             self.append_data(header, path, io::empty())

@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     ffi::{CStr, OsStr},
     fs::File,
-    io::{self, Read as _, Write},
+    io::{self, Write},
     os::{
         fd::{AsRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
@@ -27,7 +27,10 @@ use rustix::{
 };
 use tar::{Builder, EntryType, Header};
 
-use super::folder::{DEEPEST, Folder, MOST_LINKED, kind};
+use super::{
+    archive,
+    folder::{DEEPEST, Folder, MOST_LINKED, kind},
+};
 use crate::boot;
 
 const WHITEOUT: &[u8] = b".wh.";
@@ -198,9 +201,8 @@ impl<W: Write> Packing<W> {
         }
         let mut header = header_of(stat, EntryType::Regular);
         header.set_size(size);
-        // Exactly as much as was said, whatever becomes of it meanwhile.
-        let data = file.take(size).chain(io::repeat(0)).take(size);
-        self.sink.append_data(&mut header, path, data)
+        self.sink
+            .append_data(&mut header, path, archive::exactly(&file, size))
     }
 
     fn bare(&mut self, mut header: Header, path: &Path) -> io::Result<()> {
@@ -282,13 +284,8 @@ fn value_of(place: &Path, name: &CStr) -> io::Result<Vec<u8>> {
 }
 
 fn header_of(stat: &FileStat, kind: EntryType) -> Header {
-    let mut header = Header::new_gnu();
+    let mut header = archive::header_of(stat);
     header.set_entry_type(kind);
-    header.set_mode(stat.st_mode & 0o7777);
-    header.set_uid(stat.st_uid.into());
-    header.set_gid(stat.st_gid.into());
-    header.set_mtime(u64::try_from(stat.st_mtime).unwrap_or(0));
-    header.set_size(0);
     header
 }
 
@@ -297,6 +294,7 @@ mod tests {
     use std::{
         collections::BTreeMap,
         fs,
+        io::Read as _,
         os::unix::fs::{FileExt as _, PermissionsExt as _, symlink},
         thread,
     };

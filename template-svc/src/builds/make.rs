@@ -13,13 +13,13 @@ use proto::{
     node::v1::{ExportSessionResponse, export_session_response::Part},
     template::v1::{Artifact, BuildTemplateRequest, Layer, Template, build_source::Source},
 };
-use service_kit::ids::{SessionId, TeamId};
+use service_kit::ids::SessionId;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
-use super::{BuildError, Builder, Work, io_failed};
+use super::{BuildError, Builder, Work, failed, io_failed, team_of};
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
     image::{Defaults, Image, MOST_LAYERS},
@@ -32,8 +32,6 @@ use crate::{
 
 /// An image has come within it, or does not come.
 const PULL_LIMIT: std::time::Duration = std::time::Duration::from_hours(1);
-/// Says of which layers the root is, beside what is fetched.
-const LAID: &str = "laid";
 /// Pieces of a session's layer that wait to be written.
 const PIECES: usize = 4;
 /// Of zstd: what a session has changed is unpacked more often than packed.
@@ -69,25 +67,21 @@ impl Pulled {
     }
 }
 
-/// Where a root is made.
+/// Where a root is made: a build's folder.
+///
+/// ```text
+///   fetched/   what comes from elsewhere lies there, an archive as its maker wants it: nothing of ours is written among it
+///   root/      the root itself
+///   laid       of which layers it is
+///   packed     the root, packed
+/// ```
 #[derive(Clone)]
 pub(super) struct Making {
-    /// For what is fetched.
-    pub(super) folder: PathBuf,
-    /// The root itself; empty.
-    pub(super) root: PathBuf,
-    pub(super) limits: Limits,
+    work: Work,
+    limits: Limits,
     /// For the layers.
-    pub(super) artifacts: Artifacts,
-    pub(super) cancel: CancellationToken,
-    pub(super) _held: Work,
-}
-
-pub(super) fn failed(reason: &'static str, message: impl Into<String>) -> BuildError {
-    BuildError::Failed {
-        reason: reason.into(),
-        message: message.into(),
-    }
+    artifacts: Artifacts,
+    cancel: CancellationToken,
 }
 
 impl Builder {
@@ -150,7 +144,7 @@ impl Builder {
     ) -> Result<Pulled, BuildError> {
         let reference = registry::parse_reference(name)?;
         let login = self.login(stored, &registry::registry_of(reference.registry()))?;
-        let folder = making.folder.clone();
+        let folder = making.fetched();
         let pull = Pull::new(&self.registries, reference.clone(), login, folder)?;
         let (image, digest) = pull.documents().await?;
         let sizes = image.blobs().map(|(_, size)| size);
@@ -235,8 +229,7 @@ impl Builder {
         making: Making,
     ) -> Result<Made, BuildError> {
         let id = &stored.build.build_id;
-        let team = TeamId::parse(&stored.team)
-            .map_err(|error| failed("BUILD_FAILED", error.to_string()))?;
+        let team = team_of(stored)?;
         let session = SessionId::parse(session)
             .map_err(|error| failed("SESSION_UNKNOWN", error.to_string()))?;
         let line = format!("taking what was changed in session {session}");
@@ -256,29 +249,25 @@ impl Builder {
                 ));
             }
         };
-        if base.layers.len() >= MOST_LAYERS {
-            let message =
-                format!("the session's template has {MOST_LAYERS} layers, the most there may be");
-            return Err(failed("TOO_MANY_LAYERS", message));
-        }
+        has_room(&base.layers)?;
         let mut layers = base.layers;
         layers.push(self.take_change(id, parts, &making).await?);
-        let (laid, user) = (layers.clone(), base.default_user.clone());
+        let defaults = Defaults {
+            env: base.env.into_iter().collect(),
+            user: base.default_user,
+            ..Defaults::default()
+        };
         self.logged(id, move |lines| {
-            making.lay(&laid, lines)?;
-            making.check_user(&user)
-        })
-        .await?;
-        Ok(Made {
-            defaults: Defaults {
-                env: base.env.into_iter().collect(),
-                user: base.default_user,
-                ..Defaults::default()
-            },
-            layers,
+            making.lay(&layers, lines)?;
+            making.check(&defaults)?;
             // It is not the template's image any more.
-            ..Made::default()
+            Ok(Made {
+                defaults,
+                layers,
+                ..Made::default()
+            })
         })
+        .await
     }
 
     /// Receives what was changed in a session, and keeps it.
@@ -352,17 +341,41 @@ impl Builder {
                 format!("the session's template, {name}@{version}, was removed"),
             )
         })?;
-        if stored.layers.is_empty() {
-            let message = format!(
-                "the session's template, {name}@{version}, was built before layers were kept; build it anew"
-            );
-            return Err(failed("TEMPLATE_WITHOUT_LAYERS", message));
-        }
-        Ok(stored)
+        has_layers(stored)
     }
 }
 
 impl Making {
+    pub(super) fn new(
+        work: Work,
+        limits: Limits,
+        artifacts: Artifacts,
+        cancel: CancellationToken,
+    ) -> Result<Self, BuildError> {
+        let making = Self {
+            work,
+            limits,
+            artifacts,
+            cancel,
+        };
+        for folder in [making.root(), making.fetched()] {
+            std::fs::create_dir(folder).map_err(io_failed)?;
+        }
+        Ok(making)
+    }
+
+    fn fetched(&self) -> PathBuf {
+        self.work.path("fetched")
+    }
+
+    fn root(&self) -> PathBuf {
+        self.work.path("root")
+    }
+
+    fn laid(&self) -> PathBuf {
+        self.work.path("laid")
+    }
+
     /// A whole root. Blocking.
     fn tarball(
         self,
@@ -370,7 +383,7 @@ impl Making {
         digest: &str,
         lines: &mpsc::Sender<String>,
     ) -> Result<Made, BuildError> {
-        let applied = rootfs::unpack(tarball, &self.root, self.limits, &self.cancel)?;
+        let applied = rootfs::unpack(tarball, &self.root(), self.limits, &self.cancel)?;
         say(lines, said(&applied));
         let digest = ArtifactDigest::parse(digest)
             .ok_or_else(|| failed("SOURCE_UNKNOWN", "no digest of an upload"))?;
@@ -392,10 +405,10 @@ impl Making {
         name: &str,
         lines: &mpsc::Sender<String>,
     ) -> Result<Made, BuildError> {
-        let mut archive = Root::new(self.folder.clone(), self.limits);
+        let mut archive = Root::new(self.fetched(), self.limits);
         let file = File::open(tarball).map_err(io_failed)?;
         archive.apply(file, Whiteouts::Keep, &self.cancel)?;
-        let image = Image::open(&self.folder, Some(name).filter(|name| !name.is_empty()))?;
+        let image = Image::open(&self.fetched(), Some(name).filter(|name| !name.is_empty()))?;
         self.image(&image, lines, || Ok(()))
     }
 
@@ -413,8 +426,8 @@ impl Making {
                 format!("layer {number} of {count}: {}", said(&applied)),
             );
         };
-        image.unpack(&self.root, self.limits, &self.cancel, ready, done)?;
-        rootfs::check(&self.root)?;
+        image.unpack(&self.root(), self.limits, &self.cancel, ready, done)?;
+        rootfs::check(&self.root())?;
         let (defaults, told) = without_group(image.defaults());
         if let Some(told) = told {
             say(lines, told);
@@ -423,7 +436,7 @@ impl Making {
             let line = "the image's command is not started: a session runs what it is asked to";
             say(lines, line.into());
         }
-        defaults.check(&self.root)?;
+        defaults.check(&self.root())?;
         let mut layers = Vec::new();
         for number in 0..count {
             let (file, diff_id) = image.layer(number)?;
@@ -485,9 +498,9 @@ impl Making {
         if self.is_laid(layers) {
             return Ok(());
         }
-        std::fs::remove_dir_all(&self.root).map_err(io_failed)?;
-        std::fs::create_dir(&self.root).map_err(io_failed)?;
-        let mut root = Root::new(self.root.clone(), self.limits);
+        std::fs::remove_dir_all(self.root()).map_err(io_failed)?;
+        std::fs::create_dir(self.root()).map_err(io_failed)?;
+        let mut root = Root::new(self.root(), self.limits);
         let count = layers.len();
         for (number, layer) in (1..).zip(layers) {
             let whiteouts = if layer.has_whiteouts {
@@ -515,35 +528,30 @@ impl Making {
             );
         }
         root.finish()?;
-        rootfs::check(&self.root)?;
+        rootfs::check(&self.root())?;
         self.note_laid(layers)
     }
 
     /// Whether the root is of just these layers.
     fn is_laid(&self, layers: &[Layer]) -> bool {
-        std::fs::read(self.folder.join(LAID))
-            .is_ok_and(|laid| laid == super::steps::first_key(layers))
+        std::fs::read(self.laid()).is_ok_and(|laid| laid == super::steps::first_key(layers))
     }
 
     fn note_laid(&self, layers: &[Layer]) -> Result<(), BuildError> {
         let key = super::steps::first_key(layers);
-        std::fs::write(self.folder.join(LAID), key).map_err(io_failed)
+        std::fs::write(self.laid(), key).map_err(io_failed)
     }
 
     /// Packs the root. Blocking.
     pub(super) fn pack(&self) -> Result<Artifact, BuildError> {
-        let image = self.folder.join("packed.erofs");
-        rootfs::pack(&self.root, &image)?;
+        let image = self.work.path("packed");
+        rootfs::pack(&self.root(), &image)?;
         self.artifacts.ingest(&image).map_err(io_failed)
     }
 
-    /// Whether it has that user. Blocking.
-    pub(super) fn check_user(&self, user: &str) -> Result<(), BuildError> {
-        let defaults = Defaults {
-            user: user.to_owned(),
-            ..Defaults::default()
-        };
-        Ok(defaults.check(&self.root)?)
+    /// Whether programs can be started so in it. Blocking.
+    pub(super) fn check(&self, defaults: &Defaults) -> Result<(), BuildError> {
+        Ok(defaults.check(&self.root())?)
     }
 
     fn stored(&self, blob: Option<&Artifact>) -> Result<File, BuildError> {
@@ -557,6 +565,27 @@ impl Making {
         };
         File::open(path.ok_or_else(missing)?).map_err(io_failed)
     }
+}
+
+/// A template whose layers are known.
+pub(super) fn has_layers(template: Template) -> Result<Template, BuildError> {
+    if template.layers.is_empty() {
+        let Template { name, version, .. } = &template;
+        let message = format!(
+            "the template {name}@{version} was built before layers were kept; build it anew"
+        );
+        return Err(failed("TEMPLATE_WITHOUT_LAYERS", message));
+    }
+    Ok(template)
+}
+
+/// Whether another layer may be laid upon these.
+pub(super) fn has_room(layers: &[Layer]) -> Result<(), BuildError> {
+    if layers.len() >= MOST_LAYERS {
+        let message = format!("it is upon {MOST_LAYERS} layers, the most there may be");
+        return Err(failed("TOO_MANY_LAYERS", message));
+    }
+    Ok(())
 }
 
 /// Nobody hears it any more if the build was given up; then it is cancelled, too.
@@ -588,4 +617,42 @@ fn said(applied: &Applied) -> String {
         words.push_str(&left_out.to_string());
     }
     words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever lies among what was fetched, ours is written beside it.
+    #[test]
+    fn nothing_is_written_where_links_of_an_archive_lead() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for name in ["artifacts", "outside"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        std::fs::write(at("outside/file"), "as it was").unwrap();
+        let limits = Limits {
+            bytes: 1 << 20,
+            entries: 100,
+        };
+        let artifacts = Artifacts::open(at("artifacts")).unwrap();
+        let work = Work::new(tempfile::tempdir_in(folder.path()).unwrap());
+        let making = Making::new(work, limits, artifacts, CancellationToken::new()).unwrap();
+        for name in ["laid", "packed"] {
+            let link = making.fetched().join(name);
+            std::os::unix::fs::symlink(at("outside/file"), link).unwrap();
+        }
+        for name in ["bin", "etc", "usr"] {
+            std::fs::create_dir(making.root().join(name)).unwrap();
+        }
+        let layers = [Layer {
+            diff_id: "sha256:x".into(),
+            ..Layer::default()
+        }];
+        making.note_laid(&layers).unwrap();
+        assert!(making.is_laid(&layers) && !making.is_laid(&[]));
+        making.pack().unwrap();
+        assert_eq!(std::fs::read(at("outside/file")).unwrap(), b"as it was");
+    }
 }

@@ -27,8 +27,9 @@ use tokio::{
 };
 
 use super::{
-    BuildError, Builder,
-    make::{Made, Making, failed},
+    BuildError, Builder, failed,
+    make::{Made, Making, has_layers, has_room},
+    team_of,
 };
 use crate::{
     artifact::ArtifactDigest,
@@ -146,11 +147,11 @@ impl Builder {
         packed = packed.filter(|packed| self.is_kept(packed));
         if packed.is_none() {
             self.store.log(id, "packing the root filesystem").await?;
-            let (user, laid) = (state.user.clone(), layers.clone());
+            let (defaults, laid) = (defaults.clone(), layers.clone());
             let rootfs = self
                 .logged(id, move |lines| {
                     making.lay(&laid, lines)?;
-                    making.check_user(&user)?;
+                    making.check(&defaults)?;
                     making.pack()
                 })
                 .await?;
@@ -187,10 +188,7 @@ impl Builder {
             return self.image_base(stored, name, making).await;
         };
         let shown = format!("{}@{}", template.name, template.version);
-        if template.layers.is_empty() {
-            let message = format!("{shown} was built before layers were kept; build it anew");
-            return Err(failed("TEMPLATE_WITHOUT_LAYERS", message));
-        }
+        let template = has_layers(template)?;
         let line = format!("{name} is the template {shown}");
         self.store.log(id, &line).await?;
         Ok(Made {
@@ -233,13 +231,8 @@ impl Builder {
         if rest.is_empty() {
             return Ok(layers);
         }
-        if layers.len() >= MOST_LAYERS {
-            let message =
-                format!("what it begins with has {MOST_LAYERS} layers, the most there may be");
-            return Err(failed("TOO_MANY_LAYERS", message));
-        }
-        let team = TeamId::parse(&stored.team)
-            .map_err(|error| failed("BUILD_FAILED", error.to_string()))?;
+        has_room(&layers)?;
+        let team = team_of(stored)?;
         self.stop_leftovers(&team, id).await?;
         let template = self.packed(stored, &layers, making).await?;
         let running = self.start(stored, &team, &template).await?;
