@@ -39,6 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".sandmesh.envd.v1.ExportLayerResponse.data")
         .bytes(".sandmesh.node.v1.ExportSessionResponse.data")
         .bytes(".sandmesh.template.v1.UploadSourceRequest.data")
+        .bytes(".sandmesh.template.v1.UploadFilesRequest.data")
         .bytes(".sandmesh.template.v1.FetchArtifactResponse.data")
         .skip_debug([".sandmesh.template.v1.RegistryLogin"])
         .build_transport(false)

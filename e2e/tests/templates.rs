@@ -8,14 +8,18 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use e2e::{Mesh, small, wait_for};
 use proto::{
     session::v1::ListSessionsRequest,
-    template::v1::{GetTemplateRequest, ListTemplatesRequest},
+    template::v1::{
+        FindMissingFilesRequest, GetTemplateRequest, ListTemplatesRequest, UploadFilesRequest,
+    },
 };
 use sdk::NewSession;
 use service_kit::config::tools_folder;
 use testbed::Registry;
+use tonic::Code;
 
 fn run(program: &str, arguments: &[&str], folder: &Path) {
     let output = Command::new(program)
@@ -363,7 +367,7 @@ async fn a_dockerfile_becomes_a_template() {
     let (_, said, _) = build("FROM base\nRUNN x\n", &[]);
     assert!(said.contains("line 2, column 1"), "{said}");
     let (_, said, _) = build("FROM base\nCOPY x /\n", &[]);
-    assert!(said.contains("COPY cannot be built yet"), "{said}");
+    assert!(said.contains("context: is required"), "{said}");
     let (_, said, _) = build("ARG base\nFROM ${base}\n", &common);
     assert!(said.contains("(PULL_UNAUTHORIZED)"), "{said}");
     let (is_built, said, first) = build(DOCKERFILE, &usual);
@@ -451,4 +455,144 @@ async fn a_dockerfile_becomes_a_template() {
     wait_for("nothing is left behind", Duration::from_secs(10), || {
         fs::read_dir(&work).unwrap().count() == 0
     });
+}
+
+const COPIES: &str = r#"
+FROM base AS made
+RUN mkdir -p /out/deep && echo built > /out/deep/file && chown 33:34 /out/deep/file && ln -s /out/deep/file /out/link && mkfifo /out/pipe
+FROM base
+RUN ln -s /var/lib /srv/lib && echo old > /srv/old
+WORKDIR /srv/app
+COPY . .
+COPY sub/a.txt /srv/lib/copied.txt
+COPY app.sh /srv/old
+COPY --from=made /out /opt/out
+COPY --from=0 --chown=www-data:daemon --chmod=0600 /out/link /opt/renamed
+COPY --chown=4242 sub/*.txt /opt/texts/new/
+ADD archive.tar.gz /opt/archive/
+COPY <<one.txt <<"two.txt" /opt/said/
+hello $PATHS
+one.txt
+$PATH
+two.txt
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_are_copied_into_templates() {
+    let mesh = Mesh::start(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::create_dir_all(at("sub/deep")).unwrap();
+    for (name, text) in [
+        ("sub/a.txt", "a"),
+        ("sub/b.txt", "b"),
+        ("sub/deep/c", "c"),
+        ("app.sh", "#!/bin/sh\n"),
+        ("secret", "key"),
+        (".dockerignore", "secret\nDockerfile\n**/*.log\n"),
+        ("sub/x.log", "left out"),
+        ("sub/big", &"0123456789".repeat(200_000)),
+    ] {
+        fs::write(at(name), text).unwrap();
+    }
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(at("app.sh"), executable).unwrap();
+    std::os::unix::fs::symlink("deep/c", at("sub/link")).unwrap();
+    run(
+        "tar",
+        &["-czf", "archive.tar.gz", "-C", "sub", "deep"],
+        folder.path(),
+    );
+    let build = |text: &str, more: &[&str]| {
+        fs::write(at("Dockerfile"), text).unwrap();
+        let arguments = [
+            "template",
+            "build",
+            "-t",
+            "copied",
+            folder.path().to_str().unwrap(),
+        ];
+        let since = Instant::now();
+        let built = mesh.run(&[&arguments, more].concat());
+        let said = String::from_utf8_lossy(&built.stderr).into_owned();
+        (built.status.success(), said, since.elapsed())
+    };
+    // A file is kept if it is what its digest says.
+    let mut templates = mesh.client().templates();
+    let upload = |digest: &str, data: &'static [u8]| UploadFilesRequest {
+        digest: digest.into(),
+        data: Bytes::from_static(data),
+    };
+    let digest = blake3::hash(b"two pieces").to_hex().to_string();
+    for (parts, field) in [
+        (vec![upload("", b"nobody's")], "digest"),
+        (
+            vec![upload(&digest, b"two "), upload("", b"other pieces")],
+            "digest",
+        ),
+        (vec![upload("../../etc/passwd", b"x")], "digest"),
+    ] {
+        let refused = templates.upload_files(tokio_stream::iter(parts)).await;
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(refused.message().starts_with(field), "{refused:?}");
+    }
+    let ask = |digest: &str| FindMissingFilesRequest {
+        digests: vec![digest.to_owned()],
+    };
+    let missing = templates.find_missing_files(ask(&digest)).await.unwrap();
+    assert_eq!(missing.into_inner().digests, [digest.as_str()]);
+    let parts = vec![upload(&digest, b"two "), upload("", b"pieces")];
+    let kept = templates.upload_files(tokio_stream::iter(parts)).await;
+    assert_eq!(kept.unwrap().into_inner().size_bytes, 10);
+    let missing = templates.find_missing_files(ask(&digest)).await.unwrap();
+    assert!(missing.into_inner().digests.is_empty());
+
+    // What is not there is told before anything runs.
+    for (text, reason) in [
+        (
+            "FROM base\nCOPY none /\n",
+            "line 2: COPY none /: there is no \"none\" in what it copies from (COPY_SOURCE_MISSING)",
+        ),
+        ("FROM base\nCOPY secret /\n", "(COPY_SOURCE_MISSING)"),
+        ("FROM base\nCOPY sub/*.log /\n", "(COPY_SOURCE_MISSING)"),
+    ] {
+        let (is_built, said, _) = build(text, &[]);
+        assert!(!is_built && said.contains(reason), "{said}");
+    }
+    let (is_built, said, first) = build(COPIES, &[]);
+    assert!(is_built, "{said}");
+    let (is_built, said, again) = build(COPIES, &[]);
+    assert!(
+        is_built && said.contains("ADD archive.tar.gz /opt/archive/: known"),
+        "{said}"
+    );
+    fs::write(at("sub/b.txt"), "changed").unwrap();
+    let (is_built, said, changed) = build(COPIES, &[]);
+    assert!(is_built, "{said}");
+    assert!(
+        said.contains("line 5: RUN ln -s /var/lib /srv/lib && echo old > /srv/old: known"),
+        "{said}"
+    );
+    println!("first {first:?}, again {again:?}, a file changed {changed:?}");
+
+    let look = "cd /srv/app; find . /srv/old /var/lib/copied.txt /opt -mindepth 0 -type f | sort | xargs stat -c '%n %u:%g %a %s'; \
+                cat /opt/texts/new/b.txt; readlink sub/link; stat -c '%F' /opt/out/pipe; cat /opt/said/*; stat -c '%u' /opt/texts/new; \
+                stat -c %a /opt /srv/app /srv/app/sub";
+    let session = NewSession {
+        template: "copied".into(),
+        ..small()
+    };
+    let session = mesh.client().create(session).await.unwrap();
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    let output = sandbox.run(["sh", "-c", look]).await.unwrap();
+    let archive = fs::metadata(at("archive.tar.gz")).unwrap().len();
+    let expected = format!(
+        "./.dockerignore 0:0 644 27\n./app.sh 0:0 755 10\n./archive.tar.gz 0:0 644 {archive}\n./sub/a.txt 0:0 644 1\n\
+         ./sub/b.txt 0:0 644 7\n./sub/big 0:0 644 2000000\n./sub/deep/c 0:0 644 1\n/opt/archive/deep/c 0:0 644 1\n\
+         /opt/out/deep/file 33:34 644 6\n/opt/renamed 33:1 600 6\n/opt/said/one.txt 0:0 644 7\n/opt/said/two.txt 0:0 644 6\n\
+         /opt/texts/new/a.txt 4242:4242 644 1\n/opt/texts/new/b.txt 4242:4242 644 7\n/srv/old 0:0 755 10\n/var/lib/copied.txt 0:0 644 1\n\
+         changeddeep/c\nfifo\nhello \n$PATH\n4242\n755\n755\n755\n"
+    );
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
 }

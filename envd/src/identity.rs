@@ -38,7 +38,7 @@ use crate::{
 
 const LEAST_ENTROPY: usize = 32;
 const MOST_ENTROPY: usize = 512;
-const API_LEVEL: u32 = 6;
+const API_LEVEL: u32 = 7;
 const LARGEST_ENV: usize = 1 << 20;
 
 /// The guest, closed until it is configured.

@@ -112,12 +112,14 @@ struct Asked {
     path: PathBuf,
     archive: Option<Form>,
     is_unpacked: bool,
+    keeps_folders: bool,
     mode: Option<u32>,
 }
 
 impl Asked {
     fn read(guest: &Guest, uri: &Uri) -> Result<Self, Status> {
         let (mut user, mut archive, mut is_unpacked, mut mode) = (String::new(), None, false, None);
+        let mut keeps_folders = false;
         for (name, value) in form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()) {
             match (name.as_ref(), value.as_ref()) {
                 ("user", name) => name.clone_into(&mut user),
@@ -126,6 +128,8 @@ impl Asked {
                 ("archive", _) => return Err(invalid("archive", "must be tar or zip")),
                 ("unpack", "tar") => is_unpacked = true,
                 ("unpack", _) => return Err(invalid("unpack", "must be tar")),
+                ("folders", "keep") => keeps_folders = true,
+                ("folders", _) => return Err(invalid("folders", "must be keep")),
                 ("mode", octal) => {
                     let bits = u32::from_str_radix(octal, 8).ok();
                     let bits = bits.filter(|bits| *bits <= 0o7777);
@@ -150,6 +154,7 @@ impl Asked {
             path,
             archive,
             is_unpacked,
+            keeps_folders,
             mode,
         })
     }
@@ -492,12 +497,17 @@ async fn unpack(
     body: impl io::Read + Send + 'static,
     transfer: Transfer,
 ) -> Result<Response<Body>, Status> {
-    let Asked { user, path, .. } = asked;
+    let Asked {
+        user,
+        path,
+        keeps_folders,
+        ..
+    } = asked;
     let is_root = user.uid == 0;
     let unpacked = files::acting_as(user, move || {
         let _transfer = transfer;
         files::make_directory(&path, 0o755)?;
-        files::unpack(&path, body, is_root)
+        files::unpack(&path, body, is_root, keeps_folders)
     });
     let unpacked = unpacked.await?;
     let answer = format!(

@@ -11,6 +11,7 @@
 //! ```
 
 mod client;
+mod context;
 mod error;
 mod files;
 mod logs;
@@ -21,6 +22,7 @@ mod sandbox;
 mod system;
 
 pub use client::{Changes, Client, NewFork, NewSession};
+pub use context::BuildContext;
 pub use error::Error;
 pub use files::{FileUrl, FileWatch};
 pub use logs::SessionLogs;

@@ -1,6 +1,7 @@
 //! The gRPC services: conversion and nothing else.
 
 mod artifact;
+mod context;
 mod template;
 
 pub use artifact::ArtifactApi;

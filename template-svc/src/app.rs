@@ -19,6 +19,7 @@ use crate::{
     artifact::Artifacts,
     builds::{self, Builder, Kernel},
     config::Config,
+    context::ContextFiles,
     registry::{Patience, Registries},
     secrets::Sealer,
     sessions::Sessions,
@@ -61,6 +62,7 @@ pub struct App {
     store: Store,
     artifacts: Artifacts,
     uploads: Artifacts,
+    contexts: ContextFiles,
     work: PathBuf,
     kernel: Kernel,
     registries: Registries,
@@ -79,6 +81,7 @@ impl App {
         };
         let artifacts = Artifacts::open(config.state.join("artifacts")).map_err(state)?;
         let uploads = Artifacts::open(config.state.join("uploads")).map_err(state)?;
+        let contexts = ContextFiles::open(config.state.join("contexts")).map_err(state)?;
         let work = config.state.join("work");
         std::fs::create_dir_all(&work).map_err(state)?;
         std::fs::set_permissions(&work, std::fs::Permissions::from_mode(0o700)).map_err(state)?;
@@ -97,6 +100,7 @@ impl App {
             store,
             artifacts,
             uploads,
+            contexts,
             work,
             kernel,
             registries,
@@ -118,6 +122,7 @@ impl App {
             store,
             artifacts,
             uploads,
+            contexts,
             work,
             kernel,
             registries,
@@ -142,6 +147,7 @@ impl App {
             store: store.clone(),
             artifacts: artifacts.clone(),
             uploads: uploads.clone(),
+            contexts: contexts.clone(),
             work: work.clone(),
             kernel,
             sealer: sealer.clone(),
@@ -156,6 +162,7 @@ impl App {
         background.spawn(builder.run(shutdown.clone()));
         background.spawn(sweep(
             uploads.clone(),
+            contexts.clone(),
             artifacts.clone(),
             work,
             store.clone(),
@@ -165,6 +172,7 @@ impl App {
             store,
             sealer,
             uploads,
+            contexts,
             config.max_upload,
             wake,
         ))
@@ -188,6 +196,7 @@ impl App {
 
 async fn sweep(
     uploads: Artifacts,
+    contexts: ContextFiles,
     artifacts: Artifacts,
     work: PathBuf,
     store: Store,
@@ -202,9 +211,11 @@ async fn sweep(
         if let Err(error) = builds::sweep(&work, &store).await {
             tracing::warn!(%error, "what builds left behind is not removed");
         }
-        let (uploads, artifacts) = (uploads.clone(), artifacts.clone());
+        let (uploads, contexts) = (uploads.clone(), contexts.clone());
+        let artifacts = artifacts.clone();
         let swept = move || {
             artifacts.sweep_unfinished(UPLOADS_KEPT)?;
+            contexts.sweep(UPLOADS_KEPT)?;
             uploads.sweep(UPLOADS_KEPT)
         };
         match tokio::task::spawn_blocking(swept).await {

@@ -7,6 +7,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use proto::template::v1::Artifact;
@@ -114,6 +115,16 @@ impl Artifacts {
         path.is_file().then_some(path)
     }
 
+    /// Makes an artifact as young as if it had been made then; whether it is here.
+    pub fn touch(&self, digest: &ArtifactDigest, time: SystemTime) -> io::Result<bool> {
+        let file = match File::open(self.folder.join(digest.as_str())) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            file => file?,
+        };
+        file.set_modified(time)?;
+        Ok(true)
+    }
+
     /// Removes uploads and half-written files older than `age`.
     pub fn sweep(&self, age: std::time::Duration) -> io::Result<()> {
         self.remove(age, |_| true)
@@ -166,6 +177,16 @@ impl Incoming {
     /// Bytes so far.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Makes it appear under that digest, if that is its own. After a crash of the host it may be there without its bytes.
+    pub fn finish_unsynced(self, digest: &ArtifactDigest) -> io::Result<bool> {
+        let is_it = self.hasher.finalize().to_hex().as_str() == digest.as_str();
+        if is_it {
+            let persisted = self.file.persist(self.folder.join(digest.as_str()));
+            persisted.map_err(|error| error.error)?;
+        }
+        Ok(is_it)
     }
 
     /// Makes it appear under its digest.

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     artifact::Artifacts,
+    context::{ContextError, ContextFiles},
     image::ImageError,
     layer::{LayerError, Limits},
     registry::{Registries, RegistryError},
@@ -28,6 +29,7 @@ use crate::{
     store::{Store, StoreError, StoredBuild},
 };
 
+mod copy;
 mod make;
 mod steps;
 
@@ -81,6 +83,8 @@ pub struct Builder {
     pub artifacts: Artifacts,
     /// Uploaded sources.
     pub uploads: Artifacts,
+    /// Uploaded files of build contexts.
+    pub contexts: ContextFiles,
     /// Where it unpacks.
     pub work: PathBuf,
     /// The kernel.
@@ -126,6 +130,12 @@ fn failed(reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> B
 
 impl From<ImageError> for BuildError {
     fn from(error: ImageError) -> Self {
+        failed(error.reason(), error.to_string())
+    }
+}
+
+impl From<ContextError> for BuildError {
+    fn from(error: ContextError) -> Self {
         failed(error.reason(), error.to_string())
     }
 }
@@ -425,7 +435,7 @@ impl Work {
         Self(Some(Arc::new(folder)))
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    fn path(&self, name: impl AsRef<Path>) -> PathBuf {
         let folder = self.0.as_ref().map(|folder| folder.path().join(name));
         folder.unwrap_or_default()
     }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use parse_dockerfile::{Command, Instruction as Parsed, Span};
+use parse_dockerfile::{Command, Flag, Instruction as Parsed, Keyword, Source as Origin, Span};
 
 pub mod words;
 
@@ -111,10 +111,31 @@ enum Instruction {
     Shell(Vec<String>),
     Cmd(Words),
     Entrypoint(Words),
+    Copy(Copying),
     /// Nothing comes of it, which is said.
     Told(&'static str),
-    /// It cannot be built yet.
-    NotYet(&'static str),
+}
+
+/// `COPY` or `ADD`, before variables are known.
+#[derive(Debug, Clone)]
+struct Copying {
+    is_add: bool,
+    from: Option<String>,
+    owner: Option<String>,
+    mode: Option<String>,
+    sources: Vec<Original>,
+    destination: String,
+}
+
+#[derive(Debug, Clone)]
+enum Original {
+    Path(String),
+    /// A here-document.
+    Text {
+        name: String,
+        text: String,
+        has_variables: bool,
+    },
 }
 
 /// A command: as a list, or as text for the shell.
@@ -136,6 +157,41 @@ pub enum Action {
     },
     /// A folder is made, with those above it.
     MakeFolder(String),
+    /// Files are copied.
+    Copy(Copy),
+}
+
+/// Files that are copied, and where to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Copy {
+    /// Whether tarballs are unpacked.
+    pub is_add: bool,
+    /// A stage, an image or a template; the build context if it is none.
+    pub from: Option<String>,
+    /// Name or number of a user, and after a colon of a group.
+    pub owner: Option<String>,
+    /// Permissions of all that is copied.
+    pub mode: Option<u32>,
+    /// In order, at least one.
+    pub sources: Vec<Source>,
+    /// Absolute.
+    pub destination: String,
+    /// Whether the destination is surely a folder.
+    pub into_folder: bool,
+}
+
+/// What is copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Files, folders: a pattern.
+    Path(String),
+    /// A file with that name and text.
+    Text {
+        /// Without slashes.
+        name: String,
+        /// All of it.
+        text: String,
+    },
 }
 
 /// What holds for what comes next: of the image below, then as instructions change it.
@@ -295,14 +351,31 @@ impl Dockerfile {
         })
     }
 
-    /// Whether all of it can be built.
-    pub fn check(&self) -> Result<(), DockerfileError> {
-        let steps = self.stages.iter().flat_map(|stage| &stage.steps);
-        let not_yet = |step: &Step| match step.instruction {
-            Instruction::NotYet(what) => Some(step.place.error(what)),
-            _ => None,
+    /// A step, by the numbers of its stage and its own.
+    pub fn step(&self, stage: usize, number: usize) -> Option<&Step> {
+        self.stages.get(stage)?.steps.get(number)
+    }
+
+    /// An earlier stage than that one, by its name or number, as `FROM` and `COPY --from` have them.
+    pub fn stage_before(&self, before: usize, name: &str) -> Option<usize> {
+        let earlier = self.stages.get(..before).unwrap_or_default();
+        let is_named = |stage: &Stage| {
+            let known = stage.name.as_deref();
+            known.is_some_and(|known| known.eq_ignore_ascii_case(name))
         };
-        steps.into_iter().find_map(not_yet).map_or(Ok(()), Err)
+        earlier.iter().rposition(is_named)
+    }
+
+    /// Whether it takes files of a build context.
+    pub fn needs_context(&self) -> bool {
+        let mut steps = self.stages.iter().flat_map(|stage| &stage.steps);
+        steps.any(|step| match &step.instruction {
+            Instruction::Copy(copying) => {
+                let is_path = |source: &Original| matches!(source, Original::Path(_));
+                copying.from.is_none() && copying.sources.iter().any(is_path)
+            }
+            _ => false,
+        })
     }
 
     /// The image or template that a stage begins with, when these arguments are given.
@@ -407,14 +480,79 @@ impl Dockerfile {
                 state.entrypoint = state.argv(words);
                 state.command.clear();
             }
+            Instruction::Copy(copying) => {
+                let copy = self.copy(step, copying, state)?;
+                return Ok((Some(Action::Copy(copy)), None));
+            }
             Instruction::Told(what) => return Ok((None, Some((*what).to_owned()))),
-            Instruction::NotYet(what) => return Err(step.place.error(*what)),
         }
         if is_grown && !state.fits() {
             return Err(step.place.error(TOO_MUCH));
         }
         Ok((None, None))
     }
+
+    fn copy(&self, step: &Step, copying: &Copying, state: &State) -> Result<Copy, DockerfileError> {
+        let failed = |error: WordError| step.place.error(error.to_string());
+        let visible = state.visible();
+        let word = |text: &String| self.lexer.word(text, &visible).map_err(failed);
+        let mut sources = Vec::new();
+        for source in &copying.sources {
+            sources.push(match source {
+                Original::Path(path) => {
+                    let path = word(path)?;
+                    if copying.is_add && is_remote(&path) {
+                        let message = format!("ADD of {path:?} cannot be built: fetch it in a RUN");
+                        return Err(step.place.error(message));
+                    }
+                    if path.is_empty() {
+                        return Err(step.place.error("a source is empty"));
+                    }
+                    Source::Path(path)
+                }
+                Original::Text {
+                    name,
+                    text,
+                    has_variables,
+                } => Source::Text {
+                    name: name.clone(),
+                    text: if *has_variables {
+                        self.lexer.document(text, &visible).map_err(failed)?
+                    } else {
+                        text.clone()
+                    },
+                },
+            });
+        }
+        let destination = word(&copying.destination)?;
+        let last = destination.rsplit('/').next().unwrap_or_default();
+        let into_folder = matches!(last, "" | "." | "..") || sources.len() > 1;
+        let owner = copying.owner.as_ref().map(word).transpose()?;
+        let owner = owner.filter(|owner| !owner.is_empty());
+        let octal = |text: String| {
+            let mode = u32::from_str_radix(&text, 8);
+            mode.ok().filter(|mode| *mode <= 0o7777).ok_or_else(|| {
+                let message = format!("expected octal permissions after --chmod=, not {text:?}");
+                step.place.error(message)
+            })
+        };
+        let mode = copying.mode.as_ref().map(word).transpose()?;
+        Ok(Copy {
+            is_add: copying.is_add,
+            from: copying.from.clone(),
+            owner,
+            mode: mode.map(octal).transpose()?,
+            sources,
+            destination: words::join(&state.cwd, &destination),
+            into_folder,
+        })
+    }
+}
+
+/// What `ADD` fetches elsewhere: by HTTP, or from git.
+fn is_remote(source: &str) -> bool {
+    let schemes = ["http://", "https://", "git://", "ssh://", "git@"];
+    schemes.iter().any(|scheme| source.starts_with(scheme))
 }
 
 /// `\`, or what a directive at the beginning says (Dockerfile reference, "Parser directives").
@@ -477,6 +615,59 @@ impl Reading<'_> {
         }
     }
 
+    fn copying<'a>(
+        &self,
+        keyword: &Keyword,
+        options: &[Flag<'_>],
+        sources: impl Iterator<Item = &'a Origin<'a>>,
+        destination: &str,
+    ) -> Result<Copying, DockerfileError> {
+        let place = self.place(&keyword.span);
+        let word = self.text.get(keyword.span.clone()).unwrap_or_default();
+        let is_add = word.eq_ignore_ascii_case("add");
+        let mut copying = Copying {
+            is_add,
+            from: None,
+            owner: None,
+            mode: None,
+            sources: Vec::new(),
+            destination: destination.to_owned(),
+        };
+        for flag in options {
+            let value = flag.value.as_ref().map(|value| value.value.to_string());
+            match &*flag.name.value {
+                "from" if !is_add => copying.from = value,
+                "chown" => copying.owner = value,
+                "chmod" => copying.mode = value,
+                // Of layers that are here no part is kept apart.
+                "link" => {}
+                name => {
+                    let message = format!("{word} --{name} cannot be built yet");
+                    return Err(place.error(message));
+                }
+            }
+        }
+        for source in sources {
+            copying.sources.push(match source {
+                Origin::Path(path) => Original::Path(path.value.to_string()),
+                Origin::HereDoc(document) => {
+                    let end = self.text.get(document.span.end..).unwrap_or_default();
+                    let name = end.lines().next().unwrap_or_default();
+                    if name.is_empty() || name.contains('/') || matches!(name, "." | "..") {
+                        return Err(place.error("a here-document's word is no name of a file"));
+                    }
+                    Original::Text {
+                        name: name.to_owned(),
+                        text: document.value.to_string(),
+                        has_variables: document.expand,
+                    }
+                }
+                _ => return Err(place.error("a source is of a kind that is not known")),
+            });
+        }
+        Ok(copying)
+    }
+
     fn step(&self, parsed: &Parsed<'_>) -> Result<Step, DockerfileError> {
         let (keyword, instruction) = match parsed {
             Parsed::Run(run) => {
@@ -527,8 +718,16 @@ impl Reading<'_> {
                 let told = "ONBUILD is left out: it would be done in builds upon this one";
                 (&it.onbuild, Instruction::Told(told))
             }
-            Parsed::Copy(it) => (&it.copy, Instruction::NotYet("COPY cannot be built yet")),
-            Parsed::Add(it) => (&it.add, Instruction::NotYet("ADD cannot be built yet")),
+            Parsed::Copy(it) => {
+                let sources = it.src.iter();
+                let copying = self.copying(&it.copy, &it.options, sources, &it.dest.value)?;
+                (&it.copy, Instruction::Copy(copying))
+            }
+            Parsed::Add(it) => {
+                let sources = it.src.iter();
+                let adding = self.copying(&it.add, &it.options, sources, &it.dest.value)?;
+                (&it.add, Instruction::Copy(adding))
+            }
             _ => {
                 let place = Place { line: 1, column: 1 };
                 return Err(place.error("it has an instruction that is not known"));
@@ -718,10 +917,77 @@ RUN true
             .iter()
             .filter_map(|action| match action {
                 Action::MakeFolder(path) => Some(path.as_str()),
-                Action::Run { .. } => None,
+                Action::Run { .. } | Action::Copy(_) => None,
             })
             .collect();
         assert_eq!(folders, ["/srv", "/srv/app/nobody", "/srv/app/x"]);
+    }
+
+    #[test]
+    fn copies_in_all_their_forms() {
+        let text = r#"FROM debian AS one
+ARG dir=src
+WORKDIR /srv
+COPY ${dir}/*.py "a" ./
+COPY --from=one --chown=$dir:33 --chmod=0640 /etc/passwd p
+ADD ["x y.tar", "/opt"]
+COPY <<one.txt <<'two.txt' sub
+RUN is "$dir" \$dir
+one.txt
+RUN is $dir
+two.txt
+COPY a \
+  # why
+  b
+USER me
+"#;
+        let (actions, state) = done(text, &[]);
+        let copies: Vec<_> = actions
+            .iter()
+            .filter_map(|action| match action {
+                Action::Copy(copy) => Some(copy),
+                _ => None,
+            })
+            .collect();
+        let copy = |sources: &[&str], destination: &str, into_folder| Copy {
+            is_add: false,
+            from: None,
+            owner: None,
+            mode: None,
+            sources: sources
+                .iter()
+                .map(|path| Source::Path((*path).into()))
+                .collect(),
+            destination: destination.into(),
+            into_folder,
+        };
+        let text = |name: &str, text: &str| Source::Text {
+            name: name.into(),
+            text: text.into(),
+        };
+        let texts = Copy {
+            sources: vec![
+                text("one.txt", "RUN is \"src\" $dir\n"),
+                text("two.txt", "RUN is $dir\n"),
+            ],
+            ..copy(&[], "/srv/sub", true)
+        };
+        assert_eq!(*copies[0], copy(&["src/*.py", "a"], "/srv", true));
+        let from = Copy {
+            from: Some("one".into()),
+            owner: Some("src:33".into()),
+            mode: Some(0o640),
+            ..copy(&["/etc/passwd"], "/srv/p", false)
+        };
+        assert_eq!(*copies[1], from);
+        let add = Copy {
+            is_add: true,
+            ..copy(&["x y.tar"], "/opt", false)
+        };
+        assert_eq!(*copies[2], add);
+        assert_eq!(*copies[3], texts);
+        assert_eq!(*copies[4], copy(&["a"], "/srv/b", false));
+        assert_eq!(state.user, "me");
     }
 
     #[test]
@@ -741,7 +1007,13 @@ RUN true
     #[case::too_early("RUN x\nFROM a\n", 1, "FROM")]
     #[case::no_name("FROM a AS\n", 1, "AS")]
     #[case::no_end("FROM a\nRUN <<EOF\nx\n", 2, "EOF")]
-    #[case::copy("FROM a\n\nCOPY x /\n", 3, "COPY cannot be built yet")]
+    #[case::copy("FROM a\n\nCOPY x\n", 3, "argument")]
+    #[case::copy_flag("FROM a\n\nCOPY --parents x /\n", 3, "COPY --parents")]
+    #[case::copy_mode("FROM a\nCOPY --chmod=u+x x /\n", 2, "octal")]
+    #[case::copy_endless("FROM a\nCOPY <<EOF /x\n", 2, "EOF")]
+    #[case::copy_nothing("FROM a\nCOPY $none /\n", 2, "empty")]
+    #[case::add_from("FROM a\nADD --from=b x /\n", 2, "ADD --from")]
+    #[case::add_url("FROM a\nADD https://b/c /\n", 2, "https://b/c")]
     #[case::mount("FROM a\nRUN --mount=type=cache,target=/x y\n", 2, "RUN --mount")]
     #[case::quote("FROM a\nENV A=\"x\n", 2, "quote")]
     #[case::brace("FROM a\nENV A=${x\n", 2, "}")]

@@ -279,10 +279,10 @@ impl Root {
 }
 
 /// Does something in a thread whose root is the folder (unshare(2), `CLONE_FS`; chroot(2)).
-fn within<T: Send>(
+pub(crate) fn within<T: Send, E: From<LayerError> + Send>(
     folder: &Path,
-    work: impl FnOnce() -> Result<T, LayerError> + Send,
-) -> Result<T, LayerError> {
+    work: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, E> {
     let enter = || -> io::Result<()> {
         unshare(CloneFlags::CLONE_FS)?;
         chroot(folder)?;

@@ -8,6 +8,7 @@ mod app;
 pub mod artifact;
 pub mod builds;
 mod config;
+pub mod context;
 pub mod dockerfile;
 pub mod image;
 pub mod layer;

@@ -1,7 +1,24 @@
 //! Sessions and their nodes, as templates need them.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    fmt,
+    fs::File,
+    io::{self, Seek as _},
+    time::Duration,
+};
 
+use backon::{ExponentialBuilder, Retryable as _};
+use bytes::Bytes;
+use futures::{TryStreamExt as _, future::BoxFuture};
+use http::StatusCode;
+use http_body::Frame;
+use http_body_util::{BodyExt as _, Limited, StreamBody, combinators::BoxBody};
+use hyper_util::{
+    client::legacy::{Client as Http, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use proto::{
     node::v1::{
         ExportSessionRequest, ExportSessionResponse, ListNodesRequest, Node,
@@ -20,10 +37,17 @@ use service_kit::{
     ids::{SessionId, TeamId},
     mesh::{self, Caller, MeshChannel, MeshToken},
 };
+use tokio_util::io::ReaderStream;
 use tonic::{Code, Request, Status, Streaming};
 
 /// Pages of nodes that are looked through.
 const MOST_PAGES: usize = 100;
+const PIECE: usize = 128 << 10;
+/// Of a refusal.
+const LONGEST_ANSWER: usize = 64 << 10;
+/// What breaks off is tried so often, over about a minute.
+const TRIES: usize = 7;
+const FIRST_WAIT: Duration = Duration::from_millis(500);
 
 /// Asks session-svc, and nodes.
 #[derive(Debug, Clone)]
@@ -140,13 +164,20 @@ impl Sessions {
     }
 
     /// The inside of a running session, by its node.
-    pub async fn sandbox(&self, session: &Session) -> Result<Sandbox, ExportError> {
+    pub async fn sandbox(&self, session: &Session) -> Result<(Sandbox, SandboxFiles), ExportError> {
         let unknown = || ExportError::NodeGone(session.session_id.clone());
         let node = self.node(&session.node_id).await?.ok_or_else(unknown)?;
         // The session's own token is all that is needed there.
         let endpoint = format!("http://{}", node.ingress_address);
         let client = sdk::Client::connect(&endpoint, "none").map_err(|_| unknown())?;
-        client.sandbox(session).map_err(|_| unknown())
+        let sandbox = client.sandbox(session).map_err(|_| unknown())?;
+        let files = SandboxFiles {
+            client: Http::builder(TokioExecutor::new()).build_http(),
+            endpoint,
+            session_id: session.session_id.clone(),
+            token: session.access_token.clone(),
+        };
+        Ok((sandbox, files))
     }
 
     async fn node(&self, id: &str) -> Result<Option<Node>, Status> {
@@ -161,5 +192,124 @@ impl Sessions {
             request.page_token = page.next_page_token;
         }
         Ok(None)
+    }
+}
+
+/// The files of a running session, by plain HTTP (docs/files.md).
+#[derive(Clone)]
+pub struct SandboxFiles {
+    client: Http<HttpConnector, Body>,
+    /// Of its node.
+    endpoint: String,
+    session_id: String,
+    token: String,
+}
+
+type Body = BoxBody<Bytes, io::Error>;
+
+impl fmt::Debug for SandboxFiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("SandboxFiles");
+        debug.field("session_id", &self.session_id);
+        debug.finish_non_exhaustive()
+    }
+}
+
+/// A tarball was not unpacked.
+#[derive(Debug, thiserror::Error)]
+pub enum UnpackError {
+    /// It was refused.
+    #[error("{message}")]
+    Refused {
+        /// The stable word.
+        reason: String,
+        /// One sentence.
+        message: String,
+    },
+    /// It cannot be asked for.
+    #[error("the build's session cannot be reached: {0}")]
+    Unreachable(String),
+    /// The tarball cannot be read.
+    #[error("what is copied cannot be read: {0}")]
+    Disk(#[from] io::Error),
+}
+
+impl UnpackError {
+    /// The stable word of a build's failure.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Refused { reason, .. } => reason.clone(),
+            Self::Unreachable(_) => "SANDBOX_FAILED".into(),
+            Self::Disk(_) => "BUILD_FAILED".into(),
+        }
+    }
+}
+
+/// What a node or envd says when it refuses.
+#[derive(serde::Deserialize)]
+struct Refusal {
+    reason: String,
+    message: String,
+}
+
+impl SandboxFiles {
+    /// Unpacks a tarball in a folder, as root; folders that are there keep what they have. Is done again when it breaks off: that does no harm.
+    pub async fn unpack(&self, folder: &str, tarball: File) -> Result<(), UnpackError> {
+        let backoff = ExponentialBuilder::default()
+            .with_min_delay(FIRST_WAIT)
+            .with_max_times(TRIES);
+        let unpack = || -> BoxFuture<'_, _> {
+            Box::pin(async { self.unpack_once(folder, tarball.try_clone()?).await })
+        };
+        unpack
+            .retry(backoff)
+            .when(|error| matches!(error, UnpackError::Unreachable(_)))
+            .await
+    }
+
+    async fn unpack_once(&self, folder: &str, mut tarball: File) -> Result<(), UnpackError> {
+        tarball.rewind()?;
+        let pieces = ReaderStream::with_capacity(tokio::fs::File::from_std(tarball), PIECE);
+        let folder = percent_encode(folder.trim_start_matches('/').as_bytes(), NON_ALPHANUMERIC);
+        let uri = format!(
+            "{}/files/{folder}?user=root&unpack=tar&folders=keep",
+            self.endpoint
+        );
+        let request = http::Request::put(uri)
+            .header("x-session-id", &self.session_id)
+            .header("x-sandmesh-token", &self.token)
+            .body(StreamBody::new(pieces.map_ok(Frame::data)).boxed());
+        let unreachable = |error: String| UnpackError::Unreachable(error);
+        let request = request.map_err(|error| unreachable(error.to_string()))?;
+        let answer = self.client.request(request).await;
+        let answer = answer.map_err(|error| unreachable(error.to_string()))?;
+        let status = answer.status();
+        // The guest has its words in it.
+        let body = Limited::new(answer.into_body(), LONGEST_ANSWER)
+            .collect()
+            .await;
+        let body = body
+            .map_err(|error| unreachable(error.to_string()))?
+            .to_bytes();
+        if status.is_success() {
+            return Ok(());
+        }
+        let said: Option<Refusal> = serde_json::from_slice(&body).ok();
+        let again = [
+            StatusCode::BAD_GATEWAY,
+            StatusCode::SERVICE_UNAVAILABLE,
+            StatusCode::GATEWAY_TIMEOUT,
+        ];
+        match said {
+            said if again.contains(&status) => {
+                let said = said.map(|said| said.message);
+                Err(unreachable(said.unwrap_or_else(|| status.to_string())))
+            }
+            Some(Refusal { reason, message }) => Err(UnpackError::Refused { reason, message }),
+            None => Err(UnpackError::Refused {
+                reason: "SANDBOX_FAILED".into(),
+                message: status.to_string(),
+            }),
+        }
     }
 }

@@ -8,11 +8,12 @@ use std::{
 use futures::{Stream, TryStreamExt as _};
 use proto::template::v1::{
     BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest, CancelBuildResponse,
-    DeleteTemplateRequest, DeleteTemplateResponse, GetBuildRequest, GetBuildResponse,
-    GetTemplateRequest, GetTemplateResponse, ListTemplatesRequest, ListTemplatesResponse,
-    StreamBuildLogsRequest, StreamBuildLogsResponse, TagTemplateRequest, TagTemplateResponse,
-    UploadSourceRequest, UploadSourceResponse, template_service_client::TemplateServiceClient,
-    template_service_server::TemplateService,
+    DeleteTemplateRequest, DeleteTemplateResponse, FindMissingFilesRequest,
+    FindMissingFilesResponse, GetBuildRequest, GetBuildResponse, GetTemplateRequest,
+    GetTemplateResponse, ListTemplatesRequest, ListTemplatesResponse, StreamBuildLogsRequest,
+    StreamBuildLogsResponse, TagTemplateRequest, TagTemplateResponse, UploadFilesRequest,
+    UploadFilesResponse, UploadSourceRequest, UploadSourceResponse,
+    template_service_client::TemplateServiceClient, template_service_server::TemplateService,
 };
 use service_kit::mesh::MeshChannel;
 use tonic::{Request, Response, Status, Streaming};
@@ -30,6 +31,38 @@ pub struct TemplateApi {
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+/// What has ended a client's stream early.
+#[derive(Clone, Default)]
+struct Broken(Arc<Mutex<Option<Status>>>);
+
+impl Broken {
+    fn note(&self, status: Status) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
+    }
+
+    /// It comes before the answer to what was sent until then.
+    fn or<T>(&self, answer: Result<T, Status>) -> Result<T, Status> {
+        match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(status) => Err(status),
+            None => answer,
+        }
+    }
+}
+
+/// A stream as the other side takes it: of parts alone.
+fn parts_of<T: Send + 'static>(
+    request: Request<Streaming<T>>,
+) -> (Request<impl Stream<Item = T> + Send + 'static>, Broken) {
+    let broken = Broken::default();
+    let note = broken.clone();
+    let request = request.map(|stream| {
+        tokio_stream::StreamExt::map_while(stream, move |part| {
+            part.map_err(|status| note.note(status)).ok()
+        })
+    });
+    (request, broken)
+}
+
 #[tonic::async_trait]
 impl TemplateService for TemplateApi {
     async fn upload_source(
@@ -37,27 +70,31 @@ impl TemplateService for TemplateApi {
         request: Request<Streaming<UploadSourceRequest>>,
     ) -> Result<Response<UploadSourceResponse>, Status> {
         let request = self.door.enter(request, Limit::None).await?;
-        // The other side takes a stream of parts alone; what ends this one early is kept, to be said instead of its answer.
-        let broken: Arc<Mutex<Option<Status>>> = Arc::default();
-        let note = Arc::clone(&broken);
-        let request = request.map(|stream| {
-            tokio_stream::StreamExt::map_while(stream, move |part| {
-                part.map_err(|status| {
-                    *note.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
-                })
-                .ok()
-            })
-        });
-        let answer = self
-            .templates
+        let (request, broken) = parts_of(request);
+        let answer = self.templates.clone().upload_source(request).await;
+        broken.or(answer.map_err(outward))
+    }
+
+    async fn find_missing_files(
+        &self,
+        request: Request<FindMissingFilesRequest>,
+    ) -> Result<Response<FindMissingFilesResponse>, Status> {
+        let request = self.door.enter(request, Limit::Usual).await?;
+        self.templates
             .clone()
-            .upload_source(request)
+            .find_missing_files(request)
             .await
-            .map_err(outward);
-        match broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(status) => Err(status),
-            None => answer,
-        }
+            .map_err(outward)
+    }
+
+    async fn upload_files(
+        &self,
+        request: Request<Streaming<UploadFilesRequest>>,
+    ) -> Result<Response<UploadFilesResponse>, Status> {
+        let request = self.door.enter(request, Limit::None).await?;
+        let (request, broken) = parts_of(request);
+        let answer = self.templates.clone().upload_files(request).await;
+        broken.or(answer.map_err(outward))
     }
 
     async fn build_template(

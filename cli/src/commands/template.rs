@@ -16,6 +16,7 @@ use proto::template::v1::{
     StreamBuildLogsRequest, Template, UploadSourceRequest, UploadSourceResponse,
     build_source::Source, template_service_client::TemplateServiceClient,
 };
+use sdk::BuildContext;
 use service_kit::{config::parse_bytes, mesh::MeshChannel};
 use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -47,7 +48,7 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(group = clap::ArgGroup::new("source").required(true))]
+#[command(group = clap::ArgGroup::new("source"))]
 pub(crate) struct Build {
     /// Its name, and a tag for the new version besides "latest": name or name:tag.
     #[arg(short, long, value_name = "NAME[:TAG]")]
@@ -64,11 +65,14 @@ pub(crate) struct Build {
     /// From a running session: its template, and what was changed in it. Its processes stand still meanwhile.
     #[arg(long, group = "source", value_name = "SESSION")]
     from_session: Option<String>,
-    /// From a Dockerfile.
-    #[arg(short, long, group = "source", value_name = "DOCKERFILE")]
+    /// From the Dockerfile of a folder, whose files COPY and ADD take; what its .dockerignore names is left out.
+    #[arg(group = "source", value_name = "DIR")]
+    folder: Option<PathBuf>,
+    /// The Dockerfile. Default: DIR/Dockerfile. Without a DIR it has no files to take.
+    #[arg(short, long, value_name = "DOCKERFILE", conflicts_with_all = ["rootfs", "image_archive", "image", "from_session"])]
     file: Option<PathBuf>,
     /// A value for one of the Dockerfile's ARGs; no place for secrets.
-    #[arg(long = "build-arg", requires = "file", value_name = "NAME=VALUE", value_parser = argument)]
+    #[arg(long = "build-arg", value_name = "NAME=VALUE", value_parser = argument, conflicts_with_all = ["rootfs", "image_archive", "image", "from_session"])]
     arguments: Vec<(String, String)>,
     /// Registry whose user is named, as names of images have it: host or host:port. Default: the image's.
     #[arg(long, requires = "registry_user", value_name = "REGISTRY")]
@@ -157,6 +161,7 @@ impl Build {
             image_archive,
             image,
             from_session,
+            folder,
             file,
             arguments,
             registry,
@@ -180,11 +185,8 @@ impl Build {
             From::Registry(image)
         } else if let Some(session) = from_session {
             From::Session(session)
-        } else if let Some(file) = file {
-            let text = tokio::fs::read_to_string(&file).await;
-            From::Dockerfile(text.with_context(|| file.display().to_string())?)
         } else {
-            bail!("say what to build from");
+            dockerfile(file, folder).await?
         };
         let registry_logins = match registry_user {
             Some(username) => {
@@ -267,8 +269,40 @@ enum From {
     Registry(String),
     /// A session's ID.
     Session(String),
-    /// The text of a Dockerfile.
-    Dockerfile(String),
+    /// The text of a Dockerfile, and what it takes files from.
+    Dockerfile(String, Option<BuildContext>),
+}
+
+async fn dockerfile(file: Option<PathBuf>, folder: Option<PathBuf>) -> anyhow::Result<From> {
+    let file = match (file, &folder) {
+        (Some(file), _) => file,
+        (None, Some(folder)) => folder.join("Dockerfile"),
+        (None, None) => bail!(
+            "say what to build from: DIR, --file, --image, --image-archive, --rootfs or --from-session"
+        ),
+    };
+    let text = tokio::fs::read_to_string(&file).await;
+    let text = text.with_context(|| file.display().to_string())?;
+    let Some(folder) = folder else {
+        return Ok(From::Dockerfile(text, None));
+    };
+    // One of its own comes before the folder's, as with docker.
+    let mut own = file.into_os_string();
+    own.push(".dockerignore");
+    let mut ignore = String::new();
+    for path in [PathBuf::from(own), folder.join(".dockerignore")] {
+        match tokio::fs::read_to_string(&path).await {
+            Ok(found) => {
+                ignore = found;
+                break;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| path.display().to_string()),
+        }
+    }
+    let shown = folder.display().to_string();
+    let read = tokio::task::spawn_blocking(move || BuildContext::read(&folder, &ignore)).await?;
+    Ok(From::Dockerfile(text, Some(read.context(shown)?)))
 }
 
 /// The credentials of a user for a registry; the password comes from the environment or a file, never from the command line.
@@ -310,7 +344,20 @@ async fn build<T: Transport>(
         }
         From::Registry(image) => Source::OciImage(image),
         From::Session(id) => Source::SessionId(id),
-        From::Dockerfile(text) => Source::Dockerfile(text),
+        From::Dockerfile(text, context) => {
+            if let Some(context) = context {
+                let bar = progress_bar(0);
+                let sent = context.upload(&mut client, |sent, total| {
+                    bar.set_length(total);
+                    bar.set_position(sent);
+                });
+                let sent = sent.await;
+                bar.finish_and_clear();
+                sent?;
+                request.context = context.digest().to_owned();
+            }
+            Source::Dockerfile(text)
+        }
     };
     request.source = Some(BuildSource {
         source: Some(source),
@@ -403,6 +450,14 @@ async fn follow_once<T: Transport>(
     Ok(client.get_build(request).await.map_err(said)?.into_inner())
 }
 
+fn progress_bar(total: u64) -> ProgressBar {
+    if std::io::stderr().is_terminal() {
+        ProgressBar::new(total)
+    } else {
+        ProgressBar::hidden()
+    }
+}
+
 /// Sends a file, and has its digest.
 async fn upload<T: Transport>(
     client: &mut TemplateServiceClient<T>,
@@ -412,11 +467,7 @@ async fn upload<T: Transport>(
         .await
         .with_context(|| file.display().to_string())?;
     let total = file.metadata().await?.len();
-    let bar = if std::io::stderr().is_terminal() {
-        ProgressBar::new(total)
-    } else {
-        ProgressBar::hidden()
-    };
+    let bar = progress_bar(total);
     let (parts, stream) = mpsc::channel(IN_FLIGHT);
     let upload = client.upload_source(ReceiverStream::new(stream));
     let feed = async {

@@ -222,8 +222,14 @@ pub(crate) struct Unpacked {
     pub(crate) left_out: u64,
 }
 
-/// Unpacks a tar archive, gzipped or not, in a directory. Files that are there are replaced.
-pub(crate) fn unpack(path: &Path, mut from: impl Read, is_root: bool) -> Result<Unpacked, Status> {
+/// Unpacks a tar archive, gzipped or not, in a directory. Files that are there are replaced; directories that are there get what the archive says
+/// of them, or keep what they have.
+pub(crate) fn unpack(
+    path: &Path,
+    mut from: impl Read,
+    is_root: bool,
+    keeps_folders: bool,
+) -> Result<Unpacked, Status> {
     let top = Folder::open(path).map_err(|error| path_error(&super::shown(path), &error))?;
     let mut beginning = Vec::new();
     (&mut from)
@@ -245,6 +251,7 @@ pub(crate) fn unpack(path: &Path, mut from: impl Read, is_root: bool) -> Result<
     let mut unpacking = Unpacking {
         top: &top,
         is_root,
+        keeps_folders,
         folders: Vec::new(),
         unpacked: Unpacked::default(),
     };
@@ -335,6 +342,7 @@ impl Attributes {
 struct Unpacking<'a> {
     top: &'a Folder,
     is_root: bool,
+    keeps_folders: bool,
     /// Directories get their attributes last: one that may not be written to could take nothing, and each new entry changes its time.
     folders: Vec<(PathBuf, Attributes)>,
     unpacked: Unpacked,
@@ -365,8 +373,10 @@ impl Unpacking<'_> {
             .parent(path.parent().unwrap_or(Path::new("")))
             .map_err(refused)?;
         if kind == EntryType::Directory {
-            make_folder(&parent, name).map_err(refused)?;
-            self.folders.push((path.clone(), attributes));
+            let is_new = make_folder(&parent, name).map_err(refused)?;
+            if is_new || !self.keeps_folders {
+                self.folders.push((path.clone(), attributes));
+            }
             self.unpacked.entries += 1;
             return Ok(());
         }
@@ -451,17 +461,17 @@ impl Unpacking<'_> {
     }
 }
 
-/// A directory for an entry that says so; one that is there stays, a file gives way.
-fn make_folder(parent: &Folder, name: &OsStr) -> io::Result<()> {
+/// A directory for an entry that says so; one that is there stays, a file gives way. Whether it is new.
+fn make_folder(parent: &Folder, name: &OsStr) -> io::Result<bool> {
     match parent.make_folder(name) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        made => return made,
+        made => return made.map(|()| true),
     }
     if kind(&parent.stat(name)?) == SFlag::S_IFDIR {
-        return Ok(());
+        return Ok(false);
     }
     parent.remove(name)?;
-    parent.make_folder(name)
+    parent.make_folder(name).map(|()| true)
 }
 
 /// A directory that no entry speaks of.

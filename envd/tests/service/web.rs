@@ -210,6 +210,11 @@ async fn what_cannot_be_is_said_with_its_reason() {
         (Method::PUT, "~ada/file?mode=abc", "INVALID_ARGUMENT"),
         (Method::PUT, "~ada/file?mode=17777", "INVALID_ARGUMENT"),
         (Method::PUT, "~ada/file?unpack=zip", "INVALID_ARGUMENT"),
+        (
+            Method::PUT,
+            "~ada/dir?unpack=tar&folders=x",
+            "INVALID_ARGUMENT",
+        ),
         (Method::PUT, "~ada/dir?unpack=tar", "ARCHIVE_INVALID"),
         (Method::PUT, "~ada/file?unpack=tar", "PATH_EXISTS"),
         (Method::DELETE, "~ada/file", "METHOD_NOT_ALLOWED"),

@@ -470,6 +470,18 @@ impl template_server::TemplateService for Templates {
     ) -> Result<Response<template::UploadSourceResponse>, Status> {
         Err(Status::unimplemented("not in this test"))
     }
+    async fn find_missing_files(
+        &self,
+        _: Request<template::FindMissingFilesRequest>,
+    ) -> Result<Response<template::FindMissingFilesResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+    async fn upload_files(
+        &self,
+        _: Request<tonic::Streaming<template::UploadFilesRequest>>,
+    ) -> Result<Response<template::UploadFilesResponse>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
     async fn build_template(
         &self,
         _: Request<template::BuildTemplateRequest>,

@@ -6,10 +6,11 @@ use futures::Stream;
 use prost::Message as _;
 use proto::template::v1::{
     BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
-    CancelBuildResponse, DeleteTemplateRequest, DeleteTemplateResponse, GetBuildRequest,
-    GetBuildResponse, GetTemplateRequest, GetTemplateResponse, ImageArchive, ListTemplatesRequest,
-    ListTemplatesResponse, RegistryLogin, StreamBuildLogsRequest, StreamBuildLogsResponse,
-    TagTemplateRequest, TagTemplateResponse, Template, UploadSourceRequest, UploadSourceResponse,
+    CancelBuildResponse, DeleteTemplateRequest, DeleteTemplateResponse, FindMissingFilesRequest,
+    FindMissingFilesResponse, GetBuildRequest, GetBuildResponse, GetTemplateRequest,
+    GetTemplateResponse, ImageArchive, ListTemplatesRequest, ListTemplatesResponse, RegistryLogin,
+    StreamBuildLogsRequest, StreamBuildLogsResponse, TagTemplateRequest, TagTemplateResponse,
+    Template, UploadFilesRequest, UploadFilesResponse, UploadSourceRequest, UploadSourceResponse,
     build_source::Source, template_service_server::TemplateService,
 };
 use service_kit::{
@@ -17,11 +18,13 @@ use service_kit::{
     ids::SessionId,
     mesh::Caller,
 };
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use super::context;
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
+    context::ContextFiles,
     dockerfile::Dockerfile,
     names::{self, TemplateRef, Which},
     registry,
@@ -45,6 +48,7 @@ pub struct TemplateApi {
     store: Store,
     sealer: Sealer,
     uploads: Artifacts,
+    contexts: ContextFiles,
     max_upload: u64,
     wake: Arc<Notify>,
     uploading: Semaphore,
@@ -56,6 +60,7 @@ impl TemplateApi {
         store: Store,
         sealer: Sealer,
         uploads: Artifacts,
+        contexts: ContextFiles,
         max_upload: u64,
         wake: Arc<Notify>,
     ) -> Self {
@@ -63,6 +68,7 @@ impl TemplateApi {
             store,
             sealer,
             uploads,
+            contexts,
             max_upload,
             wake,
             uploading: Semaphore::new(UPLOADS_AT_ONCE),
@@ -92,6 +98,19 @@ impl TemplateApi {
         .into())
     }
 
+    /// Among those that upload.
+    fn place(&self) -> Result<SemaphorePermit<'_>, Status> {
+        self.uploading.try_acquire().map_err(|_| {
+            Failure::new(
+                Code::ResourceExhausted,
+                Reason::new("TOO_MANY_UPLOADS"),
+                "too many uploads at once; try again",
+            )
+            .retry_after(Duration::from_secs(5))
+            .into_status()
+        })
+    }
+
     async fn build_of(&self, caller: &Caller, id: &str) -> Result<StoredBuild, Status> {
         let stored = self
             .store
@@ -108,6 +127,25 @@ impl TemplateApi {
             .into()
         })
     }
+}
+
+fn source_unknown(digest: &str) -> Status {
+    Failure::new(
+        Code::NotFound,
+        Reason::new("SOURCE_UNKNOWN"),
+        "no such uploaded source; upload it first",
+    )
+    .with("digest", digest)
+    .into()
+}
+
+pub(super) fn too_large(most: u64) -> Status {
+    Failure::new(
+        Code::InvalidArgument,
+        Reason::new("SOURCE_TOO_LARGE"),
+        format!("a source is at most {most} bytes"),
+    )
+    .into()
 }
 
 /// Takes what nobody else may read out of a request.
@@ -179,26 +217,12 @@ impl TemplateService for TemplateApi {
         request: Request<Streaming<UploadSourceRequest>>,
     ) -> Result<Response<UploadSourceResponse>, Status> {
         Caller::of(&request)?;
-        let _place = self.uploading.try_acquire().map_err(|_| {
-            Failure::new(
-                Code::ResourceExhausted,
-                Reason::new("TOO_MANY_UPLOADS"),
-                "too many uploads at once; try again",
-            )
-            .retry_after(Duration::from_secs(5))
-            .into_status()
-        })?;
+        let _place = self.place()?;
         let mut stream = request.into_inner();
         let mut incoming = self.uploads.begin().map_err(disk_error)?;
         while let Some(part) = stream.message().await? {
             if incoming.size() + part.data.len() as u64 > self.max_upload {
-                let message = format!("a source is at most {} bytes", self.max_upload);
-                return Err(Failure::new(
-                    Code::InvalidArgument,
-                    Reason::new("SOURCE_TOO_LARGE"),
-                    message,
-                )
-                .into());
+                return Err(too_large(self.max_upload));
             }
             // Page-cache writes of at most 1 MiB: not worth a thread.
             incoming.write_all(&part.data).map_err(disk_error)?;
@@ -210,6 +234,26 @@ impl TemplateService for TemplateApi {
         Ok(Response::new(UploadSourceResponse {
             source: Some(source),
         }))
+    }
+
+    async fn find_missing_files(
+        &self,
+        request: Request<FindMissingFilesRequest>,
+    ) -> Result<Response<FindMissingFilesResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let found = context::find_missing(&self.contexts, &caller.team, request.into_inner());
+        Ok(Response::new(found.await?))
+    }
+
+    async fn upload_files(
+        &self,
+        request: Request<Streaming<UploadFilesRequest>>,
+    ) -> Result<Response<UploadFilesResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let _place = self.place()?;
+        let stream = request.into_inner();
+        let kept = context::upload(&self.contexts, &caller.team, stream, self.max_upload);
+        Ok(Response::new(kept.await?))
     }
 
     async fn build_template(
@@ -259,6 +303,13 @@ impl TemplateService for TemplateApi {
             )
             .into());
         }
+        if !request.context.is_empty() {
+            let files = self.contexts.of(&caller.team).map_err(disk_error)?;
+            let digest = ArtifactDigest::parse(&request.context);
+            if digest.and_then(|digest| files.find(&digest)).is_none() {
+                return Err(source_unknown(&request.context));
+            }
+        }
         match request
             .source
             .as_ref()
@@ -271,13 +322,7 @@ impl TemplateService for TemplateApi {
                     .and_then(|digest| self.uploads.find(&digest))
                     .is_none()
                 {
-                    return Err(Failure::new(
-                        Code::NotFound,
-                        Reason::new("SOURCE_UNKNOWN"),
-                        "no such uploaded source; upload it first",
-                    )
-                    .with("digest", digest)
-                    .into());
+                    return Err(source_unknown(digest));
                 }
             }
             Some(Source::OciImage(name)) => {
@@ -295,9 +340,12 @@ impl TemplateService for TemplateApi {
                 }
             }
             Some(Source::Dockerfile(text)) => {
-                if let Err(error) = Dockerfile::parse(text).and_then(|parsed| parsed.check()) {
-                    let field = "source.dockerfile";
-                    return Err(Failure::field_invalid(field, error.to_string()).into());
+                let parsed = Dockerfile::parse(text).map_err(|error| {
+                    Failure::field_invalid("source.dockerfile", error.to_string()).into_status()
+                })?;
+                if request.context.is_empty() && parsed.needs_context() {
+                    let rule = "is required: the Dockerfile copies files of its build context";
+                    return Err(Failure::field_invalid("context", rule).into());
                 }
             }
             None => return Err(Failure::field_invalid("source", "is required").into()),
@@ -499,7 +547,7 @@ impl TemplateService for TemplateApi {
     }
 }
 
-fn disk_error(error: std::io::Error) -> Status {
+pub(super) fn disk_error(error: std::io::Error) -> Status {
     if error.kind() == std::io::ErrorKind::StorageFull {
         return Failure::new(
             Code::ResourceExhausted,

@@ -22,6 +22,7 @@ use tonic::Streaming;
 use super::{BuildError, Builder, Work, failed, io_failed, team_of};
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
+    context::Context,
     image::{Defaults, Image, MOST_LAYERS},
     layer::{Applied, LayerError, Limits, Root, Whiteouts},
     registry::{self, Login, Pull},
@@ -78,6 +79,8 @@ impl Pulled {
 #[derive(Clone)]
 pub(super) struct Making {
     work: Work,
+    /// Of the build's folder, the part that is its own.
+    place: PathBuf,
     limits: Limits,
     /// For the layers.
     artifacts: Artifacts,
@@ -305,7 +308,7 @@ impl Builder {
         making: Making,
     ) -> Result<Made, BuildError> {
         let pulled = self.documents(stored, name, &making).await?;
-        let known = self.known(stored, &pulled.key()).await?;
+        let known = self.known(stored, pulled.key()).await?;
         if let Some(layers) = known {
             let line = "its layers are known";
             self.store.log(&stored.build.build_id, line).await?;
@@ -354,26 +357,76 @@ impl Making {
     ) -> Result<Self, BuildError> {
         let making = Self {
             work,
+            place: PathBuf::new(),
             limits,
             artifacts,
             cancel,
         };
-        for folder in [making.root(), making.fetched()] {
+        making.begin()
+    }
+
+    /// Another root within the same build's folder; by the same name it is the same one.
+    pub(super) fn aside(&self, name: &str) -> Result<Self, BuildError> {
+        let making = Self {
+            place: self.place.join(format!("aside-{name}")),
+            ..self.clone()
+        };
+        match std::fs::create_dir(making.path("")) {
+            Ok(()) => making.begin(),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(making),
+            Err(error) => Err(io_failed(error)),
+        }
+    }
+
+    fn begin(self) -> Result<Self, BuildError> {
+        for folder in [self.root(), self.fetched()] {
             std::fs::create_dir(folder).map_err(io_failed)?;
         }
-        Ok(making)
+        Ok(self)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.work.path(&self.place).join(name)
     }
 
     fn fetched(&self) -> PathBuf {
-        self.work.path("fetched")
+        self.path("fetched")
     }
 
-    fn root(&self) -> PathBuf {
-        self.work.path("root")
+    pub(super) fn root(&self) -> PathBuf {
+        self.path("root")
     }
 
     fn laid(&self) -> PathBuf {
-        self.work.path("laid")
+        self.path("laid")
+    }
+
+    pub(super) fn cancelled(&self) -> CancellationToken {
+        self.cancel.clone()
+    }
+
+    /// Bytes that may be unpacked.
+    pub(super) fn largest(&self) -> u64 {
+        self.limits.bytes
+    }
+
+    /// A file without a name.
+    pub(super) fn scratch(&self) -> Result<File, BuildError> {
+        tempfile::tempfile_in(self.path("")).map_err(io_failed)
+    }
+
+    /// Lays a build context out, once. Blocking.
+    pub(super) fn lay_context(
+        &self,
+        context: &Context,
+        files: &Artifacts,
+    ) -> Result<(), BuildError> {
+        if self.laid().exists() {
+            return Ok(());
+        }
+        let is_cancelled = || self.cancel.is_cancelled();
+        context.lay(files, &self.root(), self.limits.bytes, is_cancelled)?;
+        std::fs::write(self.laid(), "").map_err(io_failed)
     }
 
     /// A whole root. Blocking.
@@ -544,7 +597,7 @@ impl Making {
 
     /// Packs the root. Blocking.
     pub(super) fn pack(&self) -> Result<Artifact, BuildError> {
-        let image = self.work.path("packed");
+        let image = self.path("packed");
         rootfs::pack(&self.root(), &image)?;
         self.artifacts.ingest(&image).map_err(io_failed)
     }

@@ -3,6 +3,8 @@
 //!
 //! ```text
 //!   FROM --> layers --> root, packed --> session --RUN--> what was changed, as a layer --RUN--> again, in place of it --> ... --> template
+//!                                           ^
+//!   build context, other stages ------------+ COPY
 //! ```
 //! After each `RUN` the whole of what was changed since the session's start is taken as one layer, so what a step removes of an earlier one is
 //! gone. What a step has come to is remembered under its key: all that it depends on. The next build begins after the last step whose key is
@@ -10,10 +12,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fs::File,
     sync::Arc,
     time::Duration,
 };
 
+use futures::future::BoxFuture;
 use proto::{
     envd::v1::{Backpressure, MakeDirectoryRequest, SignalTarget},
     session::v1::{CreateSessionRequest, Resources},
@@ -27,16 +31,19 @@ use tokio::{
 };
 
 use super::{
-    BuildError, Builder, failed,
+    BuildError, Builder, blocking,
+    copy::missing,
+    failed, io_failed,
     make::{Made, Making, has_layers, has_room},
     team_of,
 };
 use crate::{
-    artifact::ArtifactDigest,
-    dockerfile::{Action, Dockerfile, DockerfileError, Stage, State, Step},
+    artifact::{ArtifactDigest, Artifacts},
+    context::Context,
+    dockerfile::{Action, Copy, Dockerfile, DockerfileError, Source, State, Step},
     image::{Defaults, MOST_LAYERS},
     names::{self, TemplateRef},
-    sessions::Sessions,
+    sessions::{SandboxFiles, Sessions},
     store::StoredBuild,
 };
 
@@ -72,11 +79,53 @@ impl From<sdk::Error> for BuildError {
 }
 
 /// An action, and what holds for it.
-struct Planned<'a> {
-    step: &'a Step,
+pub(super) struct Planned {
+    line: usize,
+    /// As it is shown.
+    pub(super) step: String,
     action: Action,
     state: Arc<State>,
+    /// Where files are copied from.
+    pub(super) origin: Option<Origin>,
     key: [u8; 32],
+}
+
+/// Where files are copied from.
+#[derive(Clone)]
+pub(super) struct Origin {
+    /// What is copied, as far as it is known.
+    key: [u8; 32],
+    pub(super) tree: Tree,
+}
+
+#[derive(Clone)]
+pub(super) enum Tree {
+    /// The build context.
+    Context,
+    /// Another root, and where it is laid.
+    Layers(Making, Vec<Layer>),
+}
+
+/// A Dockerfile that is being built.
+pub(super) struct Building {
+    pub(super) stored: Arc<StoredBuild>,
+    pub(super) making: Making,
+    pub(super) context: Option<Arc<Context>>,
+    /// Of its team's contexts.
+    pub(super) files: Artifacts,
+    dockerfile: Arc<Dockerfile>,
+    given: BTreeMap<String, String>,
+    deadline: Instant,
+    /// What files were copied from by now, by the number of its stage, or its name.
+    origins: HashMap<String, Origin>,
+    /// Sessions so far.
+    sessions: u32,
+}
+
+/// A stage, done.
+struct Done {
+    layers: Vec<Layer>,
+    state: State,
 }
 
 impl Builder {
@@ -90,50 +139,33 @@ impl Builder {
         let id = &stored.build.build_id;
         let given: BTreeMap<String, String> =
             stored.request.build_args.clone().into_iter().collect();
-        let dockerfile = Dockerfile::parse(text)?;
-        let (base, stages) = chain(&dockerfile, &given)?;
-        let made = self.base(stored, &base, making.clone()).await?;
-        let Defaults { env, user, cwd, .. } = &made.defaults;
-        let mut state = State::new(env.clone(), cwd, user);
-        let mut key = first_key(&made.layers);
-        let mut planned = Vec::new();
-        for stage in stages {
-            // Arguments of a stage hold in those that begin with it, too.
-            for step in &stage.steps {
-                let (action, told) = dockerfile.follow(step, &mut state, &given)?;
-                if let Some(told) = told {
-                    let line = format!("line {}: {told}", step.line());
-                    self.store.log(id, &line).await?;
-                }
-                let Some(action) = action else {
-                    continue;
-                };
-                key = next_key(&key, &action, &state);
-                // Most steps change nothing of it.
-                let same = planned.last().map(|last: &Planned<'_>| &last.state);
-                let same = same.filter(|same| ***same == state).cloned();
-                planned.push(Planned {
-                    step,
-                    action,
-                    state: same.unwrap_or_else(|| Arc::new(state.clone())),
-                    key,
-                });
-            }
-        }
+        let dockerfile = Arc::new(Dockerfile::parse(text)?);
+        let last = dockerfile.stages.len().saturating_sub(1);
+        let files = self.contexts.of(&team_of(stored)?).map_err(io_failed)?;
+        let digest = stored.request.context.clone();
+        let context = if digest.is_empty() {
+            None
+        } else {
+            let files = files.clone();
+            let open = move || Ok(Context::open(&files, &digest)?);
+            Some(Arc::new(blocking(open).await?))
+        };
+        let mut building = Building {
+            stored: Arc::new(stored.clone()),
+            making: making.clone(),
+            context,
+            files,
+            dockerfile,
+            given,
+            deadline: Instant::now() + STEPS_LIMIT,
+            origins: HashMap::new(),
+            sessions: 0,
+        };
+        let Done { state, layers, .. } = self.stage(&mut building, last, making.clone()).await?;
         if !state.command.is_empty() || !state.entrypoint.is_empty() {
             let line = "CMD and ENTRYPOINT are not started: a session runs what it is asked to";
             self.store.log(id, line).await?;
         }
-        let layers =
-            tokio::time::timeout(STEPS_LIMIT, self.steps(stored, &planned, &made, &making));
-        let late = || {
-            let limit = STEPS_LIMIT.as_secs();
-            failed(
-                "STEPS_TIMED_OUT",
-                format!("the steps took more than {limit} s"),
-            )
-        };
-        let layers = layers.await.map_err(|_| late())??;
         let defaults = Defaults {
             env: state.env.clone(),
             user: state.user.clone(),
@@ -168,6 +200,139 @@ impl Builder {
             layers,
             packed,
         })
+    }
+
+    /// Builds a stage, and those it begins with or copies from.
+    fn stage<'a>(
+        &'a self,
+        building: &'a mut Building,
+        number: usize,
+        making: Making,
+    ) -> BoxFuture<'a, Result<Done, BuildError>> {
+        // One copies from earlier ones only, so this ends.
+        Box::pin(async move {
+            let stored = Arc::clone(&building.stored);
+            let dockerfile = Arc::clone(&building.dockerfile);
+            let (base, stages) = chain(&dockerfile, number, &building.given)?;
+            let made = self.base(&stored, &base, making.clone()).await?;
+            let Defaults { env, user, cwd, .. } = &made.defaults;
+            let mut state = State::new(env.clone(), cwd, user);
+            let mut key = first_key(&made.layers);
+            let mut planned = Vec::new();
+            for number in stages {
+                let count = dockerfile.stages.get(number).map_or(0, |it| it.steps.len());
+                // Arguments of a stage hold in those that begin with it, too.
+                for at in 0..count {
+                    let step = dockerfile.step(number, at);
+                    let followed = step.map(|step| {
+                        let followed = dockerfile.follow(step, &mut state, &building.given);
+                        followed.map(|followed| (step.line(), shown(step), followed))
+                    });
+                    let Some((line, step, (action, told))) = followed.transpose()? else {
+                        continue;
+                    };
+                    if let Some(told) = told {
+                        let line = format!("line {line}: {told}");
+                        self.store.log(&stored.build.build_id, &line).await?;
+                    }
+                    let Some(action) = action else {
+                        continue;
+                    };
+                    let origin = match &action {
+                        Action::Copy(copy) => {
+                            let copy = copy.clone();
+                            self.origin(building, number, step.clone(), copy).await?
+                        }
+                        _ => None,
+                    };
+                    let from = origin.as_ref().map(|origin| origin.key);
+                    key = next_key(&key, &action, &state, from);
+                    // Most steps change nothing of it.
+                    let same = planned.last().map(|last: &Planned| &last.state);
+                    let same = same.filter(|same| ***same == state).cloned();
+                    planned.push(Planned {
+                        line,
+                        step,
+                        action,
+                        state: same.unwrap_or_else(|| Arc::new(state.clone())),
+                        origin,
+                        key,
+                    });
+                }
+            }
+            let deadline = building.deadline;
+            let layers = self.steps(building, &planned, &made, &making);
+            let late = |_| {
+                let limit = STEPS_LIMIT.as_secs();
+                let message = format!("the steps took more than {limit} s");
+                failed("STEPS_TIMED_OUT", message)
+            };
+            let layers = tokio::time::timeout_at(deadline, layers).await;
+            Ok(Done {
+                layers: layers.map_err(late)??,
+                state,
+            })
+        })
+    }
+
+    /// Where a step's files come from; nowhere if they all stand in the Dockerfile.
+    async fn origin(
+        &self,
+        building: &mut Building,
+        number: usize,
+        step: String,
+        copy: Copy,
+    ) -> Result<Option<Origin>, BuildError> {
+        let paths = copy.sources.iter().filter_map(|source| match source {
+            Source::Path(pattern) => Some(pattern.clone()),
+            Source::Text { .. } => None,
+        });
+        let paths: Vec<String> = paths.collect();
+        if paths.is_empty() {
+            return Ok(None);
+        }
+        let Some(from) = copy.from else {
+            let none = || {
+                let message = format!("{step}: the build has no context");
+                failed("CONTEXT_MISSING", message)
+            };
+            let context = building.context.clone().ok_or_else(none)?;
+            let key = move || {
+                let mut hasher = blake3::Hasher::new_derive_key("sandmesh build: sources");
+                for path in &paths {
+                    let key = context.key(path);
+                    hasher.update(&key.ok_or_else(|| missing(&step, path))?);
+                }
+                Ok(hasher.finalize().into())
+            };
+            return Ok(Some(Origin {
+                key: blocking(key).await?,
+                tree: Tree::Context,
+            }));
+        };
+        let named = building.dockerfile.stage_before(number, &from);
+        let counted = from.parse().ok().filter(|stage| *stage < number);
+        let name = match named.or(counted) {
+            Some(stage) => format!("stage {stage}"),
+            None => from.clone(),
+        };
+        if let Some(known) = building.origins.get(&name) {
+            return Ok(Some(known.clone()));
+        }
+        let count = building.origins.len();
+        let making = building.making.aside(&count.to_string())?;
+        let layers = if let Some(stage) = named.or(counted) {
+            self.stage(building, stage, making.clone()).await?.layers
+        } else {
+            let stored = Arc::clone(&building.stored);
+            self.base(&stored, &from, making.clone()).await?.layers
+        };
+        let origin = Origin {
+            key: first_key(&layers),
+            tree: Tree::Layers(making, layers),
+        };
+        building.origins.insert(name, origin.clone());
+        Ok(Some(origin))
     }
 
     /// A template of the team's or everybody's, or else an image.
@@ -205,28 +370,32 @@ impl Builder {
     /// Does what no build has done before; the layers that come of it.
     async fn steps(
         &self,
-        stored: &StoredBuild,
-        planned: &[Planned<'_>],
+        building: &mut Building,
+        planned: &[Planned],
         base: &Made,
         making: &Making,
     ) -> Result<Vec<Layer>, BuildError> {
+        let stored = Arc::clone(&building.stored);
+        let stored = &*stored;
         let id = &stored.build.build_id;
         let mut layers = base.layers.clone();
         let mut done = 0;
-        for (number, plan) in planned.iter().enumerate().rev() {
-            let known = self.known(stored, &plan.key).await?;
+        for number in (1..=planned.len()).rev() {
+            let Some(plan) = planned.get(number - 1) else {
+                continue;
+            };
+            let known = self.known(stored, plan.key).await?;
             // Upon the most there may be nothing can be laid.
-            let is_last = number + 1 == planned.len();
+            let is_last = number == planned.len();
             if let Some(known) = known.filter(|it| is_last || it.len() < MOST_LAYERS) {
-                (layers, done) = (known, number + 1);
+                (layers, done) = (known, number);
                 break;
             }
         }
-        for plan in planned.iter().take(done) {
-            self.store
-                .log(id, &format!("{}: known", shown(plan.step)))
-                .await?;
-        }
+        let known = planned.get(..done).unwrap_or_default();
+        let lines = known.iter().map(|plan| format!("{}: known", plan.step));
+        let lines: Vec<String> = lines.collect();
+        self.store.log_all(id, &lines).await?;
         let rest = planned.get(done..).unwrap_or_default();
         if rest.is_empty() {
             return Ok(layers);
@@ -235,14 +404,20 @@ impl Builder {
         let team = team_of(stored)?;
         self.stop_leftovers(&team, id).await?;
         let template = self.packed(stored, &layers, making).await?;
-        let running = self.start(stored, &team, &template).await?;
+        building.sessions += 1;
+        let running = self
+            .start(stored, &team, &template, building.sessions)
+            .await?;
         let mut said = Said::default();
         let mut change = None;
-        for (number, plan) in (1..).zip(rest) {
-            self.store.log(id, &shown(plan.step)).await?;
+        for number in 1..=rest.len() {
+            let Some(plan) = rest.get(number - 1) else {
+                continue;
+            };
+            self.store.log(id, &plan.step).await?;
             let since = Instant::now();
-            let is_run = self.act(id, &running, plan, &mut said).await?;
-            // What only folders have come to is taken with what comes next.
+            let is_run = self.act(building, &running, plan, &mut said).await?;
+            // What only folders and copies have come to is taken with what comes next.
             if is_run || number == rest.len() {
                 let changed = self.change_of(id, &team, &running, making).await?;
                 let mut all = layers.clone();
@@ -254,7 +429,7 @@ impl Builder {
             }
             let line = format!(
                 "line {}: done in {:.1} s",
-                plan.step.line(),
+                plan.line,
                 since.elapsed().as_secs_f64()
             );
             self.store.log(id, &line).await?;
@@ -268,9 +443,9 @@ impl Builder {
     pub(super) async fn known(
         &self,
         stored: &StoredBuild,
-        key: &[u8; 32],
+        key: [u8; 32],
     ) -> Result<Option<Vec<Layer>>, BuildError> {
-        let known = self.store.known_step(&stored.team, key).await?;
+        let known = self.store.known_step(&stored.team, &key).await?;
         let is_here = |layer: &Layer| layer.blob.as_ref().is_some_and(|blob| self.is_kept(blob));
         Ok(known.filter(|layers| layers.iter().all(is_here)))
     }
@@ -330,6 +505,7 @@ impl Builder {
         stored: &StoredBuild,
         team: &TeamId,
         template: &str,
+        number: u32,
     ) -> Result<Running, BuildError> {
         let id = &stored.build.build_id;
         let spec = self.spec(stored);
@@ -342,7 +518,7 @@ impl Builder {
                 memory_bytes: spec.default_memory_bytes,
                 disk_bytes: spec.default_disk_bytes,
             }),
-            request_id: format!("build-{id}-{}", stored.attempts),
+            request_id: format!("build-{id}-{}-{number}", stored.attempts),
             ..CreateSessionRequest::default()
         };
         // Whatever becomes of this build meanwhile, what was made is ended.
@@ -356,6 +532,7 @@ impl Builder {
                     team: owner,
                     id: SessionId::parse(&session.session_id).ok(),
                     sandbox: None,
+                    files: None,
                 });
             }
         });
@@ -366,25 +543,34 @@ impl Builder {
             team: team.clone(),
             id: SessionId::parse(&session.session_id).ok(),
             sandbox: None,
+            files: None,
         };
-        running.sandbox = Some(self.sessions.sandbox(&session).await?);
+        let (sandbox, files) = self.sessions.sandbox(&session).await?;
+        (running.sandbox, running.files) = (Some(sandbox), Some(files));
         Ok(running)
     }
 
     /// Does it; says whether a program has run.
     async fn act(
         &self,
-        id: &str,
+        building: &Building,
         running: &Running,
-        plan: &Planned<'_>,
+        plan: &Planned,
         said: &mut Said,
     ) -> Result<bool, BuildError> {
+        let id = &building.stored.build.build_id;
         let sandbox = running.sandbox()?;
-        let (argv, is_run) = match &plan.action {
-            Action::Run { argv } => (argv.clone(), true),
+        let argv = match &plan.action {
+            Action::Run { argv } => argv.clone(),
             // By envd: the image may have no mkdir.
             Action::MakeFolder(path) => {
                 running.make_folder(path).await?;
+                return Ok(false);
+            }
+            Action::Copy(copy) => {
+                let copied = self.copy(building, running, plan, copy);
+                let copied = tokio::time::timeout(STEP_LIMIT, copied).await;
+                copied.map_err(|_| timed_out(&plan.step))??;
                 return Ok(false);
             }
         };
@@ -444,9 +630,9 @@ impl Builder {
         };
         let process = async { tokio::try_join!(log, run).map(|((), exit)| exit) };
         let ended = tokio::time::timeout(STEP_LIMIT + GRACE, process).await;
-        let ended = ended.map_err(|_| timed_out(plan.step))?;
-        sound(plan.step, &ended?)?;
-        Ok(is_run)
+        let ended = ended.map_err(|_| timed_out(&plan.step))?;
+        sound(&plan.step, &ended?)?;
+        Ok(true)
     }
 
     /// What was changed since the session's start, as a layer.
@@ -465,18 +651,33 @@ impl Builder {
 }
 
 /// A session for steps; it is stopped whatever becomes of the build.
-struct Running {
+pub(super) struct Running {
     sessions: Sessions,
     team: TeamId,
     /// Until it is stopped.
     id: Option<SessionId>,
     sandbox: Option<Sandbox>,
+    files: Option<SandboxFiles>,
 }
 
 impl Running {
-    fn sandbox(&self) -> Result<&Sandbox, BuildError> {
+    pub(super) fn sandbox(&self) -> Result<&Sandbox, BuildError> {
         let sandbox = self.sandbox.as_ref();
         sandbox.ok_or_else(|| failed("SANDBOX_FAILED", "a session that cannot be reached"))
+    }
+
+    /// Unpacks a tarball in a folder of the session's.
+    pub(super) async fn unpack(
+        &self,
+        step: &str,
+        folder: &str,
+        tarball: File,
+    ) -> Result<(), BuildError> {
+        let files = self.files.as_ref();
+        let files =
+            files.ok_or_else(|| failed("SANDBOX_FAILED", "a session that cannot be reached"))?;
+        let unpacked = files.unpack(folder, tarball).await;
+        unpacked.map_err(|error| failed(error.reason(), format!("{step}: {error}")))
     }
 
     async fn make_folder(&self, path: &str) -> Result<(), BuildError> {
@@ -597,22 +798,19 @@ fn shown(step: &Step) -> String {
     format!("line {}: {}", step.line(), step.text)
 }
 
-fn timed_out(step: &Step) -> BuildError {
+fn timed_out(step: &str) -> BuildError {
     let limit = STEP_LIMIT.as_secs();
     failed(
         "STEP_TIMED_OUT",
-        format!("{}: took more than {limit} s", shown(step)),
+        format!("{step}: took more than {limit} s"),
     )
 }
 
 /// Whether a step's program has ended well.
-fn sound(step: &Step, exit: &Exit) -> Result<(), BuildError> {
+fn sound(step: &str, exit: &Exit) -> Result<(), BuildError> {
     let Exit(ended) = exit;
     if ended.oom_killed {
-        let message = format!(
-            "{}: the sandbox ran out of memory; ask for more",
-            shown(step)
-        );
+        let message = format!("{step}: the sandbox ran out of memory; ask for more");
         return Err(failed("STEP_OUT_OF_MEMORY", message));
     }
     if ended.deadline_exceeded {
@@ -621,36 +819,28 @@ fn sound(step: &Step, exit: &Exit) -> Result<(), BuildError> {
     match exit.code() {
         0 => Ok(()),
         code => {
-            let message = format!("{}: ended with code {code}", shown(step));
+            let message = format!("{step}: ended with code {code}");
             Err(failed("STEP_FAILED", message))
         }
     }
 }
 
-/// What the last stage begins with, and the stages that lead from there to it.
-fn chain<'a>(
-    dockerfile: &'a Dockerfile,
+/// What a stage begins with, and the stages that lead from there to it.
+fn chain(
+    dockerfile: &Dockerfile,
+    mut number: usize,
     given: &BTreeMap<String, String>,
-) -> Result<(String, Vec<&'a Stage>), DockerfileError> {
+) -> Result<(String, Vec<usize>), DockerfileError> {
     let mut stages = Vec::new();
-    let mut before = dockerfile.stages.len();
     loop {
-        // Each stage begins with one before it, so this ends.
-        let Some(number) = before.checked_sub(1) else {
-            return Ok((String::new(), stages));
-        };
         let Some(stage) = dockerfile.stages.get(number) else {
             return Ok((String::new(), stages));
         };
-        stages.insert(0, stage);
+        stages.insert(0, number);
         let base = dockerfile.base(stage, given)?;
-        let is_named = |stage: &Stage| {
-            let name = stage.name.as_deref();
-            name.is_some_and(|name| name.eq_ignore_ascii_case(&base))
-        };
-        let earlier = dockerfile.stages.iter().take(number).rposition(is_named);
-        match earlier {
-            Some(earlier) => before = earlier + 1,
+        match dockerfile.stage_before(number, &base) {
+            // Each begins with one before it, so this ends.
+            Some(earlier) => number = earlier,
             None => return Ok((base, stages)),
         }
     }
@@ -675,7 +865,7 @@ pub(super) fn first_key(layers: &[Layer]) -> [u8; 32] {
 }
 
 /// All that an action depends on: what was before it, what it is, and what holds for it.
-fn next_key(before: &[u8; 32], action: &Action, state: &State) -> [u8; 32] {
+fn next_key(before: &[u8; 32], action: &Action, state: &State, from: Option<[u8; 32]>) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key("sandmesh build: step");
     hasher.update(before);
     let mut add = |text: &str| {
@@ -699,6 +889,29 @@ fn next_key(before: &[u8; 32], action: &Action, state: &State) -> [u8; 32] {
             add("folder");
             add(path);
         }
+        Action::Copy(copy) => {
+            add(if copy.is_add { "add" } else { "copy" });
+            add(copy.owner.as_deref().unwrap_or_default());
+            add(&copy.mode.map(|mode| mode.to_string()).unwrap_or_default());
+            add(&copy.destination);
+            add(if copy.into_folder { "/" } else { "" });
+            for source in &copy.sources {
+                match source {
+                    Source::Path(pattern) => {
+                        add("path");
+                        add(pattern);
+                    }
+                    Source::Text { name, text } => {
+                        add("text");
+                        add(name);
+                        add(text);
+                    }
+                }
+            }
+        }
+    }
+    if let Some(from) = from {
+        hasher.update(&from);
     }
     hasher.finalize().into()
 }
@@ -733,14 +946,10 @@ mod tests {
     fn stages_lead_to_the_last_one() {
         let text = "FROM a AS one\nRUN 1\nFROM b AS two\nRUN 2\nFROM One AS three\nRUN 3\nFROM three\nRUN 4\n";
         let dockerfile = Dockerfile::parse(text).unwrap();
-        let (base, stages) = chain(&dockerfile, &BTreeMap::new()).unwrap();
-        let names: Vec<_> = stages.iter().map(|stage| stage.name.as_deref()).collect();
-        assert_eq!(
-            (base.as_str(), names),
-            ("a", vec![Some("one"), Some("three"), None])
-        );
+        let (base, stages) = chain(&dockerfile, 3, &BTreeMap::new()).unwrap();
+        assert_eq!((base.as_str(), stages), ("a", vec![0, 2, 3]));
         let dockerfile = Dockerfile::parse("FROM x AS x\nFROM x\n").unwrap();
-        let (base, stages) = chain(&dockerfile, &BTreeMap::new()).unwrap();
+        let (base, stages) = chain(&dockerfile, 1, &BTreeMap::new()).unwrap();
         assert_eq!((base.as_str(), stages.len()), ("x", 2));
     }
 
@@ -751,11 +960,14 @@ mod tests {
         };
         let state = State::new(vec![("A".into(), "1".into())], "/", "");
         let before = first_key(&[]);
+        let next_key =
+            |before: &_, action: &_, state: &_| super::next_key(before, action, state, None);
         let key = next_key(&before, &action("x"), &state);
         assert_eq!(key, next_key(&before, &action("x"), &state));
         let mut others = vec![
             next_key(&key, &action("x"), &state),
             next_key(&before, &action("y"), &state),
+            super::next_key(&before, &action("x"), &state, Some([1; 32])),
         ];
         let mut changed = state.clone();
         changed.user = "me".into();

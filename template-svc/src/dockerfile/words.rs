@@ -77,6 +77,27 @@ impl Lexer {
         Ok(word)
     }
 
+    /// The text of a here-document: quotes are quotes there, and variables are not.
+    pub fn document(self, raw: &str, variables: &Variables) -> Result<String, WordError> {
+        let mut text = raw.chars().peekable();
+        let mut document = String::new();
+        while let Some(next) = text.next() {
+            match next {
+                '$' => document.push_str(&self.variable(&mut text, variables, 0)?),
+                // Always that one (BuildKit, "Here-documents").
+                '\\' => match text.next_if(|next| matches!(next, '$' | '\\')) {
+                    Some(escaped) => document.push(escaped),
+                    None => document.push('\\'),
+                },
+                other => document.push(other),
+            }
+            if document.len() > raw.len() + LONGEST {
+                return Err(WordError::Long);
+            }
+        }
+        Ok(document)
+    }
+
     /// `name=value ...`, or a name and one value after a blank.
     pub fn pairs(
         self,
@@ -282,7 +303,8 @@ pub struct Endless {
 }
 
 /// Takes `RUN`s with here-documents out of a text: what is left has the same lines, those of the documents empty. By the line of the `RUN`. As in
-/// `BuildKit` documents are looked for in the whole instruction, whose lines are joined, and follow it.
+/// `BuildKit` documents are looked for in the whole instruction, whose lines are joined, and follow it. Those of `COPY` and `ADD` are files, and
+/// stay; nothing in them is an instruction.
 pub fn take_here_documents(
     text: &str,
     lexer: Lexer,
@@ -293,10 +315,8 @@ pub fn take_here_documents(
     while let Some((number, line)) = lines.next() {
         kept.push(line.to_owned());
         let mut words = line.trim_start().splitn(2, char::is_whitespace);
-        let is_run = words
-            .next()
-            .is_some_and(|word| word.eq_ignore_ascii_case("run"));
-        if !is_run {
+        let keyword = words.next().unwrap_or_default().to_ascii_lowercase();
+        if !matches!(keyword.as_str(), "run" | "copy" | "add") {
             continue;
         }
         let first = kept.len() - 1;
@@ -326,7 +346,9 @@ pub fn take_here_documents(
                     let end = end.clone();
                     return Err(Endless { line: number, end });
                 };
-                kept.push(String::new());
+                // The parser knows those of COPY and ADD.
+                let is_taken = keyword == "run";
+                kept.push(if is_taken { "" } else { line }.to_owned());
                 let stripped = if *strips_tabs {
                     line.trim_start_matches('\t')
                 } else {
@@ -339,6 +361,9 @@ pub fn take_here_documents(
                 body.push('\n');
             }
             documents.push((end, body));
+        }
+        if keyword != "run" {
+            continue;
         }
         let is_script = ends.len() == 1 && is_here_document(command.trim());
         let here = match documents.as_slice() {
