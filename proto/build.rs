@@ -38,6 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".sandmesh.envd.v1.SendInputRequest.data")
         .bytes(".sandmesh.envd.v1.ExportLayerResponse.data")
         .bytes(".sandmesh.node.v1.ExportSessionResponse.data")
+        .bytes(".sandmesh.node.v1.MakeTemplateSnapshotResponse.output")
         .bytes(".sandmesh.template.v1.UploadSourceRequest.data")
         .bytes(".sandmesh.template.v1.UploadFilesRequest.data")
         .bytes(".sandmesh.template.v1.FetchArtifactResponse.data")

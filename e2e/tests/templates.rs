@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use e2e::{Mesh, small, wait_for};
+use e2e::{Mesh, http, small, wait_for};
 use proto::{
     session::v1::ListSessionsRequest,
     template::v1::{
@@ -595,4 +595,132 @@ async fn files_are_copied_into_templates() {
          changeddeep/c\nfifo\nhello \n$PATH\n4242\n755\n755\n755\n"
     );
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+}
+
+const APP: &str = r#"
+import http.server, os, sys, time
+began = time.monotonic()
+name = os.urandom(8).hex()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        is_ready = time.monotonic() - began > 1
+        self.send_response(200 if is_ready else 503)
+        self.end_headers()
+        self.wfile.write(f"{name} {os.getuid()} {os.environ['GREETING']} {os.getcwd()}".encode())
+
+    def log_message(self, *_):
+        pass
+
+print("serving as", name, flush=True)
+http.server.ThreadingHTTPServer(("", 8000), Handler).serve_forever()
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_command_runs_in_every_session() {
+    let mesh = Mesh::start(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("app.py"), APP).unwrap();
+    let dockerfile = "FROM base\nENV GREETING=hello\nWORKDIR /srv\nCOPY app.py .\nUSER 1000\nCMD [\"python3\", \"app.py\"]\n";
+    fs::write(at("Dockerfile"), dockerfile).unwrap();
+    let resources = small().resources.unwrap();
+    let (memory, disk) = (
+        resources.memory_bytes.to_string(),
+        resources.disk_bytes.to_string(),
+    );
+    let build = |more: &[&str]| {
+        let folder = folder.path().to_str().unwrap();
+        let arguments = [
+            "template", "build", "-t", "app", folder, "--memory", &memory, "--disk", &disk,
+        ];
+        let since = Instant::now();
+        let built = mesh.run(&[&arguments, more].concat());
+        let said = String::from_utf8_lossy(&built.stderr).into_owned();
+        (built.status.success(), said, since.elapsed())
+    };
+    let (is_built, said, first) = build(&["--start", "--ready-port", "8000/health"]);
+    assert!(is_built && said.contains("serving as"), "{said}");
+
+    // A session begins with it, ready, as one of a template without it begins.
+    let created = Instant::now();
+    let new = |template: &str| NewSession {
+        template: template.into(),
+        ..small()
+    };
+    let session = mesh.client().create(new("app")).await.unwrap();
+    let host = session.host.replace("{port}", "8000");
+    let answer = http::get(mesh.edge(), &host, "/", &[]).await;
+    let with = created.elapsed();
+    let name = said
+        .split("serving as ")
+        .nth(1)
+        .unwrap()
+        .lines()
+        .next()
+        .unwrap();
+    assert_eq!(answer.body, format!("{name} 1000 hello /srv"));
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    let processes = sandbox.process_list(false).await.unwrap();
+    let ids: Vec<_> = processes
+        .iter()
+        .map(|process| process.process_id.as_str())
+        .collect();
+    assert_eq!(ids, ["start-command"]);
+    mesh.client().create(new("base")).await.unwrap();
+    let created = Instant::now();
+    let other = mesh.client().create(new("base")).await.unwrap();
+    let run = mesh.client().sandbox(&other).unwrap().run(["true"]).await;
+    assert_eq!(run.unwrap().exit.code(), 0);
+    println!(
+        "built in {first:?}; answers after {with:?}, a restored session's first command {:?}",
+        created.elapsed()
+    );
+
+    // What does not become ready is no template, and says why.
+    for (more, why) in [
+        (
+            [
+                "--start-command",
+                "echo went wrong; exit 3",
+                "--ready-port",
+                "1",
+            ],
+            "it ended with code 3; the end of its output: \"went wrong\" (START_COMMAND_FAILED)",
+        ),
+        (
+            [
+                "--start-command",
+                "echo nothing",
+                "--ready-log",
+                "something",
+            ],
+            "it ended without having said so",
+        ),
+    ] {
+        let (is_built, said, _) = build(&more);
+        assert!(!is_built && said.contains(why), "{said}");
+    }
+    let never = [
+        "--start-command",
+        "sleep 1000",
+        "--ready-command",
+        "false",
+        "--ready-timeout",
+        "2s",
+    ];
+    let (is_built, said, _) = build(&never);
+    assert!(
+        !is_built && said.contains("it was not ready within 2 s"),
+        "{said}"
+    );
+    let said = [
+        "--start-command",
+        "echo it is ready; sleep 1000",
+        "--ready-log",
+        "is ready",
+    ];
+    let (is_built, said, again) = build(&said);
+    assert!(is_built, "{said}");
+    println!("built again in {again:?}");
 }

@@ -12,7 +12,8 @@ use proto::{
         DeleteSnapshotRequest, DeleteSnapshotResponse, DrainNodeRequest, DrainNodeResponse,
         ExportSessionRequest, ExportSessionResponse, ForkChild, ForkSessionRequest,
         ForkSessionResponse, GetSessionMetricsRequest, GetSessionMetricsResponse, HostedSession,
-        ListSessionsRequest, ListSessionsResponse, PauseSessionRequest, PauseSessionResponse,
+        ListSessionsRequest, ListSessionsResponse, MakeTemplateSnapshotRequest,
+        MakeTemplateSnapshotResponse, PauseSessionRequest, PauseSessionResponse,
         ResumeSessionRequest, ResumeSessionResponse, RollbackSessionRequest,
         RollbackSessionResponse, SnapshotSessionRequest, SnapshotSessionResponse,
         StartSessionRequest, StartSessionResponse, StartStep, StopSessionRequest,
@@ -45,6 +46,8 @@ const LOG_SEQUENCE_UNKNOWN: Reason = Reason::new("LOG_SEQUENCE_UNKNOWN");
 const NODE_DISK_FAILED: Reason = Reason::new("NODE_DISK_FAILED");
 /// Pieces of a layer that wait for its reader.
 const EXPORT_IN_FLIGHT: usize = 2;
+/// Pieces of a start command's output that wait for their reader.
+const START_OUTPUT_IN_FLIGHT: usize = 16;
 /// Children of one fork.
 const MOST_CHILDREN: usize = 100;
 
@@ -325,6 +328,43 @@ impl NodeService for NodeApi {
         }
         let steps = self.begin(request, resources, Origin::Template).await?;
         Ok(Response::new(StartSessionResponse { steps }))
+    }
+
+    type MakeTemplateSnapshotStream = Answers<MakeTemplateSnapshotResponse>;
+
+    async fn make_template_snapshot(
+        &self,
+        request: Request<MakeTemplateSnapshotRequest>,
+    ) -> Result<Response<Self::MakeTemplateSnapshotStream>, Status> {
+        let request = request.into_inner();
+        if request.template.is_none() {
+            return Err(required("template")());
+        }
+        if request.resources.is_none() {
+            return Err(required("resources")());
+        }
+        let (to, pieces) = mpsc::channel(START_OUTPUT_IN_FLIGHT);
+        let (workshop, shutdown) = (Arc::clone(&self.workshop), self.shutdown.clone());
+        self.drivers.spawn(async move {
+            // What is cut off here is removed by the next node-svc.
+            let made = tokio::select! {
+                () = shutdown.cancelled() => return,
+                made = workshop.make_snapshot(request, &to) => made,
+            };
+            if let Err(error) = made {
+                tracing::warn!(%error, "a template's snapshot was not made");
+                let code = match error {
+                    DriveError::StartCommand { .. } => Code::FailedPrecondition,
+                    _ if error.reason() == Reason::NODE_DISK_FULL => Code::ResourceExhausted,
+                    _ => Code::Aborted,
+                };
+                let failed = Failure::new(code, error.reason(), error.to_string());
+                // Nobody listens any more, or hears it.
+                let _ = to.send(Err(failed.into_status())).await;
+            }
+        });
+        let pieces = ReceiverStream::new(pieces);
+        Ok(Response::new(self.until_shutdown(pieces)))
     }
 
     async fn pause_session(

@@ -56,12 +56,14 @@ mod collect;
 mod fork;
 mod keep;
 mod start;
+mod start_command;
 mod warm;
 mod watchdog;
 
 pub use adopt::{Adopted, adopt_all, end_all, end_template_boots, reap, slots_in_use};
 pub use fork::ForkImage;
 pub(crate) use keep::settings_of;
+pub use start_command::StartOutput;
 pub use warm::{WarmPolicy, WarmPool};
 
 /// Between a link that broke and another try.
@@ -211,6 +213,14 @@ pub enum DriveError {
     /// The guest could not be made ready to be stored.
     #[error("the guest did not get ready to be stored: {0}")]
     Prepare(String),
+    /// Its template's start command did not become ready.
+    #[error("the template's start command is not ready: {why}; the end of its output: {output:?}")]
+    StartCommand {
+        /// What became of it.
+        why: String,
+        /// On one line.
+        output: String,
+    },
     /// The guest took too long.
     #[error("the guest was not ready within {0:?}")]
     Timeout(Duration),
@@ -250,6 +260,7 @@ impl DriveError {
             Self::EnvdTooOld(_) => "ENVD_TOO_OLD",
             Self::Prepare(_) => "GUEST_NOT_READY",
             Self::Export(_) => "EXPORT_FAILED",
+            Self::StartCommand { .. } => "START_COMMAND_FAILED",
             Self::Timeout(_) => "START_TIMEOUT",
             Self::Full(_) => return Reason::NODE_FULL,
             Self::State("paused") => return Reason::SESSION_PAUSED,

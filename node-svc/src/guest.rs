@@ -20,7 +20,8 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use proto::envd::v1::{
     ConfigureRequest, GuestInfo, GuestNetwork, PrepareSnapshotRequest,
-    port_service_client::PortServiceClient, system_service_client::SystemServiceClient,
+    port_service_client::PortServiceClient, process_service_client::ProcessServiceClient,
+    system_service_client::SystemServiceClient,
 };
 use service_kit::{ids::SessionId, telemetry};
 use tokio_util::sync::CancellationToken;
@@ -157,6 +158,11 @@ impl GuestClient {
     /// envd itself.
     pub fn system(&self) -> SystemServiceClient<Self> {
         SystemServiceClient::with_origin(self.clone(), origin())
+    }
+
+    /// envd's processes.
+    pub fn processes(&self) -> ProcessServiceClient<Self> {
+        ProcessServiceClient::with_origin(self.clone(), origin())
     }
 
     /// envd's ports.

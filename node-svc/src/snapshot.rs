@@ -2,7 +2,7 @@
 //! template and size is restored from one of them, and maps its memory privately, so that what is not written is there once.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File},
     io,
     os::unix::fs::{FileExt as _, MetadataExt as _},
@@ -10,7 +10,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use proto::session::v1::Resources;
+use prost::Message as _;
+use proto::{session::v1::Resources, template::v1::Template};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::{
@@ -59,8 +60,13 @@ impl TemplateSnapshots {
         })
     }
 
-    /// Names what a snapshot is of: files whose names are their digests, a size, and what made it.
-    pub fn key(files: &[&PathBuf], resources: Resources, maker: &Maker) -> String {
+    /// Names what a snapshot is of: files whose names are their digests, a size, what made it, and what runs in it.
+    pub fn key(
+        files: &[&PathBuf],
+        resources: Resources,
+        maker: &Maker,
+        template: &Template,
+    ) -> String {
         let mut hasher = blake3::Hasher::new();
         for file in files {
             let name = file.file_name().unwrap_or_default();
@@ -72,6 +78,13 @@ impl TemplateSnapshots {
             resources.vcpus, resources.memory_bytes, resources.disk_bytes
         );
         hasher.update(rest.as_bytes());
+        if let Some(start) = &template.start {
+            // What it begins with.
+            let env: BTreeMap<_, _> = template.env.iter().collect();
+            let rest = format!("\n{env:?} {:?}\n", template.default_user);
+            hasher.update(rest.as_bytes());
+            hasher.update(&start.encode_to_vec());
+        }
         hasher
             .finalize()
             .to_hex()
@@ -219,6 +232,8 @@ fn dig(file: &File, start: u64, end: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use proto::template::v1::StartCommand;
+
     use super::*;
 
     fn maker() -> Maker {
@@ -232,7 +247,21 @@ mod tests {
     async fn a_snapshot_is_whole_sparse_and_made_anew_when_damaged() {
         let root = tempfile::tempdir().unwrap();
         let snapshots = TemplateSnapshots::open(root.path().join("t")).unwrap();
-        let key = TemplateSnapshots::key(&[&"/a/kernel".into()], Resources::default(), &maker());
+        let key_of = |template: &Template| {
+            let files = [&PathBuf::from("/a/kernel")];
+            TemplateSnapshots::key(&files, Resources::default(), &maker(), template)
+        };
+        let mut template = Template {
+            env: [("A".to_owned(), "1".to_owned())].into(),
+            ..Template::default()
+        };
+        let key = key_of(&template);
+        assert_eq!(key, key_of(&Template::default()));
+        // What runs in it counts, and what that runs in.
+        template.start = Some(StartCommand::default());
+        let started = key_of(&template);
+        template.env.clear();
+        assert!(started != key && key_of(&template) != started);
         assert!(snapshots.find(&key, &maker()).await.unwrap().is_none());
         let folder = snapshots.begin(&key).unwrap();
         let mut memory = vec![0; 3 << 20];

@@ -31,9 +31,11 @@ use crate::{
 
 mod copy;
 mod make;
+mod start;
 mod steps;
 
 use make::Making;
+use start::start_command;
 
 const LEASE: Duration = Duration::from_secs(30);
 const RENEW_EVERY: Duration = Duration::from_secs(5);
@@ -170,6 +172,10 @@ fn io_failed(error: std::io::Error) -> BuildError {
     failed(reason, error.to_string())
 }
 
+fn is_running(state: BuildState) -> bool {
+    matches!(state, BuildState::Running | BuildState::Snapshotting)
+}
+
 fn team_of(stored: &StoredBuild) -> Result<TeamId, BuildError> {
     TeamId::parse(&stored.team).map_err(|error| failed("BUILD_FAILED", error.to_string()))
 }
@@ -181,7 +187,7 @@ pub async fn sweep(work: &Path, store: &Store) -> Result<(), SweepError> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let id = name.split_once('.').map_or(&*name, |(id, _)| id);
         let state = store.build(id).await?.map(|stored| stored.build.state());
-        if state == Some(BuildState::Running) {
+        if state.is_some_and(is_running) {
             continue;
         }
         let id = id.to_owned();
@@ -341,7 +347,7 @@ impl Builder {
                         .await?
                         .map(|stored| stored.build.state());
                     return Err(match state {
-                        Some(BuildState::Running) => BuildError::Lost,
+                        Some(state) if is_running(state) => BuildError::Lost,
                         _ => BuildError::Cancelled,
                     });
                 }
@@ -400,14 +406,26 @@ impl Builder {
         self.store
             .log(id, &format!("image of {} bytes", rootfs.size_bytes))
             .await?;
+        let start = match &stored.request.start {
+            Some(start) => Some(start_command(start, &made.defaults)?),
+            None => None,
+        };
+        if start.is_none() && !made.defaults.argv().is_empty() {
+            let line = "its ENTRYPOINT and CMD are not started, since that was not asked for";
+            self.store.log(id, line).await?;
+        }
         let spec = Template {
             rootfs: Some(rootfs),
             env: made.defaults.env.into_iter().collect(),
             default_user: made.defaults.user,
             source_image: made.source_image,
             layers: made.layers,
+            start,
             ..self.spec(stored)
         };
+        if spec.start.is_some() {
+            self.snapshot(stored, &spec).await?;
+        }
         match self.store.publish(stored, &spec).await? {
             Some(version) => {
                 self.store

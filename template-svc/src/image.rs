@@ -168,11 +168,18 @@ pub struct Defaults {
     pub user: String,
     /// Where they begin; empty for the root.
     pub cwd: String,
-    /// What is started when nothing else is said.
+    /// What is started: `ENTRYPOINT`.
+    pub entrypoint: Vec<String>,
+    /// What is started when nothing else is said, or given to that: `CMD`.
     pub command: Vec<String>,
 }
 
 impl Defaults {
+    /// What is started, whole.
+    pub fn argv(&self) -> Vec<String> {
+        [self.entrypoint.as_slice(), &self.command].concat()
+    }
+
     /// Whether processes can be started so, in that root. Blocking.
     pub fn check(&self, root: &Path) -> Result<(), ImageError> {
         let wrong = |why: String| malformed("config", why);
@@ -253,13 +260,12 @@ impl Image {
             Some((name, value)) => (name.to_owned(), value.to_owned()),
             None => (line, String::new()),
         };
-        let mut command = words(config.entrypoint());
-        command.extend(words(config.cmd()));
         Defaults {
             env: words(config.env()).into_iter().map(pair).collect(),
             user: config.user().clone().unwrap_or_default(),
             cwd: config.working_dir().clone().unwrap_or_default(),
-            command,
+            entrypoint: words(config.entrypoint()),
+            command: words(config.cmd()),
         }
     }
 

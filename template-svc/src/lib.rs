@@ -17,6 +17,7 @@ pub mod registry;
 pub mod rootfs;
 pub mod secrets;
 mod sessions;
+mod start;
 pub mod store;
 
 pub use app::{App, AppError};

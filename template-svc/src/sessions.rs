@@ -21,7 +21,8 @@ use hyper_util::{
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use proto::{
     node::v1::{
-        ExportSessionRequest, ExportSessionResponse, ListNodesRequest, Node,
+        ExportSessionRequest, ExportSessionResponse, ListNodesRequest, MakeTemplateSnapshotRequest,
+        MakeTemplateSnapshotResponse, Node, NodeState,
         node_registry_service_client::NodeRegistryServiceClient,
         node_service_client::NodeServiceClient,
     },
@@ -30,6 +31,7 @@ use proto::{
         session_service_client::SessionServiceClient,
     },
 };
+use rand::seq::IteratorRandom as _;
 use sdk::Sandbox;
 use service_kit::{
     address::Address,
@@ -180,18 +182,42 @@ impl Sessions {
         Ok((sandbox, files))
     }
 
+    /// Has one of the nodes make a template's snapshot; what its start command says.
+    pub async fn make_snapshot(
+        &self,
+        request: MakeTemplateSnapshotRequest,
+    ) -> Result<Streaming<MakeTemplateSnapshotResponse>, Status> {
+        let nodes = self.all_nodes().await?;
+        let ready = nodes
+            .into_iter()
+            .filter(|node| node.state() == NodeState::Ready);
+        // Which one is as good as any: sessions of it may start on each.
+        let node = ready.choose(&mut rand::rng());
+        let address = node.and_then(|node| node.internal_address.parse().ok());
+        let address: Address =
+            address.ok_or_else(|| Status::unavailable("no node is ready to make a snapshot"))?;
+        let mut node = NodeServiceClient::new(mesh::connect(&[address], &self.token));
+        Ok(node.make_template_snapshot(request).await?.into_inner())
+    }
+
     async fn node(&self, id: &str) -> Result<Option<Node>, Status> {
+        let nodes = self.all_nodes().await?;
+        Ok(nodes.into_iter().find(|node| node.node_id == id))
+    }
+
+    async fn all_nodes(&self) -> Result<Vec<Node>, Status> {
         let mut request = ListNodesRequest::default();
+        let mut nodes = Vec::new();
         for _ in 0..MOST_PAGES {
             let page = self.nodes.clone().list_nodes(request.clone()).await?;
             let page = page.into_inner();
-            let found = page.nodes.into_iter().find(|node| node.node_id == id);
-            if found.is_some() || page.next_page_token.is_empty() {
-                return Ok(found);
+            nodes.extend(page.nodes);
+            if page.next_page_token.is_empty() {
+                break;
             }
             request.page_token = page.next_page_token;
         }
-        Ok(None)
+        Ok(nodes)
     }
 }
 

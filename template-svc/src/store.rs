@@ -94,6 +94,7 @@ struct BuildRow {
     error_reason: String,
     error_message: String,
     attempts: i32,
+    snapshotting: bool,
     /// Only where it is asked for.
     #[sqlx(default)]
     secrets: Option<Vec<u8>>,
@@ -114,7 +115,12 @@ impl TryFrom<BuildRow> for StoredBuild {
         let build = Build {
             build_id: row.build_id,
             name: row.name,
-            state: row.state.into(),
+            // To the queue it is running as well.
+            state: if row.snapshotting && row.state == BuildState::Running as i16 {
+                BuildState::Snapshotting.into()
+            } else {
+                row.state.into()
+            },
             create_time: Some(timestamp(row.create_time)),
             end_time: row.end_time.map(timestamp),
             version: row.version.unwrap_or_default().unsigned_abs(),
@@ -134,7 +140,7 @@ impl TryFrom<BuildRow> for StoredBuild {
 }
 
 const BUILD_COLUMNS: &str = "build_id, team, template_team, name, state, request, create_time, end_time, version, \
-     error_reason, error_message, attempts";
+     error_reason, error_message, attempts, snapshotting";
 
 #[derive(FromRow)]
 struct VersionRow {
@@ -404,7 +410,7 @@ impl Store {
     ) -> Result<Option<StoredBuild>, StoreError> {
         let until = now().saturating_add(i64::try_from(lease.as_micros()).unwrap_or(i64::MAX));
         let sql = format!(
-            "update builds set state = 2, lease_until = $1, attempts = attempts + 1 where build_id = (\
+            "update builds set state = 2, lease_until = $1, attempts = attempts + 1, snapshotting = false where build_id = (\
              select build_id from builds b, lateral (select count(*) as running from builds r \
              where r.team = b.team and r.state = 2 and r.lease_until >= $2) as of_team \
              where (state = 1 or (state = 2 and lease_until < $2)) and running < $3 \
@@ -437,6 +443,18 @@ impl Store {
         .execute(&self.pool)
         .await?;
         Ok(done.rows_affected() > 0)
+    }
+
+    /// Notes that a builder's build has a node make its snapshot now.
+    pub async fn note_snapshotting(&self, build_id: &str, attempt: u32) -> Result<(), StoreError> {
+        sqlx::query(
+            "update builds set snapshotting = true where build_id = $1 and state = 2 and attempts = $2",
+        )
+        .bind(build_id)
+        .bind(i64::from(attempt))
+        .execute(&self.pool)
+        .await?;
+        Ok(())
     }
 
     /// Ends a build that has not ended; `false` if it has, or if it is another builder's than the one of this attempt.

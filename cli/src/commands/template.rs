@@ -12,12 +12,16 @@ use clap::Subcommand;
 use indicatif::ProgressBar;
 use proto::template::v1::{
     BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
-    GetBuildRequest, GetBuildResponse, ImageArchive, ListTemplatesRequest, RegistryLogin,
-    StreamBuildLogsRequest, Template, UploadSourceRequest, UploadSourceResponse,
-    build_source::Source, template_service_client::TemplateServiceClient,
+    GetBuildRequest, GetBuildResponse, ImageArchive, ListTemplatesRequest, PortProbe, Readiness,
+    RegistryLogin, StartCommand, StreamBuildLogsRequest, Template, UploadSourceRequest,
+    UploadSourceResponse, build_source::Source, readiness::Probe,
+    template_service_client::TemplateServiceClient,
 };
 use sdk::BuildContext;
-use service_kit::{config::parse_bytes, mesh::MeshChannel};
+use service_kit::{
+    config::{parse_bytes, parse_duration},
+    mesh::MeshChannel,
+};
 use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
@@ -86,6 +90,24 @@ pub(crate) struct Build {
     /// Which image of the archive, if it has several: its tag in a layout, its name:tag if docker wrote it.
     #[arg(long, requires = "image_archive", value_name = "NAME")]
     image_name: Option<String>,
+    /// Have its sessions begin with its ENTRYPOINT and CMD running, and ready.
+    #[arg(long, requires = "ready", conflicts_with = "start_command")]
+    start: bool,
+    /// The same with a command for the shell.
+    #[arg(long, requires = "ready", value_name = "COMMAND")]
+    start_command: Option<String>,
+    /// It is ready when somebody listens on this port; with a path, when a GET of that is answered with 2xx or 3xx: 8000, 8000/health.
+    #[arg(long, group = "ready", value_name = "PORT[/PATH]", value_parser = port_probe)]
+    ready_port: Option<PortProbe>,
+    /// It is ready when this command for the shell, tried again and again, ends with 0.
+    #[arg(long, group = "ready", value_name = "COMMAND")]
+    ready_command: Option<String>,
+    /// It is ready when a line of its output has this text in it.
+    #[arg(long, group = "ready", value_name = "TEXT")]
+    ready_log: Option<String>,
+    /// For how long it may take until it is ready, at most 10m.
+    #[arg(long, requires = "ready", value_name = "DURATION", default_value = "60s", value_parser = parse_duration)]
+    ready_timeout: Duration,
     /// Default memory of its sessions.
     #[arg(long, value_parser = parse_bytes, default_value = "512MiB")]
     memory: u64,
@@ -168,6 +190,12 @@ impl Build {
             registry_user,
             registry_password_file,
             image_name,
+            start,
+            start_command,
+            ready_port,
+            ready_command,
+            ready_log,
+            ready_timeout,
             memory,
             vcpus,
             disk,
@@ -203,7 +231,27 @@ impl Build {
             }
             None => Vec::new(),
         };
+        let probe = ready_port
+            .map(Probe::Port)
+            .or(ready_command.map(Probe::Command))
+            .or(ready_log.map(Probe::LogLine));
+        let argv = match start_command {
+            Some(command) => vec!["/bin/sh".into(), "-c".into(), command],
+            None => Vec::new(),
+        };
+        if probe.is_some() && !start && argv.is_empty() {
+            bail!("say what is to be ready: --start or --start-command");
+        }
+        let start = (start || !argv.is_empty()).then(|| StartCommand {
+            argv,
+            readiness: Some(Readiness {
+                probe,
+                timeout: prost_types::Duration::try_from(ready_timeout).ok(),
+            }),
+            ..StartCommand::default()
+        });
         let request = BuildTemplateRequest {
+            start,
             name,
             tags,
             default_memory_bytes: memory,
@@ -234,6 +282,18 @@ fn argument(text: &str) -> Result<(String, String), String> {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("must be NAME=VALUE".into()),
     }
+}
+
+fn port_probe(text: &str) -> Result<PortProbe, String> {
+    let (port, path) = match text.split_once('/') {
+        Some((port, path)) => (port, format!("/{path}")),
+        None => (text, String::new()),
+    };
+    let port: u16 = port.parse().map_err(|_| "must be PORT or PORT/PATH")?;
+    Ok(PortProbe {
+        port: port.into(),
+        http_path: path,
+    })
 }
 
 /// What a client speaks by, as a team or as an operator.

@@ -6,12 +6,15 @@ use std::{
     sync::Arc,
 };
 
-use proto::node::v1::{StartSessionRequest, StartStep};
+use proto::{
+    node::v1::{MakeTemplateSnapshotRequest, StartSessionRequest, StartStep},
+    template::v1::Template,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DriveError, Driver, OLDEST_ENVD, Origin, REACH_AGAIN, Stopwatch, TEMPLATE_MEMORY, Workshop,
-    blocking, open, remove_file,
+    DriveError, Driver, OLDEST_ENVD, Origin, REACH_AGAIN, StartOutput, Stopwatch, TEMPLATE_MEMORY,
+    Workshop, blocking, open, remove_file,
 };
 use crate::{
     disk,
@@ -66,12 +69,14 @@ impl Driver {
             }
             _ if self.shop.vmm.needs_place() => {
                 let shop = Arc::clone(&self.shop);
-                let snapshot = shop.template_snapshot(&self.request, &mut watch).await?;
+                let snapshot = shop
+                    .template_snapshot(&self.request, &mut watch, None)
+                    .await?;
                 if let Some(reached) = self.take_warm(&snapshot, &mut watch).await? {
                     reached
                 } else {
                     let source = self.take_template(&snapshot, &mut watch).await?;
-                    self.restore(source, Connections::Keep, &mut watch).await?
+                    self.restore(source, self.connections(), &mut watch).await?
                 }
             }
             _ => self.simulate(&mut watch).await?,
@@ -80,6 +85,16 @@ impl Driver {
         self.enter_running(guest, over);
         tracing::info!(session_id = self.session.id.short(), "session runs");
         Ok(watch.1)
+    }
+
+    /// What becomes of connections that are in its template's snapshot: only a start command has any.
+    pub(super) fn connections(&self) -> Connections {
+        let template = self.request.template.as_ref();
+        if template.is_some_and(|template| template.start.is_some()) {
+            Connections::Reset
+        } else {
+            Connections::Keep
+        }
     }
 
     /// Gives the session's folder the memory of its template's snapshot.
@@ -293,6 +308,7 @@ impl Workshop {
         &self,
         request: &StartSessionRequest,
         watch: &mut Stopwatch,
+        output: Option<&StartOutput>,
     ) -> Result<TemplateSnapshot, DriveError> {
         let template = request.template.clone().unwrap_or_default();
         let resources = request.resources.unwrap_or_default();
@@ -314,7 +330,12 @@ impl Workshop {
             initrd = tokio::task::block_in_place(|| images.initrd(&modules))?;
         }
         watch.lap("artifacts");
-        let key = TemplateSnapshots::key(&[&kernel, &rootfs, &initrd], resources, &self.maker);
+        let key = TemplateSnapshots::key(
+            &[&kernel, &rootfs, &initrd],
+            resources,
+            &self.maker,
+            &template,
+        );
         let turn = self.snapshots.turn(&key);
         let _turn = turn.lock().await;
         if let Some(folder) = self.snapshots.find(&key, &self.maker).await? {
@@ -334,18 +355,12 @@ impl Workshop {
             initrd,
         };
         let mut boot = TemplateBoot::default();
-        let turn = self
-            .boots
-            .acquire()
-            .await
-            .map_err(|_| DriveError::Stopped)?;
-        let made = tokio::time::timeout(
-            self.boot_timeout,
-            Box::pin(self.boot_template(spec, resources.disk_bytes, &mut boot, watch)),
-        )
-        .await;
-        let failed = !matches!(made, Ok(Ok(())));
-        if let Some(vm) = boot.vm.as_mut().filter(|_| failed) {
+        let disk_bytes = resources.disk_bytes;
+        let made = self.make_template(spec, &template, disk_bytes, &mut boot, watch, output);
+        let made = Box::pin(made).await;
+        // A start command that fails says why itself.
+        let is_dark = !matches!(made, Ok(()) | Err(DriveError::StartCommand { .. }));
+        if let Some(vm) = boot.vm.as_mut().filter(|_| is_dark) {
             let console = vm.last_words().await.to_string();
             tracing::error!(console, "a template did not boot");
         }
@@ -355,40 +370,89 @@ impl Workshop {
         if let (Some(slot), Some(slots)) = (boot.slot.take(), &self.slots) {
             slots.give_back(slot.index).await;
         }
-        drop(turn);
-        made.map_err(|_| DriveError::Timeout(self.boot_timeout))??;
+        made?;
         let folder = self.snapshots.publish(&key, &self.maker).await?;
         watch.lap("template");
         Ok(TemplateSnapshot { key, folder })
+    }
+
+    /// The same, for nobody yet.
+    pub async fn make_snapshot(
+        &self,
+        request: MakeTemplateSnapshotRequest,
+        output: &StartOutput,
+    ) -> Result<(), DriveError> {
+        if !self.vmm.needs_place() {
+            return Ok(());
+        }
+        let request = StartSessionRequest {
+            template: request.template,
+            resources: request.resources,
+            ..StartSessionRequest::default()
+        };
+        let mut watch = Stopwatch::new();
+        self.template_snapshot(&request, &mut watch, Some(output))
+            .await?;
+        Ok(())
+    }
+
+    async fn make_template(
+        &self,
+        spec: BootSpec,
+        template: &Template,
+        disk_bytes: u64,
+        boot: &mut TemplateBoot,
+        watch: &mut Stopwatch,
+        output: Option<&StartOutput>,
+    ) -> Result<(), DriveError> {
+        let limit = self.boot_timeout;
+        let late = |_| DriveError::Timeout(limit);
+        let devices = spec.machine.folder.join(DEVICES);
+        // As sessions have it unless they say otherwise.
+        let rules = NetworkRules::internet(template.start.is_some());
+        let turn = self.boots.acquire().await;
+        let turn = turn.map_err(|_| DriveError::Stopped)?;
+        let booted = self.boot_template(spec, disk_bytes, &rules, boot, watch);
+        let booted = tokio::time::timeout(limit, Box::pin(booted)).await;
+        drop(turn);
+        let (guest, over) = booted.map_err(late)??;
+        if let Some(start) = &template.start {
+            self.start_command(&guest, template, start, output).await?;
+            watch.lap("start command");
+        }
+        let store = async {
+            guest
+                .prepare_snapshot(&self.nameservers)
+                .await
+                .map_err(|status| DriveError::Prepare(status.message().to_owned()))?;
+            let vm = boot.vm.as_mut().ok_or(DriveError::Stopped)?;
+            vm.pause().await?;
+            vm.store_devices(&devices).await?;
+            Ok(())
+        };
+        let stored = tokio::time::timeout(limit, Box::pin(store)).await;
+        over.cancel();
+        stored.map_err(late)?
     }
 
     async fn boot_template(
         &self,
         mut spec: BootSpec,
         disk_bytes: u64,
+        rules: &NetworkRules,
         boot: &mut TemplateBoot,
         watch: &mut Stopwatch,
-    ) -> Result<(), DriveError> {
+    ) -> Result<(GuestClient, CancellationToken), DriveError> {
         spec.machine.scratch = spec.machine.folder.join(SCRATCH);
         tokio::task::block_in_place(|| self.disks.make(disk_bytes, &spec.machine.scratch))?;
         if let Some(slots) = &self.slots {
-            let slot = boot
-                .slot
-                .insert(slots.take(&NetworkRules::internet(false)).await?);
+            let slot = boot.slot.insert(slots.take(rules).await?);
             spec.machine.place = Some(place(slot));
         }
-        let devices = spec.machine.folder.join(DEVICES);
         let vm = boot.vm.insert(self.vmm.boot(spec).await?);
-        let (guest, over) = open(vm.as_mut(), self.boot_timeout).await?;
+        let reached = open(vm.as_mut(), self.boot_timeout).await?;
         watch.lap("boot");
-        guest
-            .prepare_snapshot(&self.nameservers)
-            .await
-            .map_err(|status| DriveError::Prepare(status.message().to_owned()))?;
-        vm.pause().await?;
-        vm.store_devices(&devices).await?;
-        over.cancel();
-        Ok(())
+        Ok(reached)
     }
 }
 

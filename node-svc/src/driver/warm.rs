@@ -382,7 +382,7 @@ impl Driver {
                 slots.apply(slot.index, &rules).await?;
             }
             watch.lap("warm");
-            self.configure(&guest, Connections::Keep).await?;
+            self.configure(&guest, self.connections()).await?;
             watch.lap("configure");
             return Ok(Some((guest, over)));
         }

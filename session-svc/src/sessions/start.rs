@@ -48,7 +48,8 @@ impl Sessions {
     pub(super) async fn start(&self, mut session: Session) -> Result<Session, SessionError> {
         let mut tried: Vec<NodeId> = Vec::new();
         loop {
-            let answer = self.holding(&session, self.ask_to_start(&session)).await?;
+            let asked = Box::pin(self.ask_to_start(&session));
+            let answer = self.holding(&session, asked).await?;
             let refused = match answer {
                 Start::Runs => return self.runs(session).await,
                 Start::Failed(end) => {

@@ -501,6 +501,16 @@ impl server::NodeService for Service {
         later()
     }
 
+    type MakeTemplateSnapshotStream =
+        Pin<Box<dyn Stream<Item = Result<wire::MakeTemplateSnapshotResponse, Status>> + Send>>;
+
+    async fn make_template_snapshot(
+        &self,
+        _: Request<wire::MakeTemplateSnapshotRequest>,
+    ) -> Result<Response<Self::MakeTemplateSnapshotStream>, Status> {
+        later()
+    }
+
     type ExportSessionStream =
         Pin<Box<dyn Stream<Item = Result<wire::ExportSessionResponse, Status>> + Send>>;
 

@@ -29,6 +29,7 @@ use crate::{
     names::{self, TemplateRef, Which},
     registry,
     secrets::Sealer,
+    start,
     store::{Store, StoredBuild},
 };
 
@@ -303,6 +304,11 @@ impl TemplateService for TemplateApi {
             )
             .into());
         }
+        if let Some(start) = &request.start
+            && let Err((field, rule)) = start::check(start)
+        {
+            return Err(Failure::field_invalid(field, rule).into());
+        }
         if !request.context.is_empty() {
             let files = self.contexts.of(&caller.team).map_err(disk_error)?;
             let digest = ArtifactDigest::parse(&request.context);
@@ -436,7 +442,10 @@ impl TemplateService for TemplateApi {
                     }
                     let state = store.build(&id).await?.map(|stored| stored.build.state());
                     // Lines may have been written between the two looks; one more look comes first.
-                    ended = !matches!(state, Some(BuildState::Queued | BuildState::Running));
+                    ended = !matches!(
+                        state,
+                        Some(BuildState::Queued | BuildState::Running | BuildState::Snapshotting)
+                    );
                     if !ended {
                         tokio::time::sleep(FOLLOW_EVERY).await;
                     }

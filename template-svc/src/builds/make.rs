@@ -485,10 +485,6 @@ impl Making {
         if let Some(told) = told {
             say(lines, told);
         }
-        if !defaults.command.is_empty() {
-            let line = "the image's command is not started: a session runs what it is asked to";
-            say(lines, line.into());
-        }
         defaults.check(&self.root())?;
         let mut layers = Vec::new();
         for number in 0..count {

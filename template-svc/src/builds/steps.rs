@@ -44,7 +44,7 @@ use crate::{
     image::{Defaults, MOST_LAYERS},
     names::{self, TemplateRef},
     sessions::{SandboxFiles, Sessions},
-    store::StoredBuild,
+    store::{Store, StoreError, StoredBuild},
 };
 
 /// Which build a session is of.
@@ -60,7 +60,7 @@ const LONGEST_LINE: usize = 4096;
 const ROW: usize = 64;
 /// Lines are stored so many at once, or after so long.
 const LINES_AT_ONCE: usize = 200;
-const LINGER: Duration = Duration::from_millis(200);
+pub(super) const LINGER: Duration = Duration::from_millis(200);
 /// Pieces of a step's output that wait.
 const PIECES: usize = 16;
 /// `SIGKILL`
@@ -162,15 +162,12 @@ impl Builder {
             sessions: 0,
         };
         let Done { state, layers, .. } = self.stage(&mut building, last, making.clone()).await?;
-        if !state.command.is_empty() || !state.entrypoint.is_empty() {
-            let line = "CMD and ENTRYPOINT are not started: a session runs what it is asked to";
-            self.store.log(id, line).await?;
-        }
         let defaults = Defaults {
             env: state.env.clone(),
             user: state.user.clone(),
             cwd: state.cwd.clone(),
-            command: Vec::new(),
+            entrypoint: state.entrypoint.clone(),
+            command: state.command.clone(),
         };
         defaults.check_env()?;
         let name = last_name(&layers, &state.user);
@@ -217,6 +214,8 @@ impl Builder {
             let made = self.base(&stored, &base, making.clone()).await?;
             let Defaults { env, user, cwd, .. } = &made.defaults;
             let mut state = State::new(env.clone(), cwd, user);
+            state.entrypoint.clone_from(&made.defaults.entrypoint);
+            state.command.clone_from(&made.defaults.command);
             let mut key = first_key(&made.layers);
             let mut planned = Vec::new();
             for number in stages {
@@ -617,15 +616,10 @@ impl Builder {
                     Ok(None) => break,
                     Err(_) => {}
                 }
-                if lines.is_due() {
-                    self.store
-                        .log_all(id, &std::mem::take(&mut lines.ready))
-                        .await?;
-                    lines.stored = Instant::now();
-                }
+                lines.store_if_due(&self.store, id).await?;
             }
             lines.end(said);
-            self.store.log_all(id, &lines.ready).await?;
+            lines.store(&self.store, id).await?;
             Ok(())
         };
         let process = async { tokio::try_join!(log, run).map(|((), exit)| exit) };
@@ -728,12 +722,12 @@ impl Drop for Running {
 
 /// How much steps have said.
 #[derive(Default)]
-struct Said {
+pub(super) struct Said {
     bytes: usize,
 }
 
 /// Bytes of two streams on their way to be lines.
-struct Lines {
+pub(super) struct Lines {
     begun: [Vec<u8>; 2],
     ready: Vec<String>,
     stored: Instant,
@@ -750,7 +744,7 @@ impl Default for Lines {
 }
 
 impl Lines {
-    fn push(&mut self, is_stderr: bool, bytes: &[u8], said: &mut Said) {
+    pub(super) fn push(&mut self, is_stderr: bool, bytes: &[u8], said: &mut Said) {
         for piece in bytes.split_inclusive(|byte| matches!(byte, b'\n' | b'\r')) {
             let [stdout, stderr] = &mut self.begun;
             let begun = if is_stderr { stderr } else { stdout };
@@ -767,7 +761,7 @@ impl Lines {
     }
 
     /// What was not ended by a newline is a line, too.
-    fn end(&mut self, said: &mut Said) {
+    pub(super) fn end(&mut self, said: &mut Said) {
         for line in std::mem::take(&mut self.begun) {
             self.add(&line, said);
         }
@@ -788,9 +782,19 @@ impl Lines {
         });
     }
 
-    fn is_due(&self) -> bool {
-        self.ready.len() >= LINES_AT_ONCE
-            || !self.ready.is_empty() && self.stored.elapsed() >= LINGER
+    pub(super) async fn store_if_due(&mut self, store: &Store, id: &str) -> Result<(), StoreError> {
+        let is_due = self.ready.len() >= LINES_AT_ONCE
+            || !self.ready.is_empty() && self.stored.elapsed() >= LINGER;
+        if is_due {
+            self.store(store, id).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn store(&mut self, store: &Store, id: &str) -> Result<(), StoreError> {
+        let ready = std::mem::take(&mut self.ready);
+        self.stored = Instant::now();
+        store.log_all(id, &ready).await
     }
 }
 

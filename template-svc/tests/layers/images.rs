@@ -94,7 +94,8 @@ fn what_docker_saved() {
             env: vec![pair("PATH", "/bin"), pair("EMPTY", ""), pair("A", "b=c")],
             user: "1:2".into(),
             cwd: "/srv".into(),
-            command: vec!["/init".into(), "serve".into()],
+            entrypoint: vec!["/init".into()],
+            command: vec!["serve".into()],
         }
     );
     // Layers of another content than the config says.
