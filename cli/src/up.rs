@@ -96,6 +96,10 @@ pub(crate) struct Options {
     /// without TLS.
     #[arg(long, value_name = "REGISTRY", value_delimiter = ',')]
     trusted_registries: Vec<template_svc::TrustedRegistry>,
+    /// Object store of what templates are made of: a folder, or s3://bucket/prefix, gs://..., az://... with credentials in the environment. Default: a folder of
+    /// the state.
+    #[arg(long, env = "SANDMESH_STORE", value_name = "FOLDER|URL")]
+    store: Option<blobs::Address>,
     /// After how long without a heartbeat a node is dead.
     #[arg(long, default_value = "30s")]
     node_dead_after: String,

@@ -724,3 +724,58 @@ async fn a_start_command_runs_in_every_session() {
     assert!(is_built, "{said}");
     println!("built again in {again:?}");
 }
+
+/// What a node needs to start a template lies in the object store; template-svc has nothing of it any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_needs_the_store_alone() {
+    let store = tempfile::tempdir().unwrap();
+    let folder = store.path().to_str().unwrap();
+    let mesh = Mesh::start(&["--store", folder]);
+    let artifacts = mesh.state().join("templates/artifacts");
+    for file in fs::read_dir(&artifacts).unwrap() {
+        fs::remove_file(file.unwrap().path()).unwrap();
+    }
+    let since = Instant::now();
+    let session = mesh.session().await;
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    let output = sandbox.run(["cat", "/etc/hostname"]).await.unwrap();
+    assert_eq!(output.exit.code(), 0);
+    let log = mesh.log();
+    assert_eq!(
+        log.matches("artifact fetched from the store").count(),
+        3,
+        "{log}"
+    );
+    let size = walk(store.path());
+    println!(
+        "the store holds {size} bytes; first command after {:?}",
+        since.elapsed()
+    );
+    // A node whose store has lost a part says so, and of which template.
+    let chunks = store.path().join("chunks");
+    fs::remove_dir_all(&chunks).unwrap();
+    let other = mesh.state().join("node/artifacts");
+    for file in fs::read_dir(&other).unwrap() {
+        fs::remove_file(file.unwrap().path()).unwrap();
+    }
+    let failed = mesh.client().create(small()).await.unwrap_err();
+    assert!(
+        failed.to_string().contains("ARTIFACT_UNAVAILABLE")
+            || failed.to_string().contains("no such artifact"),
+        "{failed}"
+    );
+}
+
+fn walk(folder: &Path) -> u64 {
+    let mut size = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        let metadata = entry.metadata().unwrap();
+        size += if metadata.is_dir() {
+            walk(&entry.path())
+        } else {
+            metadata.len()
+        };
+    }
+    size
+}

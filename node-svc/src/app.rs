@@ -13,6 +13,7 @@ use std::{
 };
 
 use axum::{Router, body::Body};
+use blobs::{BlobError, Blobs};
 use futures::{FutureExt as _, future::BoxFuture};
 use http::{Request, Response};
 use nix::fcntl::{Flock, FlockArg};
@@ -78,6 +79,9 @@ pub enum AppError {
     /// The mesh token.
     #[error("--mesh-token-file: {0}")]
     Token(#[from] TokenError),
+    /// The object store.
+    #[error("--store: {0}")]
+    Store(#[from] BlobError),
     /// The Redis address.
     #[error("--redis-url: {0}")]
     Redis(#[from] redis::RedisError),
@@ -208,6 +212,7 @@ impl App {
             forks,
             artifacts: Artifacts::open(
                 folder.join("artifacts"),
+                config.store.as_ref().map(Blobs::open).transpose()?,
                 mesh::connect(&config.template_addresses, &token),
             )
             .map_err(state)?,

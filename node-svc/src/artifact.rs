@@ -2,13 +2,14 @@
 
 use std::{
     collections::HashMap,
-    fs,
-    io::{self, Write as _},
-    path::PathBuf,
+    fs::{self, File},
+    io::{self, Seek as _, Write as _},
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use blobs::{BlobError, Blobs, Moved};
 use proto::template::v1::{
     Artifact, FetchArtifactRequest, artifact_service_client::ArtifactServiceClient,
 };
@@ -43,16 +44,18 @@ pub enum ArtifactError {
 #[derive(Debug, Clone)]
 pub struct Artifacts {
     folder: PathBuf,
+    blobs: Option<Blobs>,
     source: ArtifactServiceClient<MeshChannel>,
     fetching: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
 }
 
 impl Artifacts {
-    /// Keeps files in the folder.
-    pub fn open(folder: PathBuf, source: MeshChannel) -> io::Result<Self> {
+    /// Keeps files in the folder; fetches them from the object store, if there is one, or else from template-svc.
+    pub fn open(folder: PathBuf, blobs: Option<Blobs>, source: MeshChannel) -> io::Result<Self> {
         fs::create_dir_all(&folder)?;
         Ok(Self {
             folder,
+            blobs,
             source: ArtifactServiceClient::new(source),
             fetching: Arc::default(),
         })
@@ -89,7 +92,52 @@ impl Artifacts {
         Ok(path)
     }
 
-    async fn fetch(&self, artifact: &Artifact, path: &PathBuf) -> Result<(), ArtifactError> {
+    async fn fetch(&self, artifact: &Artifact, path: &Path) -> Result<(), ArtifactError> {
+        let mut file = tempfile::Builder::new()
+            .prefix(".incoming-")
+            .tempfile_in(&self.folder)?;
+        if !self.fetch_blob(&artifact.digest, file.as_file()).await? {
+            file.as_file().set_len(0)?;
+            file.rewind()?;
+            self.ask_for(artifact, file.as_file_mut()).await?;
+        }
+        // Readable for a VMM of any user; nobody writes to it again.
+        fs::set_permissions(
+            file.path(),
+            std::os::unix::fs::PermissionsExt::from_mode(0o444),
+        )?;
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
+    }
+
+    /// From the object store; whether it was there.
+    async fn fetch_blob(&self, digest: &str, to: &File) -> Result<bool, ArtifactError> {
+        let Some(blobs) = &self.blobs else {
+            return Ok(false);
+        };
+        match blobs.get(digest, to.try_clone()?).await {
+            Ok(Moved {
+                bytes, moved_bytes, ..
+            }) => {
+                tracing::info!(
+                    digest,
+                    bytes,
+                    moved_bytes,
+                    "artifact fetched from the store"
+                );
+                Ok(true)
+            }
+            Err(BlobError::Disk(error)) => Err(error.into()),
+            // Templates of builds that are under way are not there yet.
+            Err(BlobError::Missing(_)) => Ok(false),
+            Err(error) => {
+                tracing::warn!(digest, %error, "the store does not have an artifact, so template-svc is asked");
+                Ok(false)
+            }
+        }
+    }
+
+    async fn ask_for(&self, artifact: &Artifact, file: &mut File) -> Result<(), ArtifactError> {
         let digest = artifact.digest.clone();
         let failed = |status| ArtifactError::Fetch {
             digest: digest.clone(),
@@ -107,9 +155,6 @@ impl Artifacts {
             .await
             .map_err(failed)?
             .into_inner();
-        let mut file = tempfile::Builder::new()
-            .prefix(".incoming-")
-            .tempfile_in(&self.folder)?;
         let mut hasher = blake3::Hasher::new();
         let mut size = 0_u64;
         while let Some(part) = stream.message().await.map_err(failed)? {
@@ -123,13 +168,7 @@ impl Artifacts {
         if hasher.finalize().to_hex().as_str() != digest {
             return Err(ArtifactError::Damaged(digest));
         }
-        file.as_file().sync_all()?;
-        // Readable for a VMM of any user; nobody writes to it again.
-        fs::set_permissions(
-            file.path(),
-            std::os::unix::fs::PermissionsExt::from_mode(0o444),
-        )?;
-        file.persist(path).map_err(|error| error.error)?;
+        file.sync_all()?;
         tracing::info!(digest, bytes = size, "artifact fetched");
         Ok(())
     }

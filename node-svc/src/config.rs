@@ -48,6 +48,10 @@ pub struct Config {
         default_value = "/var/lib/sandmesh/node"
     )]
     pub state: PathBuf,
+    /// Object store of what templates are made of, as template-svc has it; what is not to be had there is asked of template-svc. Default: template-svc
+    /// is asked for all of it.
+    #[arg(long, env = "SANDMESH_STORE", value_name = "FOLDER|URL")]
+    pub store: Option<blobs::Address>,
     /// File of the mesh token, mode 0600.
     #[arg(long, env = "SANDMESH_MESH_TOKEN_FILE")]
     pub mesh_token_file: PathBuf,

@@ -78,6 +78,7 @@ impl Node {
             // Nobody is there, and nobody is asked.
             artifacts: Artifacts::open(
                 path("artifacts"),
+                None,
                 mesh::connect(&["127.0.0.1:9".parse().unwrap()], &MeshToken::random()),
             )
             .unwrap(),

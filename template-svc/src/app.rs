@@ -2,6 +2,7 @@
 
 use std::{io, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc, time::Duration};
 
+use blobs::{BlobError, Blobs};
 use proto::template::v1::{
     artifact_service_server::ArtifactServiceServer, template_service_server::TemplateServiceServer,
 };
@@ -42,6 +43,9 @@ pub enum AppError {
     /// The database.
     #[error("--database-url: {0}")]
     Database(#[from] StoreError),
+    /// The object store.
+    #[error("--store: {0}")]
+    Blobs(#[from] BlobError),
     /// A folder.
     #[error("{setting} {path}: {source}")]
     Folder {
@@ -63,6 +67,7 @@ pub struct App {
     artifacts: Artifacts,
     uploads: Artifacts,
     contexts: ContextFiles,
+    blobs: Blobs,
     work: PathBuf,
     kernel: Kernel,
     registries: Registries,
@@ -82,6 +87,13 @@ impl App {
         let artifacts = Artifacts::open(config.state.join("artifacts")).map_err(state)?;
         let uploads = Artifacts::open(config.state.join("uploads")).map_err(state)?;
         let contexts = ContextFiles::open(config.state.join("contexts")).map_err(state)?;
+        let address = match &config.store {
+            Some(address) => address.clone(),
+            None => std::path::absolute(config.state.join("store"))
+                .and_then(|folder| blobs::Address::of_folder(&folder).map_err(io::Error::other))
+                .map_err(state)?,
+        };
+        let blobs = Blobs::open(&address)?;
         let work = config.state.join("work");
         std::fs::create_dir_all(&work).map_err(state)?;
         std::fs::set_permissions(&work, std::fs::Permissions::from_mode(0o700)).map_err(state)?;
@@ -101,6 +113,7 @@ impl App {
             artifacts,
             uploads,
             contexts,
+            blobs,
             work,
             kernel,
             registries,
@@ -123,6 +136,7 @@ impl App {
             artifacts,
             uploads,
             contexts,
+            blobs,
             work,
             kernel,
             registries,
@@ -148,6 +162,7 @@ impl App {
             artifacts: artifacts.clone(),
             uploads: uploads.clone(),
             contexts: contexts.clone(),
+            blobs,
             work: work.clone(),
             kernel,
             sealer: sealer.clone(),

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use blobs::{BlobError, Blobs, Cut, Moved};
 use futures::{FutureExt as _, future};
 use proto::template::v1::{Artifact, BuildState, Template};
 use service_kit::ids::TeamId;
@@ -18,7 +19,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    artifact::Artifacts,
+    artifact::{ArtifactDigest, Artifacts},
     context::{ContextError, ContextFiles},
     image::ImageError,
     layer::{LayerError, Limits},
@@ -87,6 +88,8 @@ pub struct Builder {
     pub uploads: Artifacts,
     /// Uploaded files of build contexts.
     pub contexts: ContextFiles,
+    /// From where nodes fetch what templates are made of.
+    pub blobs: Blobs,
     /// Where it unpacks.
     pub work: PathBuf,
     /// The kernel.
@@ -133,6 +136,17 @@ fn failed(reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> B
 impl From<ImageError> for BuildError {
     fn from(error: ImageError) -> Self {
         failed(error.reason(), error.to_string())
+    }
+}
+
+impl From<BlobError> for BuildError {
+    fn from(error: BlobError) -> Self {
+        let reason = match &error {
+            full if full.is_full() => "STORE_FULL",
+            BlobError::Disk(_) => "BUILD_FAILED",
+            _ => "STORE_FAILED",
+        };
+        failed(reason, error.to_string())
     }
 }
 
@@ -376,6 +390,38 @@ impl Builder {
         }
     }
 
+    /// Stores what a node needs to start the template.
+    async fn hand_out(&self, id: &str, spec: &Template) -> Result<(), BuildError> {
+        let mut moved = Moved::default();
+        for artifact in [&spec.rootfs, &spec.kernel, &spec.modules] {
+            let digest = artifact.as_ref().map_or("", |artifact| &artifact.digest);
+            if self.blobs.has(digest).await? {
+                continue;
+            }
+            let path = ArtifactDigest::parse(digest);
+            let path = path.and_then(|digest| self.artifacts.find(&digest));
+            let missing = || failed("ARTIFACT_MISSING", format!("the artifact {digest} is gone"));
+            let (stored, one) = self
+                .blobs
+                .put(&path.ok_or_else(missing)?, Cut::Content)
+                .await?;
+            if stored != digest {
+                let message = format!("the artifact {digest} is damaged: it is {stored}");
+                return Err(failed("ARTIFACT_DAMAGED", message));
+            }
+            moved.bytes += one.bytes;
+            moved.moved_bytes += one.moved_bytes;
+        }
+        if moved.bytes > 0 {
+            let Moved {
+                bytes, moved_bytes, ..
+            } = moved;
+            let line = format!("stored: of {bytes} bytes {moved_bytes} were new, packed");
+            self.store.log(id, &line).await?;
+        }
+        Ok(())
+    }
+
     async fn build(&self, stored: &StoredBuild) -> Result<(), BuildError> {
         let id = &stored.build.build_id;
         let source = stored.request.source.as_ref();
@@ -423,6 +469,7 @@ impl Builder {
             start,
             ..self.spec(stored)
         };
+        self.hand_out(id, &spec).await?;
         if spec.start.is_some() {
             self.snapshot(stored, &spec).await?;
         }

@@ -44,6 +44,10 @@ pub struct Config {
         default_value = "/var/lib/sandmesh/templates"
     )]
     pub state: PathBuf,
+    /// Object store of what templates are made of, from where nodes fetch it: a folder, or s3://bucket/prefix, gs://..., az://... with credentials in
+    /// the environment, as AWS_ACCESS_KEY_ID. Default: the folder "store" of --state.
+    #[arg(long, env = "SANDMESH_STORE", value_name = "FOLDER|URL")]
+    pub store: Option<blobs::Address>,
     /// Folder of the guest kernel: vmlinux, modules.cpio and version.
     #[arg(long, env = "SANDMESH_KERNEL_DIR")]
     pub kernel_dir: PathBuf,

@@ -158,6 +158,13 @@ impl Plan {
             };
         let kernel = cache.join("guest-kernel/current");
         let trusted = options.trusted_registries.iter();
+        let store = if let Some(store) = &options.store {
+            store.to_string()
+        } else {
+            let folder = std::path::absolute(self.state.join("templates/store"))?;
+            folder.display().to_string()
+        };
+        let store = flag("store", &store);
         add(
             trusted
                 .flat_map(|one| flag("trusted-registries", &one.to_string()))
@@ -171,6 +178,7 @@ impl Plan {
                 &token,
                 &flag("state", &self.state.join("templates").to_string_lossy()),
                 &flag("kernel-dir", &kernel.to_string_lossy()),
+                &store,
                 &session_list,
             ],
         );
@@ -247,6 +255,7 @@ impl Plan {
                 flag("internal", &internal),
                 token.clone(),
                 redis.clone(),
+                store.clone(),
                 session_list.clone(),
                 template_list.clone(),
                 flag("domain", &self.domain),

@@ -1,0 +1,66 @@
+//! What no file that is wanted is made of goes, some time after it was last asked for.
+
+use std::collections::HashSet;
+
+use futures::{StreamExt as _, TryStreamExt as _};
+use object_store::{ObjectMeta, ObjectStoreExt as _, path::Path as Key};
+
+use crate::{BlobError, Blobs, GRACE};
+
+/// What was removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Lists of files.
+    pub files: u64,
+    /// Chunks.
+    pub chunks: u64,
+    /// Their bytes, packed.
+    pub bytes: u64,
+}
+
+impl Blobs {
+    /// Removes files that are not wanted, by their digests, and chunks that no file is made of any more; what is younger than [`GRACE`] stays, since it may
+    /// belong to a file whose list is still to come.
+    pub async fn sweep(&self, wanted: &HashSet<String>) -> Result<Swept, BlobError> {
+        let mut swept = Swept::default();
+        let mut used = HashSet::new();
+        let mut files = self.store.list(Some(&Key::from("files")));
+        while let Some(file) = files.try_next().await? {
+            let digest = file.location.filename().unwrap_or_default().to_owned();
+            if !wanted.contains(&digest) && is_over(&file) {
+                self.remove(&file.location).await?;
+                swept.files += 1;
+                continue;
+            }
+            match self.list(&digest).await {
+                Ok(list) => used.extend(list.chunks.iter().filter_map(crate::Chunk::hash)),
+                // Of one that cannot be read nobody knows what it is made of: nothing goes.
+                Err(error) => return Err(error),
+            }
+        }
+        let mut chunks = self.store.list(Some(&Key::from("chunks")));
+        while let Some(chunk) = chunks.next().await.transpose()? {
+            let name = chunk.location.filename().unwrap_or_default();
+            let is_used = blake3::Hash::from_hex(name).is_ok_and(|hash| used.contains(&hash));
+            if !is_used && is_over(&chunk) {
+                self.remove(&chunk.location).await?;
+                swept.chunks += 1;
+                swept.bytes += chunk.size;
+            }
+        }
+        Ok(swept)
+    }
+
+    async fn remove(&self, key: &Key) -> Result<(), BlobError> {
+        match self.again(|| self.store.delete(key)).await {
+            // Somebody was faster.
+            Err(object_store::Error::NotFound { .. }) => Ok(()),
+            removed => Ok(removed?),
+        }
+    }
+}
+
+fn is_over(object: &ObjectMeta) -> bool {
+    let time: std::time::SystemTime = object.last_modified.into();
+    time.elapsed().is_ok_and(|age| age > GRACE)
+}
