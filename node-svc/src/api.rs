@@ -46,6 +46,7 @@ const LOG_SEQUENCE_UNKNOWN: Reason = Reason::new("LOG_SEQUENCE_UNKNOWN");
 const NODE_DISK_FAILED: Reason = Reason::new("NODE_DISK_FAILED");
 /// Pieces of a layer that wait for its reader.
 const EXPORT_IN_FLIGHT: usize = 2;
+const START_COMMAND_FAILED: &str = "START_COMMAND_FAILED";
 /// Pieces of a start command's output that wait for their reader.
 const START_OUTPUT_IN_FLIGHT: usize = 16;
 /// Children of one fork.
@@ -349,17 +350,34 @@ impl NodeService for NodeApi {
             // What is cut off here is removed by the next node-svc.
             let made = tokio::select! {
                 () = shutdown.cancelled() => return,
-                made = workshop.make_snapshot(request, &to) => made,
+                // Whoever asked is gone; if nobody else waits, it is given up.
+                () = to.closed() => return,
+                made = workshop.make_snapshot(request, to.clone()) => made,
             };
+            if made.is_ok() {
+                let last = MakeTemplateSnapshotResponse {
+                    is_made: true,
+                    ..MakeTemplateSnapshotResponse::default()
+                };
+                // Nobody listens any more, or hears it.
+                let _ = to.send(Ok(last)).await;
+            }
             if let Err(error) = made {
                 tracing::warn!(%error, "a template's snapshot was not made");
-                let code = match error {
-                    DriveError::StartCommand { .. } => Code::FailedPrecondition,
-                    _ if error.reason() == Reason::NODE_DISK_FULL => Code::ResourceExhausted,
-                    _ => Code::Aborted,
+                let failed = match &error {
+                    DriveError::Full(error) => full(error),
+                    error => {
+                        let reason = error.reason();
+                        let code = if reason.as_str() == START_COMMAND_FAILED {
+                            Code::FailedPrecondition
+                        } else if reason == Reason::NODE_DISK_FULL {
+                            Code::ResourceExhausted
+                        } else {
+                            Code::Aborted
+                        };
+                        Failure::new(code, reason, error.to_string())
+                    }
                 };
-                let failed = Failure::new(code, error.reason(), error.to_string());
-                // Nobody listens any more, or hears it.
                 let _ = to.send(Err(failed.into_status())).await;
             }
         });
@@ -610,7 +628,8 @@ impl NodeService for NodeApi {
 
 /// The words a start can end with; they are the only ones a caller will see as a reason.
 fn start_reason(reason: &str) -> &'static str {
-    const KNOWN: [&str; 13] = [
+    const KNOWN: [&str; 14] = [
+        START_COMMAND_FAILED,
         "ARTIFACT_UNAVAILABLE",
         "NETWORK_SLOT_FAILED",
         "NODE_DISK_FULL",

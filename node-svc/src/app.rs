@@ -41,7 +41,7 @@ use crate::{
     catalog::Catalog,
     config::{Config, VmmChoice},
     disk::Disks,
-    driver::{self, Adopted, WarmPolicy, WarmPool, Workshop},
+    driver::{self, Adopted, Makings, WarmPolicy, WarmPool, Workshop},
     guest_image::GuestImages,
     hosted::Hosted,
     ingress::{self, HOP_HEADER, Ingress, Waker},
@@ -210,6 +210,7 @@ impl App {
             },
             snapshots,
             forks,
+            makings: Makings::default(),
             artifacts: Artifacts::open(
                 folder.join("artifacts"),
                 config.store.as_ref().map(Blobs::open).transpose()?,
@@ -408,6 +409,15 @@ impl App {
         if config.stop_sessions_on_exit
             && let Some(slots) = &workshop.slots
         {
+            // Of templates that were being made.
+            let boots = config.state.join("t");
+            tokio::task::block_in_place(|| driver::end_template_boots(&boots)).map_err(
+                |source| AppError::File {
+                    setting: "--state",
+                    path: boots.clone(),
+                    source,
+                },
+            )?;
             tokio::task::block_in_place(|| slots.remove_all())?;
             Cgroups::remove_all(Path::new(MOUNTS), &config.state);
         }

@@ -57,6 +57,7 @@ mod fork;
 mod keep;
 mod start;
 mod start_command;
+mod template;
 mod warm;
 mod watchdog;
 
@@ -64,6 +65,7 @@ pub use adopt::{Adopted, adopt_all, end_all, end_template_boots, reap, slots_in_
 pub use fork::ForkImage;
 pub(crate) use keep::settings_of;
 pub use start_command::StartOutput;
+pub use template::Makings;
 pub use warm::{WarmPolicy, WarmPool};
 
 /// Between a link that broke and another try.
@@ -100,6 +102,8 @@ pub struct Workshop {
     pub artifacts: Artifacts,
     /// Snapshots of templates.
     pub snapshots: TemplateSnapshots,
+    /// Those that are being made.
+    pub makings: Makings,
     /// Initial RAM disks; none where the VMM needs none.
     pub images: Option<GuestImages>,
     /// Writable disks.
@@ -221,6 +225,12 @@ pub enum DriveError {
         /// On one line.
         output: String,
     },
+    /// Its template's snapshot could not be made.
+    #[error("{0}")]
+    Template(Arc<DriveError>),
+    /// A task ended in the middle of its work.
+    #[error("what makes its template's snapshot broke off")]
+    BrokeOff,
     /// The guest took too long.
     #[error("the guest was not ready within {0:?}")]
     Timeout(Duration),
@@ -245,6 +255,8 @@ impl DriveError {
             return Reason::NODE_DISK_FULL;
         }
         Reason::new(match self {
+            Self::Template(error) => return error.reason(),
+            Self::BrokeOff => "START_FAILED",
             Self::Artifact(_) => "ARTIFACT_UNAVAILABLE",
             Self::Slot(_) => "NETWORK_SLOT_FAILED",
             Self::Rules(_) => return Reason::INVALID_ARGUMENT,
@@ -277,6 +289,7 @@ impl DriveError {
             | Self::Io(error)
             | Self::Stored(StoredError::Io(error)) => full(error),
             Self::Vmm(error) => error.is_disk_full(),
+            Self::Template(error) => error.is_disk_full(),
             _ => false,
         }
     }

@@ -37,6 +37,8 @@ const FRAME: u32 = 64 << 10;
 const HEADER_LIST: u32 = 32 << 10;
 const CONFIGURE_TIMEOUT: Duration = Duration::from_secs(20);
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Of a process: envd sends output in pieces of 64 KiB.
+const LARGEST_EVENT: usize = 256 << 10;
 const ENTROPY: usize = 64;
 const DETAILS: &str = "grpc-status-details-bin";
 
@@ -163,6 +165,7 @@ impl GuestClient {
     /// envd's processes.
     pub fn processes(&self) -> ProcessServiceClient<Self> {
         ProcessServiceClient::with_origin(self.clone(), origin())
+            .max_decoding_message_size(LARGEST_EVENT)
     }
 
     /// envd's ports.

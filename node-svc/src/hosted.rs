@@ -409,6 +409,28 @@ impl Hosted {
         Ok(Admitted::New(session))
     }
 
+    /// Room for a guest that is no session's, until it is given back.
+    pub fn reserve(
+        self: &Arc<Self>,
+        size: proto::session::v1::Resources,
+    ) -> Result<Reserved, NodeFull> {
+        let need = Capacity {
+            sessions: 1,
+            memory_bytes: size.memory_bytes,
+            vcpus: size.vcpus,
+            disk_bytes: size.disk_bytes,
+        };
+        let mut table = self.table();
+        if table.draining {
+            return Err(self.free(&table));
+        }
+        self.take(&mut table, &need)?;
+        Ok(Reserved {
+            hosted: Arc::clone(self),
+            need,
+        })
+    }
+
     /// Takes in a session that was here before this node-svc, whether there is room or not.
     pub fn adopt(&self, mut session: Session, is_paused: bool) -> Arc<Session> {
         let mut table = self.table();
@@ -585,6 +607,19 @@ fn whole(session: &Session) -> Capacity {
         memory_bytes: session.resources.memory_bytes,
         vcpus: session.resources.vcpus,
         disk_bytes: session.resources.disk_bytes,
+    }
+}
+
+/// Room that is given back when this is dropped.
+#[derive(Debug)]
+pub struct Reserved {
+    hosted: Arc<Hosted>,
+    need: Capacity,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        subtract(&mut self.hosted.table().used, &self.need);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Snapshots of templates on this node: a guest that booted, waits at its gate and belongs to nobody yet. Every session of the same
+//! Snapshots of templates on this node: a guest that booted, waits at its gate and belongs to nobody yet; a start command is ready in it. Every session of the same
 //! template and size is restored from one of them, and maps its memory privately, so that what is not written is there once.
 
 use std::{
@@ -81,7 +81,11 @@ impl TemplateSnapshots {
         if let Some(start) = &template.start {
             // What it begins with.
             let env: BTreeMap<_, _> = template.env.iter().collect();
-            let rest = format!("\n{env:?} {:?}\n", template.default_user);
+            // And whose: what a program makes up at its start, such as a password, is its team's.
+            let rest = format!(
+                "\n{:?} {env:?} {:?}\n",
+                template.team, template.default_user
+            );
             hasher.update(rest.as_bytes());
             hasher.update(&start.encode_to_vec());
         }
@@ -133,7 +137,8 @@ impl TemplateSnapshots {
             .map_err(io::Error::other)?
     }
 
-    fn making(&self, key: &str) -> PathBuf {
+    /// Where one is made.
+    pub fn making(&self, key: &str) -> PathBuf {
         self.folder.join(format!("{MAKING}{key}"))
     }
 
@@ -260,8 +265,10 @@ mod tests {
         // What runs in it counts, and what that runs in.
         template.start = Some(StartCommand::default());
         let started = key_of(&template);
+        template.team = "other".into();
+        let others = key_of(&template);
         template.env.clear();
-        assert!(started != key && key_of(&template) != started);
+        assert!(started != key && others != started && key_of(&template) != others);
         assert!(snapshots.find(&key, &maker()).await.unwrap().is_none());
         let folder = snapshots.begin(&key).unwrap();
         let mut memory = vec![0; 3 << 20];

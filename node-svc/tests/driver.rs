@@ -15,7 +15,7 @@ use node_svc::{
     api::NodeApi,
     artifact::Artifacts,
     disk::Disks,
-    driver::{WarmPolicy, WarmPool, Workshop},
+    driver::{Makings, WarmPolicy, WarmPool, Workshop},
     hosted::{Hosted, Lookup, Phase},
     logs::{Retention, SessionLogs},
     snapshot::TemplateSnapshots,
@@ -83,6 +83,7 @@ impl Node {
             )
             .unwrap(),
             snapshots: TemplateSnapshots::open(path("t")).unwrap(),
+            makings: Makings::default(),
             images: None,
             disks: Disks::open(path("disks")).unwrap(),
             sessions: path("s"),

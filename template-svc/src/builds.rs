@@ -377,7 +377,11 @@ impl Builder {
     /// What a build's template has whatever it is made of.
     fn spec(&self, stored: &StoredBuild) -> Template {
         let request = &stored.request;
-        let or = |asked: u64, default: u64| if asked == 0 { default } else { asked };
+        // In whole MiB, as sessions have it.
+        let or = |asked: u64, default: u64| {
+            let asked = if asked == 0 { default } else { asked };
+            asked.div_ceil(MIB).saturating_mul(MIB)
+        };
         Template {
             kernel: Some(self.kernel.kernel.clone()),
             modules: Some(self.kernel.modules.clone()),

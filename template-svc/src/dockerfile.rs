@@ -210,6 +210,8 @@ pub struct State {
     pub entrypoint: Vec<String>,
     /// `CMD`.
     pub command: Vec<String>,
+    /// Whether that is of this stage.
+    has_command: bool,
 }
 
 impl State {
@@ -227,7 +229,13 @@ impl State {
             shell: SHELL.map(str::to_owned).to_vec(),
             entrypoint: Vec::new(),
             command: Vec::new(),
+            has_command: false,
         }
+    }
+
+    /// Goes on in a stage that begins with what was before.
+    pub fn begin_stage(&mut self) {
+        self.has_command = false;
     }
 
     /// What programs of the build see: arguments, and over them the environment.
@@ -475,10 +483,16 @@ impl Dockerfile {
                 return Ok((None, told));
             }
             Instruction::Shell(words) => state.shell.clone_from(words),
-            Instruction::Cmd(words) => state.command = state.argv(words),
+            Instruction::Cmd(words) => {
+                state.command = state.argv(words);
+                state.has_command = true;
+            }
             Instruction::Entrypoint(words) => {
                 state.entrypoint = state.argv(words);
-                state.command.clear();
+                // Of the image below; one of this stage is for it.
+                if !state.has_command {
+                    state.command.clear();
+                }
             }
             Instruction::Copy(copying) => {
                 let copy = self.copy(step, copying, state)?;
@@ -996,8 +1010,17 @@ USER me
         let (_, state) = done(text, &[]);
         assert_eq!(state.entrypoint, ["/serve"]);
         assert_eq!(state.command, ["--port", "80"]);
-        let (_, state) = done("FROM a\nCMD first\nENTRYPOINT serve\n", &[]);
+        let (_, state) = done("FROM a\nCMD [\"app\"]\nENTRYPOINT serve\n", &[]);
         assert_eq!(state.entrypoint, ["/bin/sh", "-c", "serve"]);
+        assert_eq!(state.command, ["app"]);
+        // What the image below is given is not meant for another program.
+        let dockerfile = Dockerfile::parse("FROM a\nENTRYPOINT [\"serve\"]\n").unwrap();
+        let mut state = State::new(Vec::new(), "", "");
+        state.command = vec!["below".into()];
+        let step = &dockerfile.stages[0].steps[0];
+        dockerfile
+            .follow(step, &mut state, &BTreeMap::new())
+            .unwrap();
         assert!(state.command.is_empty());
     }
 

@@ -44,6 +44,8 @@ use tonic::{Code, Request, Status, Streaming};
 
 /// Pages of nodes that are looked through.
 const MOST_PAGES: usize = 100;
+/// In the place of a node's ID, when there is none.
+const NO_NODE: &str = "";
 const PIECE: usize = 128 << 10;
 /// Of a refusal.
 const LONGEST_ANSWER: usize = 64 << 10;
@@ -182,17 +184,28 @@ impl Sessions {
         Ok((sandbox, files))
     }
 
-    /// Has one of the nodes make a template's snapshot; what its start command says.
+    /// Has one of the nodes make a template's snapshot, of those that failed least; counts it as one that failed until it has not. What the template's
+    /// start command says.
     pub async fn make_snapshot(
         &self,
         request: MakeTemplateSnapshotRequest,
+        failures: &mut HashMap<String, u32>,
     ) -> Result<Streaming<MakeTemplateSnapshotResponse>, Status> {
+        *failures.entry(NO_NODE.to_owned()).or_default() += 1;
         let nodes = self.all_nodes().await?;
         let ready = nodes
             .into_iter()
             .filter(|node| node.state() == NodeState::Ready);
+        let failed = |node: &Node| failures.get(&node.node_id).copied().unwrap_or_default();
+        let ready: Vec<Node> = ready.collect();
+        let least = ready.iter().map(failed).min();
+        let best = ready.iter().filter(|node| Some(failed(node)) == least);
         // Which one is as good as any: sessions of it may start on each.
-        let node = ready.choose(&mut rand::rng());
+        let node = best.choose(&mut rand::rng()).cloned();
+        if let Some(node) = &node {
+            failures.remove(NO_NODE);
+            *failures.entry(node.node_id.clone()).or_default() += 1;
+        }
         let address = node.and_then(|node| node.internal_address.parse().ok());
         let address: Address =
             address.ok_or_else(|| Status::unavailable("no node is ready to make a snapshot"))?;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use http::uri::PathAndQuery;
 use proto::template::v1::{StartCommand, readiness::Probe};
 
 /// The longest a start command may take until it is ready.
@@ -55,11 +56,13 @@ pub(crate) fn check(start: &StartCommand) -> Result<(), (&'static str, String)> 
         }
         Some(Probe::Port(port)) => {
             let path = &port.http_path;
-            let is_path = path.is_empty() || path.starts_with('/');
-            if is_path && path.len() <= LONGEST_HTTP_PATH {
+            let is_path = path.starts_with('/') && path.parse::<PathAndQuery>().is_ok();
+            if path.is_empty() || is_path && path.len() <= LONGEST_HTTP_PATH {
                 Ok(())
             } else {
-                let rule = format!("must begin with / and be at most {LONGEST_HTTP_PATH} bytes");
+                let rule = format!(
+                    "must be a path of HTTP that begins with /, of at most {LONGEST_HTTP_PATH} bytes"
+                );
                 Err(("start.readiness.port.http_path", rule))
             }
         }
@@ -131,6 +134,7 @@ mod tests {
     #[case(asked(&[], Some(port(0, "")), None), "start.readiness.port")]
     #[case(asked(&[], Some(port(65536, "")), None), "start.readiness.port")]
     #[case(asked(&[], Some(port(1, "x")), None), "start.readiness.port.http_path")]
+    #[case(asked(&[], Some(port(1, "/a b")), None), "start.readiness.port.http_path")]
     #[case(asked(&[], Some(Probe::Command(String::new())), None), "start.readiness.command")]
     #[case(asked(&[], Some(Probe::LogLine(String::new())), None), "start.readiness.log_line")]
     #[case(asked(&[], Some(Probe::LogLine("a\nb".into())), None), "start.readiness.log_line")]

@@ -7,14 +7,14 @@ use std::{
 };
 
 use proto::{
-    node::v1::{MakeTemplateSnapshotRequest, StartSessionRequest, StartStep},
+    node::v1::{StartSessionRequest, StartStep},
     template::v1::Template,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DriveError, Driver, OLDEST_ENVD, Origin, REACH_AGAIN, StartOutput, Stopwatch, TEMPLATE_MEMORY,
-    Workshop, blocking, open, remove_file,
+    DriveError, Driver, OLDEST_ENVD, Origin, REACH_AGAIN, Stopwatch, TEMPLATE_MEMORY, blocking,
+    open, remove_file,
 };
 use crate::{
     disk,
@@ -23,9 +23,9 @@ use crate::{
     hosted::Envd,
     journal::{self, Durability, Step},
     slot::{self, NetworkRules, RuleError, Slot},
-    snapshot::{TemplateSnapshot, TemplateSnapshots},
+    snapshot::TemplateSnapshot,
     stored::SCRATCH,
-    vmm::{BootSpec, DEVICES, GuestPlace, MEMORY, Machine, RestoreSpec, Vm},
+    vmm::{BootSpec, DEVICES, GuestPlace, MEMORY, Machine, RestoreSpec},
 };
 
 /// What a guest is restored from.
@@ -69,9 +69,8 @@ impl Driver {
             }
             _ if self.shop.vmm.needs_place() => {
                 let shop = Arc::clone(&self.shop);
-                let snapshot = shop
-                    .template_snapshot(&self.request, &mut watch, None)
-                    .await?;
+                let snapshot = shop.template_snapshot(&self.request, None).await?;
+                watch.lap("template");
                 if let Some(reached) = self.take_warm(&snapshot, &mut watch).await? {
                     reached
                 } else {
@@ -89,12 +88,7 @@ impl Driver {
 
     /// What becomes of connections that are in its template's snapshot: only a start command has any.
     pub(super) fn connections(&self) -> Connections {
-        let template = self.request.template.as_ref();
-        if template.is_some_and(|template| template.start.is_some()) {
-            Connections::Reset
-        } else {
-            Connections::Keep
-        }
+        connections_of(self.request.template.as_ref())
     }
 
     /// Gives the session's folder the memory of its template's snapshot.
@@ -284,6 +278,15 @@ pub(super) fn rules_of(request: &StartSessionRequest) -> Result<NetworkRules, Ru
     )
 }
 
+/// What becomes of connections that are in a template's snapshot: only a start command has any.
+pub(super) fn connections_of(template: Option<&Template>) -> Connections {
+    if template.is_some_and(|template| template.start.is_some()) {
+        Connections::Reset
+    } else {
+        Connections::Keep
+    }
+}
+
 /// Gives a guest's folder the memory of its template's snapshot.
 pub(super) fn link_memory(snapshot: &Path, folder: &Path) -> io::Result<()> {
     let memory = snapshot.join(MEMORY);
@@ -300,165 +303,4 @@ pub(super) fn place(slot: &Slot) -> GuestPlace {
         mac: slot::GUEST_MAC.into(),
         reach: slot.reach,
     }
-}
-
-impl Workshop {
-    /// The snapshot that sessions of this shape are restored from; booted and taken the first time.
-    pub(super) async fn template_snapshot(
-        &self,
-        request: &StartSessionRequest,
-        watch: &mut Stopwatch,
-        output: Option<&StartOutput>,
-    ) -> Result<TemplateSnapshot, DriveError> {
-        let template = request.template.clone().unwrap_or_default();
-        let resources = request.resources.unwrap_or_default();
-        let kernel = self
-            .artifacts
-            .get("kernel", template.kernel.as_ref())
-            .await?;
-        let rootfs = self
-            .artifacts
-            .get("root filesystem", template.rootfs.as_ref())
-            .await?;
-        let modules = self
-            .artifacts
-            .get("modules", template.modules.as_ref())
-            .await?;
-        let mut initrd = PathBuf::new();
-        if let Some(images) = &self.images {
-            // A copy of some MiB the first time, a look at a file name after.
-            initrd = tokio::task::block_in_place(|| images.initrd(&modules))?;
-        }
-        watch.lap("artifacts");
-        let key = TemplateSnapshots::key(
-            &[&kernel, &rootfs, &initrd],
-            resources,
-            &self.maker,
-            &template,
-        );
-        let turn = self.snapshots.turn(&key);
-        let _turn = turn.lock().await;
-        if let Some(folder) = self.snapshots.find(&key, &self.maker).await? {
-            return Ok(TemplateSnapshot { key, folder });
-        }
-        let machine = Machine {
-            folder: self.snapshots.begin(&key)?,
-            rootfs,
-            scratch: PathBuf::new(),
-            vcpus: resources.vcpus,
-            memory_bytes: resources.memory_bytes,
-            place: None,
-        };
-        let spec = BootSpec {
-            machine,
-            kernel,
-            initrd,
-        };
-        let mut boot = TemplateBoot::default();
-        let disk_bytes = resources.disk_bytes;
-        let made = self.make_template(spec, &template, disk_bytes, &mut boot, watch, output);
-        let made = Box::pin(made).await;
-        // A start command that fails says why itself.
-        let is_dark = !matches!(made, Ok(()) | Err(DriveError::StartCommand { .. }));
-        if let Some(vm) = boot.vm.as_mut().filter(|_| is_dark) {
-            let console = vm.last_words().await.to_string();
-            tracing::error!(console, "a template did not boot");
-        }
-        if let Some(mut vm) = boot.vm.take() {
-            vm.kill().await;
-        }
-        if let (Some(slot), Some(slots)) = (boot.slot.take(), &self.slots) {
-            slots.give_back(slot.index).await;
-        }
-        made?;
-        let folder = self.snapshots.publish(&key, &self.maker).await?;
-        watch.lap("template");
-        Ok(TemplateSnapshot { key, folder })
-    }
-
-    /// The same, for nobody yet.
-    pub async fn make_snapshot(
-        &self,
-        request: MakeTemplateSnapshotRequest,
-        output: &StartOutput,
-    ) -> Result<(), DriveError> {
-        if !self.vmm.needs_place() {
-            return Ok(());
-        }
-        let request = StartSessionRequest {
-            template: request.template,
-            resources: request.resources,
-            ..StartSessionRequest::default()
-        };
-        let mut watch = Stopwatch::new();
-        self.template_snapshot(&request, &mut watch, Some(output))
-            .await?;
-        Ok(())
-    }
-
-    async fn make_template(
-        &self,
-        spec: BootSpec,
-        template: &Template,
-        disk_bytes: u64,
-        boot: &mut TemplateBoot,
-        watch: &mut Stopwatch,
-        output: Option<&StartOutput>,
-    ) -> Result<(), DriveError> {
-        let limit = self.boot_timeout;
-        let late = |_| DriveError::Timeout(limit);
-        let devices = spec.machine.folder.join(DEVICES);
-        // As sessions have it unless they say otherwise.
-        let rules = NetworkRules::internet(template.start.is_some());
-        let turn = self.boots.acquire().await;
-        let turn = turn.map_err(|_| DriveError::Stopped)?;
-        let booted = self.boot_template(spec, disk_bytes, &rules, boot, watch);
-        let booted = tokio::time::timeout(limit, Box::pin(booted)).await;
-        drop(turn);
-        let (guest, over) = booted.map_err(late)??;
-        if let Some(start) = &template.start {
-            self.start_command(&guest, template, start, output).await?;
-            watch.lap("start command");
-        }
-        let store = async {
-            guest
-                .prepare_snapshot(&self.nameservers)
-                .await
-                .map_err(|status| DriveError::Prepare(status.message().to_owned()))?;
-            let vm = boot.vm.as_mut().ok_or(DriveError::Stopped)?;
-            vm.pause().await?;
-            vm.store_devices(&devices).await?;
-            Ok(())
-        };
-        let stored = tokio::time::timeout(limit, Box::pin(store)).await;
-        over.cancel();
-        stored.map_err(late)?
-    }
-
-    async fn boot_template(
-        &self,
-        mut spec: BootSpec,
-        disk_bytes: u64,
-        rules: &NetworkRules,
-        boot: &mut TemplateBoot,
-        watch: &mut Stopwatch,
-    ) -> Result<(GuestClient, CancellationToken), DriveError> {
-        spec.machine.scratch = spec.machine.folder.join(SCRATCH);
-        tokio::task::block_in_place(|| self.disks.make(disk_bytes, &spec.machine.scratch))?;
-        if let Some(slots) = &self.slots {
-            let slot = boot.slot.insert(slots.take(rules).await?);
-            spec.machine.place = Some(place(slot));
-        }
-        let vm = boot.vm.insert(self.vmm.boot(spec).await?);
-        let reached = open(vm.as_mut(), self.boot_timeout).await?;
-        watch.lap("boot");
-        Ok(reached)
-    }
-}
-
-/// What a boot of a template has taken.
-#[derive(Default)]
-struct TemplateBoot {
-    slot: Option<Slot>,
-    vm: Option<Box<dyn Vm>>,
 }

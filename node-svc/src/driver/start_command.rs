@@ -4,7 +4,7 @@ use std::{collections::VecDeque, future, time::Duration};
 
 use proto::{
     envd::v1::{
-        OutputStream, ProcessExited, StartRequest, WaitForPortRequest, WaitRequest,
+        Backpressure, OutputStream, ProcessExited, StartRequest, WaitForPortRequest, WaitRequest,
         process_event::Event, process_exited,
     },
     node::v1::MakeTemplateSnapshotResponse,
@@ -24,10 +24,11 @@ const USUAL_LIMIT: Duration = Duration::from_mins(1);
 const ANSWER: Duration = Duration::from_secs(5);
 /// A command that looks whether it is ready.
 const LOOK_LIMIT: Duration = Duration::from_secs(30);
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Of a line that is looked at, of what is told of the output, and of a refusal.
 const LONGEST_LINE: usize = 64 << 10;
-const TAIL: usize = 2 << 10;
+const TAIL: usize = 512;
 const LONGEST_MESSAGE: usize = 500;
 
 /// Where its output goes.
@@ -40,7 +41,7 @@ impl Workshop {
         guest: &GuestClient,
         template: &Template,
         start: &StartCommand,
-        output: Option<&StartOutput>,
+        listeners: &(impl Fn() -> Vec<StartOutput> + Sync),
     ) -> Result<(), DriveError> {
         let env = template.env.iter();
         let nobody = Identity {
@@ -62,7 +63,7 @@ impl Workshop {
         let limit = limit.and_then(|limit| Duration::try_from(limit).ok());
         let limit = limit.unwrap_or(USUAL_LIMIT);
         let tail = Mutex::new(VecDeque::new());
-        let ran = tokio::time::timeout(limit + ANSWER, run(guest, start, limit, output, &tail));
+        let ran = tokio::time::timeout(limit + ANSWER, run(guest, start, limit, listeners, &tail));
         let why = match ran.await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(why)) => why,
@@ -81,7 +82,7 @@ async fn run(
     guest: &GuestClient,
     start: &StartCommand,
     limit: Duration,
-    output: Option<&StartOutput>,
+    listeners: &(impl Fn() -> Vec<StartOutput> + Sync),
     tail: &Mutex<VecDeque<u8>>,
 ) -> Result<(), String> {
     let request = StartRequest {
@@ -90,6 +91,8 @@ async fn run(
         cwd: start.cwd.clone(),
         user: start.user.clone(),
         log_output: true,
+        // What it says while this listens is heard; later it waits for nobody.
+        backpressure: Backpressure::WhileAttached.into(),
         ..StartRequest::default()
     };
     let events = guest.processes().start(request).await;
@@ -112,13 +115,14 @@ async fn run(
                     let beyond = tail.len().saturating_sub(TAIL);
                     tail.drain(..beyond);
                     drop(tail);
-                    if let Some(output) = output {
+                    for listener in listeners() {
                         let piece = MakeTemplateSnapshotResponse {
                             output: data.clone(),
                             is_stderr,
+                            ..MakeTemplateSnapshotResponse::default()
                         };
                         // Nobody has to listen.
-                        let _ = output.send(Ok(piece)).await;
+                        let _ = listener.send(Ok(piece)).await;
                     }
                     if let Some(wanted) = &wanted
                         && lines.hold(is_stderr, &data, wanted)
@@ -165,12 +169,13 @@ async fn until_it_succeeds(
     command: &str,
 ) -> Result<(), String> {
     let mut number = 0_u32;
+    let mut pause = LOOK_AGAIN;
     loop {
         number += 1;
         let process_id = format!("{ID}.ready.{number}");
         let request = StartRequest {
             process_id: process_id.clone(),
-            shell_command: command.to_owned(),
+            argv: vec!["/bin/sh".into(), "-c".into(), command.to_owned()],
             cwd: start.cwd.clone(),
             user: start.user.clone(),
             deadline: prost_types::Duration::try_from(LOOK_LIMIT).ok(),
@@ -183,7 +188,9 @@ async fn until_it_succeeds(
         if ended.is_some_and(|exit| ending(&exit).is_none()) {
             return Ok(());
         }
-        tokio::time::sleep(LOOK_AGAIN).await;
+        tokio::time::sleep(pause).await;
+        // Each is a process that is remembered.
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
@@ -227,9 +234,11 @@ impl Lines {
         let Self([stdout, stderr]) = self;
         let line = if is_stderr { stderr } else { stdout };
         for piece in data.split_inclusive(|byte| *byte == b'\n') {
+            // What was looked at is not looked at again.
+            let from = line.len().saturating_sub(wanted.len() - 1);
             line.extend_from_slice(piece);
-            let is_there = line.windows(wanted.len()).any(|part| part == wanted);
-            if is_there {
+            let new = line.get(from..).unwrap_or_default();
+            if new.windows(wanted.len()).any(|part| part == wanted) {
                 return true;
             }
             if piece.ends_with(b"\n") {

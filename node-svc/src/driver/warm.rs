@@ -17,7 +17,10 @@ use service_kit::ids::{HomeTag, SessionId};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::{DriveError, Driver, Stopwatch, Workshop, adopt, blocking, open, start};
+use super::{
+    DriveError, Driver, Stopwatch, Workshop, adopt, blocking, open,
+    start::{self, connections_of},
+};
 use crate::{
     disk,
     guest::{Connections, GuestClient, Identity},
@@ -294,12 +297,16 @@ impl Workshop {
         let vm = warm.vm.insert(self.vmm.restore(spec).await?);
         vm.run().await?;
         let way = warm.way.insert(open(vm.as_mut(), self.boot_timeout).await?);
-        self.exercise(&way.0).await
+        self.exercise(&way.0, connections_of(template)).await
     }
 
     /// Has a guest do once, for nobody, what it will do for its session: its pages are there then, and under emulation its code is
     /// translated. After it the gate is closed as it was.
-    async fn exercise(&self, guest: &GuestClient) -> Result<(), DriveError> {
+    async fn exercise(
+        &self,
+        guest: &GuestClient,
+        connections: Connections,
+    ) -> Result<(), DriveError> {
         let prepare = async || {
             guest
                 .prepare_snapshot(&self.nameservers)
@@ -317,7 +324,7 @@ impl Workshop {
             machine_id: rand::random::<[u8; 16]>().to_vec(),
         };
         guest
-            .configure(&nobody, Connections::Keep)
+            .configure(&nobody, connections)
             .await
             .map_err(|status| DriveError::Configure(status.message().to_owned()))?;
         prepare().await

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::node::v1::StartSessionRequest;
+use proto::{node::v1::StartSessionRequest, template::v1::Template};
 use service_kit::{
     errors::reason_of,
     ids::{NodeId, SessionId},
@@ -204,8 +204,10 @@ impl Sessions {
             team_id: session.team.to_string(),
             wake_on_request: session.wake_on_request,
         });
-        request.set_timeout(self.limits.start);
-        let answer = tokio::time::timeout(self.limits.start, node.start_session(request)).await;
+        // Its node may have to run the start command first.
+        let limit = self.limits.start + readiness_limit(&session.template_spec);
+        request.set_timeout(limit);
+        let answer = tokio::time::timeout(limit, node.start_session(request)).await;
         let status = match answer {
             Ok(Ok(_)) => return Ok(Start::Runs),
             Ok(Err(status)) => status,
@@ -228,6 +230,19 @@ impl Sessions {
         })
     }
 }
+
+/// For how long a template's start command may take until it is ready.
+fn readiness_limit(template: &Template) -> Duration {
+    let Some(start) = &template.start else {
+        return Duration::ZERO;
+    };
+    let limit = start.readiness.as_ref().and_then(|it| it.timeout);
+    let limit = limit.and_then(|limit| Duration::try_from(limit).ok());
+    limit.unwrap_or(READINESS)
+}
+
+/// Of a start command that says nothing else (template.proto, `Readiness`).
+const READINESS: Duration = Duration::from_mins(1);
 
 /// The stable word for a start that took too long.
 const TIMED_OUT: &str = "START_TIMEOUT";

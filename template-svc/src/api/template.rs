@@ -37,6 +37,10 @@ const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 const UPLOADS_AT_ONCE: usize = 8;
 /// Builds of a team that wait or run.
 const MOST_UNFINISHED: i64 = 100;
+/// What no session may have by default is no default.
+const MOST_MEMORY: u64 = 64 << 30;
+const MOST_DISK: u64 = 1 << 40;
+const MOST_CPUS: u64 = 64;
 const MOST_ARGS: usize = 256;
 const LARGEST_ARGS: usize = 64 << 10;
 const MOST_LOGINS: usize = 16;
@@ -303,6 +307,20 @@ impl TemplateService for TemplateApi {
                 "only operators make shared templates",
             )
             .into());
+        }
+        for (field, bytes, most) in [
+            (
+                "default_memory_bytes",
+                request.default_memory_bytes,
+                MOST_MEMORY,
+            ),
+            ("default_disk_bytes", request.default_disk_bytes, MOST_DISK),
+            ("default_vcpus", request.default_vcpus.into(), MOST_CPUS),
+        ] {
+            if bytes > most {
+                let rule = format!("must be at most {most}");
+                return Err(Failure::field_invalid(field, rule).into());
+            }
         }
         if let Some(start) = &request.start
             && let Err((field, rule)) = start::check(start)

@@ -1,6 +1,6 @@
 //! The first snapshot of a template with a start command: a node boots it, runs the command, and takes the snapshot once it is ready.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use proto::{
     node::v1::MakeTemplateSnapshotRequest,
@@ -18,9 +18,9 @@ use crate::{image::Defaults, start, store::StoredBuild};
 
 /// Booting and storing, beyond what the command may take.
 const AROUND: Duration = Duration::from_mins(5);
-/// A node that goes away is one of several.
-const TRIES: u32 = 5;
-const TRY_AGAIN: Duration = Duration::from_secs(2);
+/// A node that goes away may come back, or is one of several.
+const TRIES: u32 = 12;
+const TRY_AGAIN: Duration = Duration::from_secs(5);
 
 /// What is started, when that was asked for an image or Dockerfile with these defaults.
 pub(super) fn start_command(
@@ -28,7 +28,8 @@ pub(super) fn start_command(
     defaults: &Defaults,
 ) -> Result<StartCommand, BuildError> {
     let mut start = asked.clone();
-    if start.argv.is_empty() {
+    let is_of_image = start.argv.is_empty();
+    if is_of_image {
         start.argv = defaults.argv();
     }
     if start.argv.is_empty() {
@@ -37,6 +38,13 @@ pub(super) fn start_command(
     }
     if start.cwd.is_empty() {
         start.cwd.clone_from(&defaults.cwd);
+    }
+    // As in a container of it.
+    if is_of_image && start.cwd.is_empty() {
+        start.cwd = "/".into();
+    }
+    if is_of_image && start.user.is_empty() && defaults.user.is_empty() {
+        start.user = "root".into();
     }
     // That of the image may be none.
     let checked = start::check(&start);
@@ -59,7 +67,9 @@ impl Builder {
         let timeout = spec.start.as_ref().and_then(|it| it.readiness.as_ref());
         let timeout = timeout.and_then(|it| Duration::try_from(it.timeout?).ok());
         let limit = timeout.unwrap_or(start::LONGEST) + AROUND;
-        let made = tokio::time::timeout(limit, self.snapshot_somewhere(id, spec)).await;
+        let team = &stored.template_team;
+        let made = self.snapshot_somewhere(id, team, spec);
+        let made = tokio::time::timeout(limit, made).await;
         let late = |_| {
             let message = format!("no node has made the snapshot within {} s", limit.as_secs());
             failed("SNAPSHOT_FAILED", message)
@@ -71,23 +81,32 @@ impl Builder {
         Ok(())
     }
 
-    async fn snapshot_somewhere(&self, id: &str, spec: &Template) -> Result<(), BuildError> {
+    async fn snapshot_somewhere(
+        &self,
+        id: &str,
+        team: &str,
+        spec: &Template,
+    ) -> Result<(), BuildError> {
         let mut said = Said::default();
-        let mut tries = 1;
+        // Nodes that have failed, to be asked last.
+        let mut failures = HashMap::new();
         loop {
-            let status = match self.snapshot_once(id, spec, &mut said).await? {
+            let status = match self
+                .snapshot_once(id, team, spec, &mut failures, &mut said)
+                .await?
+            {
                 Ok(()) => return Ok(()),
                 Err(status) => status,
             };
-            let goes_away = matches!(
+            let tries: u32 = failures.values().sum();
+            let is_final = matches!(
                 status.code(),
-                Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled
+                Code::FailedPrecondition | Code::InvalidArgument | Code::Unimplemented
             );
-            if !goes_away || tries >= TRIES {
+            if is_final || tries >= TRIES {
                 let reason = reason_of(&status).unwrap_or_else(|| "SNAPSHOT_FAILED".into());
                 return Err(failed(reason, status.message()));
             }
-            tries += 1;
             tracing::warn!(build_id = id, %status, "a node did not make a snapshot");
             tokio::time::sleep(TRY_AGAIN).await;
         }
@@ -96,18 +115,24 @@ impl Builder {
     async fn snapshot_once(
         &self,
         id: &str,
+        team: &str,
         spec: &Template,
+        failures: &mut HashMap<String, u32>,
         said: &mut Said,
     ) -> Result<Result<(), Status>, BuildError> {
         let request = MakeTemplateSnapshotRequest {
-            template: Some(spec.clone()),
+            template: Some(Template {
+                // Snapshots are of their team.
+                team: team.to_owned(),
+                ..spec.clone()
+            }),
             resources: Some(Resources {
                 vcpus: spec.default_vcpus,
                 memory_bytes: spec.default_memory_bytes,
                 disk_bytes: spec.default_disk_bytes,
             }),
         };
-        let mut output = match self.sessions.make_snapshot(request).await {
+        let mut output = match self.sessions.make_snapshot(request, failures).await {
             Ok(output) => output,
             Err(status) => return Ok(Err(status)),
         };
@@ -115,8 +140,9 @@ impl Builder {
         let ended = loop {
             let next = tokio::time::timeout(super::steps::LINGER, output.message()).await;
             match next {
+                Ok(Ok(Some(piece))) if piece.is_made => break Ok(()),
                 Ok(Ok(Some(piece))) => lines.push(piece.is_stderr, &piece.output, said),
-                Ok(Ok(None)) => break Ok(()),
+                Ok(Ok(None)) => break Err(Status::aborted("what makes the snapshot broke off")),
                 Ok(Err(status)) => break Err(status),
                 Err(_) => {}
             }

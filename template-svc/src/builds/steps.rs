@@ -219,6 +219,7 @@ impl Builder {
             let mut key = first_key(&made.layers);
             let mut planned = Vec::new();
             for number in stages {
+                state.begin_stage();
                 let count = dockerfile.stages.get(number).map_or(0, |it| it.steps.len());
                 // Arguments of a stage hold in those that begin with it, too.
                 for at in 0..count {
@@ -353,12 +354,15 @@ impl Builder {
         };
         let shown = format!("{}@{}", template.name, template.version);
         let template = has_layers(template)?;
+        let start = template.start.unwrap_or_default();
         let line = format!("{name} is the template {shown}");
         self.store.log(id, &line).await?;
         Ok(Made {
             defaults: Defaults {
                 env: template.env.into_iter().collect(),
                 user: template.default_user,
+                cwd: start.cwd,
+                command: start.argv,
                 ..Defaults::default()
             },
             layers: template.layers,
