@@ -468,7 +468,8 @@ COPY sub/a.txt /srv/lib/copied.txt
 COPY app.sh /srv/old
 COPY --from=made /out /opt/out
 COPY --from=0 --chown=www-data:daemon --chmod=0600 /out/link /opt/renamed
-COPY --chown=4242 sub/*.txt /opt/texts/new/
+COPY --chown=4242 sub/*.txt sub/*.none /opt/texts/new/
+COPY merged /
 ADD archive.tar.gz /opt/archive/
 COPY <<one.txt <<"two.txt" /opt/said/
 hello $PATHS
@@ -498,6 +499,9 @@ async fn files_are_copied_into_templates() {
     let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     fs::set_permissions(at("app.sh"), executable).unwrap();
     std::os::unix::fs::symlink("deep/c", at("sub/link")).unwrap();
+    // Of the base's, /bin is a link to a folder.
+    fs::create_dir_all(at("merged/bin")).unwrap();
+    fs::write(at("merged/bin/mine"), "m").unwrap();
     run(
         "tar",
         &["-czf", "archive.tar.gz", "-C", "sub", "deep"],
@@ -555,7 +559,7 @@ async fn files_are_copied_into_templates() {
             "line 2: COPY none /: there is no \"none\" in what it copies from (COPY_SOURCE_MISSING)",
         ),
         ("FROM base\nCOPY secret /\n", "(COPY_SOURCE_MISSING)"),
-        ("FROM base\nCOPY sub/*.log /\n", "(COPY_SOURCE_MISSING)"),
+        ("FROM base\nCOPY sub/x.log /\n", "(COPY_SOURCE_MISSING)"),
     ] {
         let (is_built, said, _) = build(text, &[]);
         assert!(!is_built && said.contains(reason), "{said}");
@@ -578,7 +582,7 @@ async fn files_are_copied_into_templates() {
 
     let look = "cd /srv/app; find . /srv/old /var/lib/copied.txt /opt -mindepth 0 -type f | sort | xargs stat -c '%n %u:%g %a %s'; \
                 cat /opt/texts/new/b.txt; readlink sub/link; stat -c '%F' /opt/out/pipe; cat /opt/said/*; stat -c '%u' /opt/texts/new; \
-                stat -c %a /opt /srv/app /srv/app/sub";
+                stat -c %a /opt /srv/app /srv/app/sub; readlink /bin; cat /usr/bin/mine; stat -c %u:%g /opt/out/link /opt/out/pipe";
     let session = NewSession {
         template: "copied".into(),
         ..small()
@@ -588,11 +592,11 @@ async fn files_are_copied_into_templates() {
     let output = sandbox.run(["sh", "-c", look]).await.unwrap();
     let archive = fs::metadata(at("archive.tar.gz")).unwrap().len();
     let expected = format!(
-        "./.dockerignore 0:0 644 27\n./app.sh 0:0 755 10\n./archive.tar.gz 0:0 644 {archive}\n./sub/a.txt 0:0 644 1\n\
+        "./.dockerignore 0:0 644 27\n./app.sh 0:0 755 10\n./archive.tar.gz 0:0 644 {archive}\n./merged/bin/mine 0:0 644 1\n./sub/a.txt 0:0 644 1\n\
          ./sub/b.txt 0:0 644 7\n./sub/big 0:0 644 2000000\n./sub/deep/c 0:0 644 1\n/opt/archive/deep/c 0:0 644 1\n\
          /opt/out/deep/file 33:34 644 6\n/opt/renamed 33:1 600 6\n/opt/said/one.txt 0:0 644 7\n/opt/said/two.txt 0:0 644 6\n\
          /opt/texts/new/a.txt 4242:4242 644 1\n/opt/texts/new/b.txt 4242:4242 644 7\n/srv/old 0:0 755 10\n/var/lib/copied.txt 0:0 644 1\n\
-         changeddeep/c\nfifo\nhello \n$PATH\n4242\n755\n755\n755\n"
+         changeddeep/c\nfifo\nhello \n$PATH\n4242\n755\n755\n755\nusr/bin\nm0:0\n0:0\n"
     );
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
 }

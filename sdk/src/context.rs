@@ -10,6 +10,7 @@ use std::{
         fs::MetadataExt as _,
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -39,6 +40,7 @@ const IN_FLIGHT: usize = 4;
 /// Digests of one question.
 const MOST_ASKED: usize = 10_000;
 const MOST_ENTRIES: usize = 100_000;
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 /// What is in a folder, as of when it was read.
 #[derive(Debug)]
@@ -64,7 +66,7 @@ impl BuildContext {
             let path = path.map_err(io::Error::other)?.to_owned();
             let is_folder = found.file_type().is_dir();
             if ignored.matches(&path) {
-                if is_folder && ignored.has_exceptions {
+                if is_folder && ignored.may_except_below(&path) {
                     left_out.insert(path);
                 } else if is_folder {
                     walk.skip_current_dir();
@@ -139,10 +141,13 @@ impl BuildContext {
                 Err(error) => error,
             };
             failures += 1;
-            if !error.is_interruption() || failures > RETRIES {
+            // There may be no place right now.
+            let said = error.retry_after();
+            if !error.is_interruption() && said.is_none() || failures > RETRIES {
                 return Err(error);
             }
-            tokio::time::sleep(wait_after(failures)).await;
+            let wait = wait_after(failures);
+            tokio::time::sleep(said.map_or(wait, |said| said.min(LONGEST_WAIT).max(wait))).await;
         }
     }
 
@@ -228,7 +233,6 @@ fn entry(path: &Path, metadata: &Metadata, kind: Kind) -> ContextEntry {
 /// What a `.dockerignore` leaves out (Docker, "Build context", ".dockerignore files"): the last line that matches a path, or a folder it is in, decides.
 struct Ignored {
     lines: Vec<Line>,
-    has_exceptions: bool,
 }
 
 struct Line {
@@ -262,11 +266,27 @@ impl Ignored {
             };
             (!glob.is_empty()).then_some(Line { glob, is_exception })
         };
-        let lines: Vec<Line> = lines.filter_map(line).collect();
         Self {
-            has_exceptions: lines.iter().any(|line| line.is_exception),
-            lines,
+            lines: lines.filter_map(line).collect(),
         }
+    }
+
+    /// Whether something in a folder that is left out may not be.
+    fn may_except_below(&self, folder: &Path) -> bool {
+        self.lines
+            .iter()
+            .filter(|line| line.is_exception)
+            .any(|line| {
+                let mut names = line.glob.split('/');
+                for part in folder {
+                    match names.next() {
+                        Some("**") => return true,
+                        Some(name) if fast_glob::glob_match(name, part.as_bytes()) => {}
+                        _ => return false,
+                    }
+                }
+                names.next().is_some()
+            })
     }
 
     fn matches(&self, path: &Path) -> bool {
@@ -322,6 +342,17 @@ mod tests {
         ] {
             assert!(!ignored.matches(Path::new(path)), "{path}");
         }
+        let ignored = Ignored::parse("*\n!a/b/c\n!x/*/z\n");
+        for (folder, may) in [
+            ("a", true),
+            ("a/b", true),
+            ("a/b/c", false),
+            ("b", false),
+            ("x/y", true),
+        ] {
+            assert_eq!(ignored.may_except_below(Path::new(folder)), may, "{folder}");
+        }
+        assert!(Ignored::parse("*\n!**/keep\n").may_except_below(Path::new("a/b")));
         assert!(!Ignored::parse("").matches(Path::new("x")));
         assert!(Ignored::parse("*\n").matches(Path::new("x/y")));
     }

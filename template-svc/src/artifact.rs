@@ -125,6 +125,14 @@ impl Artifacts {
         Ok(true)
     }
 
+    /// Removes one, if it is here.
+    pub fn remove_one(&self, digest: &ArtifactDigest) -> io::Result<()> {
+        match fs::remove_file(self.folder.join(digest.as_str())) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        }
+    }
+
     /// Removes uploads and half-written files older than `age`.
     pub fn sweep(&self, age: std::time::Duration) -> io::Result<()> {
         self.remove(age, |_| true)
@@ -147,13 +155,18 @@ impl Artifacts {
             if !is_meant(&entry.file_name()) {
                 continue;
             }
-            if entry
-                .metadata()?
-                .modified()?
-                .elapsed()
-                .is_ok_and(|elapsed| elapsed > age)
-            {
-                fs::remove_file(entry.path())?;
+            let is_old = entry.metadata().and_then(|metadata| {
+                let elapsed = metadata.modified()?.elapsed();
+                Ok(elapsed.is_ok_and(|elapsed| elapsed > age))
+            });
+            let removed = match is_old {
+                Ok(true) => fs::remove_file(entry.path()),
+                other => other.map(drop),
+            };
+            match removed {
+                // Another replica, or whoever wrote it, was faster.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed?,
             }
         }
         Ok(())

@@ -14,7 +14,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use prost::Message as _;
+use prost::{
+    Message as _,
+    encoding::{DecodeContext, decode_key, skip_field},
+};
 use proto::template::v1::{Artifact, BuildContext, ContextEntry, context_entry::Kind};
 use service_kit::ids::TeamId;
 
@@ -49,10 +52,13 @@ impl ContextFiles {
 
     /// Removes files that nobody has uploaded or asked for since `age`.
     pub fn sweep(&self, age: Duration) -> io::Result<()> {
+        let mut swept = Ok(());
         for team in fs::read_dir(&self.folder)? {
-            Artifacts::open(team?.path())?.sweep(age)?;
+            // What is wrong with one team's is no matter of others'.
+            let one = Artifacts::open(team?.path()).and_then(|files| files.sweep(age));
+            swept = swept.and(one);
         }
-        Ok(())
+        swept
     }
 }
 
@@ -108,6 +114,8 @@ impl Context {
         }
         let hash = blake3::hash(&bytes);
         if hash.to_hex().as_str() != digest.as_str() {
+            // So that it is uploaded again.
+            files.remove_one(&digest)?;
             return Err(missing());
         }
         Self::read(&bytes, hash.into())
@@ -115,10 +123,12 @@ impl Context {
 
     fn read(bytes: &[u8], digest: [u8; 32]) -> Result<Self, ContextError> {
         let invalid = |why: &str| ContextError::Invalid(why.to_owned());
-        let context = BuildContext::decode(bytes).map_err(|_| invalid("it does not parse"))?;
-        if context.entries.len() > MOST_ENTRIES {
+        // Before it takes many times as much memory.
+        let count = fields(bytes).ok_or_else(|| invalid("it does not parse"))?;
+        if count > MOST_ENTRIES {
             return Err(invalid(&format!("it has more than {MOST_ENTRIES} entries")));
         }
+        let context = BuildContext::decode(bytes).map_err(|_| invalid("it does not parse"))?;
         let mut entries: BTreeMap<PathBuf, ContextEntry> = BTreeMap::new();
         for entry in context.entries {
             let shown = String::from_utf8_lossy(&entry.path).into_owned();
@@ -159,11 +169,14 @@ impl Context {
     }
 
     /// What a step depends on that takes what the pattern means; `None` if there is nothing.
-    pub fn key(&self, pattern: &str) -> Option<[u8; 32]> {
+    pub fn key(&self, pattern: &str, is_cancelled: &dyn Fn() -> bool) -> Option<[u8; 32]> {
         let pattern = Pattern::new(pattern);
         let mut hasher = blake3::Hasher::new_derive_key("sandmesh build: files");
         let mut is_there = pattern.is_all();
         for (path, entry) in &self.entries {
+            if is_cancelled() {
+                return None;
+            }
             let is_link = matches!(entry.kind, Some(Kind::Symlink(_)));
             match pattern.meets(path) {
                 // What is behind a link is anything.
@@ -236,7 +249,7 @@ impl Context {
 /// A file of a context; `None` if it is not here whole.
 fn copy(files: &Artifacts, file: &Artifact, at: &Path, mode: u32) -> io::Result<Option<File>> {
     let digest = ArtifactDigest::parse(&file.digest);
-    let Some(from) = digest.and_then(|digest| files.find(&digest)) else {
+    let Some(from) = digest.as_ref().and_then(|digest| files.find(digest)) else {
         return Ok(None);
     };
     let mut from = match File::open(from) {
@@ -265,6 +278,10 @@ fn copy(files: &Artifacts, file: &Artifact, at: &Path, mode: u32) -> io::Result<
     // They are not synced: one may not have survived a crash of the host.
     let is_whole =
         size == file.size_bytes && hasher.finalize().to_hex().as_str() == file.digest.as_str();
+    if let Some(digest) = digest.filter(|_| !is_whole) {
+        // So that it is uploaded again.
+        files.remove_one(&digest)?;
+    }
     set_mode(&made, mode)?;
     Ok(is_whole.then_some(made))
 }
@@ -272,6 +289,17 @@ fn copy(files: &Artifacts, file: &Artifact, at: &Path, mode: u32) -> io::Result<
 fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     file.set_permissions(fs::Permissions::from_mode(mode & 0o7777))
+}
+
+/// Fields of a message, at its top; none if it is no message.
+fn fields(mut bytes: &[u8]) -> Option<usize> {
+    let mut count = 0;
+    while !bytes.is_empty() {
+        let (tag, wire) = decode_key(&mut bytes).ok()?;
+        skip_field(wire, tag, &mut bytes, DecodeContext::default()).ok()?;
+        count += 1;
+    }
+    Some(count)
 }
 
 /// A path with `*`, `?` and `[...]` in names, as Go's `filepath.Match` has them, from the top of what is copied from.
@@ -321,6 +349,12 @@ impl Pattern {
         }
     }
 
+    /// Whether it is a name, and means nothing else.
+    pub fn is_exact(&self) -> bool {
+        let is_exact = |name: &Name| matches!(name, Name::Exactly(_));
+        self.names.iter().all(is_exact)
+    }
+
     fn is_all(&self) -> bool {
         self.names.is_empty()
     }
@@ -342,11 +376,14 @@ impl Pattern {
     }
 
     /// What it means under the root of this thread, in the order of names; links on the way are followed. Blocking.
-    pub fn find(&self, most: usize) -> io::Result<Vec<PathBuf>> {
+    pub fn find(&self, most: usize, is_cancelled: &dyn Fn() -> bool) -> io::Result<Vec<PathBuf>> {
         let mut found = vec![PathBuf::from("/")];
         for name in &self.names {
             let mut next = Vec::new();
             for folder in found {
+                if is_cancelled() {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
                 match name {
                     Name::Exactly(name) => next.push(folder.join(name)),
                     Name::Like(_) => {
@@ -358,6 +395,9 @@ impl Pattern {
                             let found = entry?.file_name();
                             if name.is(found.as_bytes()) {
                                 here.push(folder.join(found));
+                            }
+                            if next.len() + here.len() > most {
+                                break;
                             }
                         }
                         here.sort_unstable();
@@ -428,19 +468,27 @@ mod tests {
         for pattern in [
             "a.txt", "dir", "dir/x", "dir/*", "/../dir", "d*.txt", "[a]?txt",
         ] {
-            assert_eq!(before.key(pattern), after.key(pattern), "{pattern}");
-            assert!(before.key(pattern).is_some(), "{pattern}");
+            assert_eq!(
+                before.key(pattern, &|| false),
+                after.key(pattern, &|| false),
+                "{pattern}"
+            );
+            assert!(before.key(pattern, &|| false).is_some(), "{pattern}");
         }
         for pattern in ["b.txt", ".", "*.txt", "[a-d]*"] {
-            assert_ne!(before.key(pattern), after.key(pattern), "{pattern}");
+            assert_ne!(
+                before.key(pattern, &|| false),
+                after.key(pattern, &|| false),
+                "{pattern}"
+            );
         }
         // Through a link it may be anything.
-        assert_eq!(before.key("link/x"), Some([7; 32]));
+        assert_eq!(before.key("link/x", &|| false), Some([7; 32]));
         for pattern in ["none", "a.txt/x", "dir/none", "{a,b}.txt*", "!a*"] {
-            assert_eq!(before.key(pattern), None, "{pattern}");
+            assert_eq!(before.key(pattern, &|| false), None, "{pattern}");
         }
-        assert_eq!(read(vec![]).unwrap().key("x"), None);
-        assert!(read(vec![]).unwrap().key(".").is_some());
+        assert_eq!(read(vec![]).unwrap().key("x", &|| false), None);
+        assert!(read(vec![]).unwrap().key(".", &|| false).is_some());
     }
 
     #[rstest]
@@ -457,6 +505,15 @@ mod tests {
     #[case::deep((1..=129).map(|depth| entry(&vec!["d"; depth].join("/"), Kind::Folder(true))).collect())]
     fn contexts_that_are_refused(#[case] entries: Vec<ContextEntry>) {
         assert!(matches!(read(entries), Err(ContextError::Invalid(_))));
+    }
+
+    #[test]
+    fn many_entries_are_counted_before_they_take_memory() {
+        let many = [0x0a, 0x00].repeat(MOST_ENTRIES + 1);
+        let found = Context::read(&many, [0; 32]);
+        assert!(matches!(found, Err(ContextError::Invalid(why)) if why.contains("100000")));
+        assert!(fields(&[0x0a]).is_none() && fields(&[0xff; 20]).is_none());
+        assert_eq!(fields(&[0x0a, 0x00, 0x0a, 0x01, 0x00]), Some(2));
     }
 
     #[test]
@@ -489,6 +546,9 @@ mod tests {
         fs::write(path.unwrap(), "").unwrap();
         let failed = context.lay(&files, &again, 3, || false);
         assert!(matches!(failed, Err(ContextError::Missing(_))));
+        let digest = ArtifactDigest::parse(blake3::hash(b"one").to_hex().as_str()).unwrap();
+        assert!(files.find(&digest).is_none());
+        files.ingest_from("one".as_bytes()).unwrap();
         let small = folder.path().join("small");
         fs::create_dir(&small).unwrap();
         let failed = context.lay(&files, &small, 2, || false);

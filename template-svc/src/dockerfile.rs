@@ -18,6 +18,10 @@ const MOST_INSTRUCTIONS: usize = 1000;
 const MOST_VARIABLES: usize = 64 << 10;
 /// Characters of an instruction that are shown.
 const LONGEST_SHOWN: usize = 120;
+/// Sources of a `COPY`, and bytes of their names and here-documents when variables are in them.
+const MOST_SOURCES: usize = 1000;
+const MOST_TEXT: usize = 1 << 20;
+const LONGEST_PATH: usize = 4095;
 const TOO_MUCH: &str = "the environment, or the build arguments, are more than 64 KiB";
 /// Arguments that are there without being given (Dockerfile reference, "Automatic platform ARGs"): guests have this host's platform.
 const PLATFORM: [(&str, &str); 8] = [
@@ -364,7 +368,7 @@ impl Dockerfile {
         self.stages.get(stage)?.steps.get(number)
     }
 
-    /// An earlier stage than that one, by its name or number, as `FROM` and `COPY --from` have them.
+    /// An earlier stage than that one, by its name.
     pub fn stage_before(&self, before: usize, name: &str) -> Option<usize> {
         let earlier = self.stages.get(..before).unwrap_or_default();
         let is_named = |stage: &Stage| {
@@ -372,6 +376,24 @@ impl Dockerfile {
             known.is_some_and(|known| known.eq_ignore_ascii_case(name))
         };
         earlier.iter().rposition(is_named)
+    }
+
+    /// The earlier stage than that one which `--from` means, by its name or number.
+    pub fn origin(&self, before: usize, from: &str) -> Option<usize> {
+        let counted = || from.parse().ok().filter(|stage| *stage < before);
+        self.stage_before(before, from).or_else(counted)
+    }
+
+    /// The stages that one copies from.
+    pub fn origins(&self, stage: usize) -> Vec<usize> {
+        let steps = self.stages.get(stage).map(|stage| stage.steps.as_slice());
+        let froms = steps.unwrap_or_default().iter().filter_map(|step| {
+            let Instruction::Copy(copying) = &step.instruction else {
+                return None;
+            };
+            copying.from.as_deref()
+        });
+        froms.filter_map(|from| self.origin(stage, from)).collect()
     }
 
     /// Whether it takes files of a build context.
@@ -465,6 +487,10 @@ impl Dockerfile {
             }
             Instruction::Workdir(text) => {
                 state.cwd = words::join(&state.cwd, &word(text)?);
+                if state.cwd.len() > LONGEST_PATH {
+                    let message = format!("a path of more than {LONGEST_PATH} bytes");
+                    return Err(step.place.error(message));
+                }
                 return Ok((Some(Action::MakeFolder(state.cwd.clone())), None));
             }
             Instruction::User(text) => {
@@ -510,9 +536,14 @@ impl Dockerfile {
         let failed = |error: WordError| step.place.error(error.to_string());
         let visible = state.visible();
         let word = |text: &String| self.lexer.word(text, &visible).map_err(failed);
+        if copying.sources.len() > MOST_SOURCES {
+            let message = format!("it copies more than {MOST_SOURCES} sources");
+            return Err(step.place.error(message));
+        }
         let mut sources = Vec::new();
+        let mut bytes = 0;
         for source in &copying.sources {
-            sources.push(match source {
+            let source = match source {
                 Original::Path(path) => {
                     let path = word(path)?;
                     if copying.is_add && is_remote(&path) {
@@ -536,7 +567,16 @@ impl Dockerfile {
                         text.clone()
                     },
                 },
-            });
+            };
+            bytes += match &source {
+                Source::Path(path) => path.len(),
+                Source::Text { text, .. } => text.len(),
+            };
+            if bytes > MOST_TEXT {
+                let message = format!("its sources are more than {MOST_TEXT} bytes");
+                return Err(step.place.error(message));
+            }
+            sources.push(source);
         }
         let destination = word(&copying.destination)?;
         let last = destination.rsplit('/').next().unwrap_or_default();
@@ -852,6 +892,7 @@ RUN echo 'single  $quoted' "and \" more"
     #[case("ARG A=xx\n", "ARG A=$A$A\n")]
     #[case("ENV A=xx\n", "ENV A=\"$A$A$A$A$A$A$A$A\"\n")]
     #[case("", "ENV A$RANDOM=1\n")]
+    #[case("ENV A=0123456789012345678901234567890123456789\n", "WORKDIR $A$A$A\n")]
     fn variables_do_not_grow_without_end(#[case] first: &str, #[case] then: &str) {
         let text = format!("FROM a\n{first}{}", then.repeat(998));
         let dockerfile = Dockerfile::parse(&text).unwrap();

@@ -1,12 +1,6 @@
 //! Sessions and their nodes, as templates need them.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    fs::File,
-    io::{self, Seek as _},
-    time::Duration,
-};
+use std::{collections::HashMap, fmt, fs::File, io, os::fd::AsRawFd as _, time::Duration};
 
 use backon::{ExponentialBuilder, Retryable as _};
 use bytes::Bytes;
@@ -258,7 +252,7 @@ impl fmt::Debug for SandboxFiles {
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
     /// It was refused.
-    #[error("{message}")]
+    #[error("{message} ({reason})")]
     Refused {
         /// The stable word.
         reason: String,
@@ -275,13 +269,18 @@ pub enum UnpackError {
 
 impl UnpackError {
     /// The stable word of a build's failure.
-    pub fn reason(&self) -> String {
+    pub fn reason(&self) -> &'static str {
         match self {
-            Self::Refused { reason, .. } => reason.clone(),
-            Self::Unreachable(_) => "SANDBOX_FAILED".into(),
-            Self::Disk(_) => "BUILD_FAILED".into(),
+            // Of the session, not of this host.
+            Self::Refused { .. } => "STEP_FAILED",
+            Self::Unreachable(_) => "SANDBOX_FAILED",
+            Self::Disk(_) => "BUILD_FAILED",
         }
     }
+}
+
+fn is_final(refusal: &Refusal) -> bool {
+    refusal.reason == "GUEST_REFUSED"
 }
 
 /// What a node or envd says when it refuses.
@@ -298,7 +297,11 @@ impl SandboxFiles {
             .with_min_delay(FIRST_WAIT)
             .with_max_times(TRIES);
         let unpack = || -> BoxFuture<'_, _> {
-            Box::pin(async { self.unpack_once(folder, tarball.try_clone()?).await })
+            Box::pin(async {
+                // With a place of its own: what came before may be read still.
+                let path = format!("/proc/self/fd/{}", tarball.as_raw_fd());
+                self.unpack_once(folder, File::open(path)?).await
+            })
         };
         unpack
             .retry(backoff)
@@ -306,10 +309,9 @@ impl SandboxFiles {
             .await
     }
 
-    async fn unpack_once(&self, folder: &str, mut tarball: File) -> Result<(), UnpackError> {
-        tarball.rewind()?;
+    async fn unpack_once(&self, folder: &str, tarball: File) -> Result<(), UnpackError> {
         let pieces = ReaderStream::with_capacity(tokio::fs::File::from_std(tarball), PIECE);
-        let folder = percent_encode(folder.trim_start_matches('/').as_bytes(), NON_ALPHANUMERIC);
+        let folder = percent_encode(folder.as_bytes(), NON_ALPHANUMERIC);
         let uri = format!(
             "{}/files/{folder}?user=root&unpack=tar&folders=keep",
             self.endpoint
@@ -340,7 +342,8 @@ impl SandboxFiles {
             StatusCode::GATEWAY_TIMEOUT,
         ];
         match said {
-            said if again.contains(&status) => {
+            // What envd says, and the node does not know, will not change.
+            said if again.contains(&status) && !said.as_ref().is_some_and(is_final) => {
                 let said = said.map(|said| said.message);
                 Err(unreachable(said.unwrap_or_else(|| status.to_string())))
             }

@@ -256,16 +256,23 @@ pub(crate) fn unpack(
         unpacked: Unpacked::default(),
     };
     let mut entries = archive.entries().map_err(broken)?;
-    loop {
-        budget.set(LARGEST_HEADER);
-        let Some(entry) = entries.next() else { break };
-        let mut entry = entry.map_err(broken)?;
-        budget.set(u64::MAX);
-        unpacking.entry(&mut entry)?;
-        // Skipped here, where it costs nothing.
-        io::copy(&mut entry, &mut io::sink()).map_err(broken)?;
-    }
-    unpacking.finish()
+    let mut take_all = || {
+        loop {
+            budget.set(LARGEST_HEADER);
+            let Some(entry) = entries.next() else {
+                return Ok(());
+            };
+            let mut entry = entry.map_err(broken)?;
+            budget.set(u64::MAX);
+            unpacking.entry(&mut entry)?;
+            // Skipped here, where it costs nothing.
+            io::copy(&mut entry, &mut io::sink()).map_err(broken)?;
+        }
+    };
+    let taken = take_all();
+    // Also of what broke off: whoever sends it again may want directories that are there to stay as they are.
+    let finished = unpacking.finish();
+    taken.and(finished)
 }
 
 fn broken(error: io::Error) -> Status {
@@ -330,6 +337,11 @@ impl Attributes {
         })
     }
 
+    /// To its owner, what is not opened for that.
+    fn give(&self, parent: &Folder, name: &OsStr) -> io::Result<()> {
+        self.owner.map_or(Ok(()), |owner| parent.give(name, owner))
+    }
+
     fn set(&self, file: &File) -> io::Result<()> {
         if let Some((uid, gid)) = self.owner {
             fchown(file, Some(uid), Some(gid))?;
@@ -373,7 +385,7 @@ impl Unpacking<'_> {
             .parent(path.parent().unwrap_or(Path::new("")))
             .map_err(refused)?;
         if kind == EntryType::Directory {
-            let is_new = make_folder(&parent, name).map_err(refused)?;
+            let is_new = make_folder(&parent, name, self.keeps_folders).map_err(refused)?;
             if is_new || !self.keeps_folders {
                 self.folders.push((path.clone(), attributes));
             }
@@ -408,10 +420,17 @@ impl Unpacking<'_> {
                     .make_hard_link(name, &folder, &original)
                     .map_err(refused)?;
             }
-            (EntryType::Symlink, _) => parent
-                .make_symlink(name, original.as_os_str())
-                .map_err(refused)?,
-            (EntryType::Fifo, _) => parent.make_fifo(name).map_err(refused)?,
+            (EntryType::Symlink, _) => {
+                let made = parent.make_symlink(name, original.as_os_str());
+                let given = made.and_then(|()| attributes.give(&parent, name));
+                given.map_err(refused)?;
+            }
+            (EntryType::Fifo, _) => {
+                let mode = Mode::from_bits_truncate(attributes.mode);
+                let made = parent.make_fifo(name, mode);
+                let given = made.and_then(|()| attributes.give(&parent, name));
+                given.map_err(refused)?;
+            }
             _ => {
                 let mut file = parent.create(name).map_err(refused)?;
                 self.unpacked.size_bytes += io::copy(entry, &mut file).map_err(refused)?;
@@ -461,13 +480,15 @@ impl Unpacking<'_> {
     }
 }
 
-/// A directory for an entry that says so; one that is there stays, a file gives way. Whether it is new.
-fn make_folder(parent: &Folder, name: &OsStr) -> io::Result<bool> {
+/// A directory for an entry that says so; one that is there stays, a file gives way, and so does a link, unless directories are to stay: then it
+/// may lead to one. Whether it is new.
+fn make_folder(parent: &Folder, name: &OsStr, keeps: bool) -> io::Result<bool> {
     match parent.make_folder(name) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         made => return made.map(|()| true),
     }
-    if kind(&parent.stat(name)?) == SFlag::S_IFDIR {
+    let found = kind(&parent.stat(name)?);
+    if found == SFlag::S_IFDIR || keeps && found == SFlag::S_IFLNK {
         return Ok(false);
     }
     parent.remove(name)?;

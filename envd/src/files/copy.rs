@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
 use super::{
-    folder::{DEEPEST, Folder, MOST_LINKED, kind},
+    folder::{DEEPEST, Folder, MOST_LINKED, OWNER_ONLY, kind},
     random, shown, stat,
 };
 use crate::errors::{invalid, path_error, refuse};
@@ -159,7 +159,7 @@ impl Copying<'_> {
                 self.folder(&from.folder(name)?, &to.folder(target)?, path)?;
             }
             SFlag::S_IFLNK => to.make_symlink(target, &from.link_target(name)?)?,
-            SFlag::S_IFIFO => to.make_fifo(target)?,
+            SFlag::S_IFIFO => to.make_fifo(target, OWNER_ONLY)?,
             _ => {
                 self.copied.left_out += 1;
                 return Ok(());

@@ -15,7 +15,7 @@ use nix::{
         renameat2,
     },
     sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat, mknodat},
-    unistd::{LinkatFlags, UnlinkatFlags, linkat, symlinkat, unlinkat},
+    unistd::{Gid, LinkatFlags, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat},
 };
 
 /// Of those who go through a tree: directories in each other. Each is open meanwhile, and on this thread's stack.
@@ -33,7 +33,7 @@ pub(super) fn kind(stat: &FileStat) -> SFlag {
 pub(super) struct Folder(OwnedFd);
 
 const DIRECTORY: OFlag = OFlag::O_DIRECTORY.union(OFlag::O_CLOEXEC);
-const OWNER_ONLY: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
+pub(super) const OWNER_ONLY: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 
 impl Folder {
     /// Opens one, whatever links lead to it.
@@ -113,8 +113,15 @@ impl Folder {
         Ok(mkdirat(&self.0, name, OWNER_ONLY | Mode::S_IXUSR)?)
     }
 
-    pub(super) fn make_fifo(&self, name: &OsStr) -> io::Result<()> {
-        Ok(mknodat(&self.0, name, SFlag::S_IFIFO, OWNER_ONLY, 0)?)
+    /// A new FIFO; the umask takes from its mode.
+    pub(super) fn make_fifo(&self, name: &OsStr, mode: Mode) -> io::Result<()> {
+        Ok(mknodat(&self.0, name, SFlag::S_IFIFO, mode, 0)?)
+    }
+
+    /// Gives something in it to somebody; a link itself, not what it leads to.
+    pub(super) fn give(&self, name: &OsStr, (user, group): (Uid, Gid)) -> io::Result<()> {
+        let flags = AtFlags::AT_SYMLINK_NOFOLLOW;
+        Ok(fchownat(&self.0, name, Some(user), Some(group), flags)?)
     }
 
     /// Removes anything but a directory.

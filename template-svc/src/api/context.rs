@@ -11,7 +11,7 @@ use proto::template::v1::{
 use service_kit::{errors::Failure, ids::TeamId};
 use tonic::{Status, Streaming};
 
-use super::template::{disk_error, too_large};
+use super::template::{disk_error, next, too_large};
 use crate::{
     artifact::{ArtifactDigest, Incoming},
     context::ContextFiles,
@@ -19,6 +19,10 @@ use crate::{
 
 /// Digests of one question.
 const MOST_ASKED: usize = 10_000;
+/// Of one upload: a context, and what says what is in it.
+const MOST_FILES: u64 = 100_001;
+/// A small file takes a block.
+const LEAST_TAKEN: u64 = 4096;
 
 fn digest(field: &'static str, text: &str) -> Result<ArtifactDigest, Status> {
     let rule = "must be 64 hexadecimal characters, each";
@@ -64,21 +68,23 @@ pub(super) async fn upload(
 ) -> Result<UploadFilesResponse, Status> {
     let files = contexts.of(team).map_err(disk_error)?;
     let mut answer = UploadFilesResponse::default();
+    // Of the disk, as far as it can be known.
+    let mut taken = 0;
     let mut begun: Option<(ArtifactDigest, Incoming)> = None;
-    while let Some(part) = stream.message().await? {
+    while let Some(part) = next(&mut stream).await? {
         if !part.digest.is_empty() {
-            let next = digest("digest", &part.digest)?;
-            keep(
-                begun.replace((next, files.begin().map_err(disk_error)?)),
-                &mut answer,
-            )?;
+            let named = digest("digest", &part.digest)?;
+            let incoming = files.begin().map_err(disk_error)?;
+            keep(begun.replace((named, incoming)), &mut answer)?;
+            taken += LEAST_TAKEN;
         }
         let Some((_, incoming)) = &mut begun else {
             let rule = "must be set in the first message";
             return Err(Failure::field_invalid("digest", rule).into());
         };
         answer.size_bytes += part.data.len() as u64;
-        if answer.size_bytes > most {
+        taken += part.data.len() as u64;
+        if taken > most || answer.files > MOST_FILES {
             return Err(too_large(most));
         }
         // Page-cache writes of at most 1 MiB: not worth a thread.

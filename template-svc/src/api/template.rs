@@ -35,6 +35,7 @@ use crate::{
 
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 const UPLOADS_AT_ONCE: usize = 8;
+const UPLOAD_IDLE: Duration = Duration::from_mins(1);
 /// Builds of a team that wait or run.
 const MOST_UNFINISHED: i64 = 100;
 /// What no session may have by default is no default.
@@ -144,6 +145,16 @@ fn source_unknown(digest: &str) -> Status {
     .into()
 }
 
+/// The next part of an upload; a place is not for those that send nothing.
+pub(super) async fn next<T>(stream: &mut Streaming<T>) -> Result<Option<T>, Status> {
+    let part = tokio::time::timeout(UPLOAD_IDLE, stream.message()).await;
+    part.unwrap_or_else(|_| {
+        let limit = UPLOAD_IDLE.as_secs();
+        let message = format!("nothing came for {limit} s");
+        Err(Failure::new(Code::Aborted, Reason::new("UPLOAD_STALLED"), message).into())
+    })
+}
+
 pub(super) fn too_large(most: u64) -> Status {
     Failure::new(
         Code::InvalidArgument,
@@ -225,7 +236,7 @@ impl TemplateService for TemplateApi {
         let _place = self.place()?;
         let mut stream = request.into_inner();
         let mut incoming = self.uploads.begin().map_err(disk_error)?;
-        while let Some(part) = stream.message().await? {
+        while let Some(part) = next(&mut stream).await? {
             if incoming.size() + part.data.len() as u64 > self.max_upload {
                 return Err(too_large(self.max_upload));
             }

@@ -7,6 +7,7 @@
 //! a tarball only.
 
 use std::{
+    collections::HashMap,
     ffi::OsString,
     fs::{self, File},
     io::{self, Read as _, Seek as _, Write as _},
@@ -33,6 +34,25 @@ use crate::{
 /// Paths that a `COPY` may name, and folders in each other.
 const MOST_FOUND: usize = 100_000;
 const DEEPEST: usize = 256;
+/// Tarballs that one ADD unpacks; each is open.
+const MOST_ARCHIVES: usize = 100;
+/// Of a tarball on its way.
+const MOST_ENTRIES: u64 = 4_000_000;
+/// Files with several names that stay one.
+const MOST_LINKED: usize = 100_000;
+/// Of what has no time of its own: 1980, before which some formats know none.
+const NO_TIME: i64 = 315_619_200;
+/// Names of tarballs that are packed as envd does not unpack them.
+const PACKED: [&str; 8] = [
+    ".tar.xz",
+    ".txz",
+    ".tar.bz2",
+    ".tbz2",
+    ".tbz",
+    ".tar.zst",
+    ".tzst",
+    ".tar.lzma",
+];
 const LARGEST_DATABASE: u64 = 1 << 20;
 /// Of a folder that no source speaks of.
 const FOLDER_MODE: u32 = 0o755;
@@ -110,13 +130,16 @@ impl Builder {
         let is_of_context =
             !matches!(&plan.origin, Some(origin) if matches!(origin.tree, Tree::Layers(..)));
         let from = match plan.origin.as_ref().map(|origin| &origin.tree) {
-            Some(Tree::Layers(making, layers)) => {
+            Some(Tree::Layers(layers)) => {
+                // One after the other, each in the place of the last.
+                let making = building.making.aside("from")?;
                 let (laid, layers) = (making.clone(), layers.clone());
                 self.logged(id, move |lines| laid.lay(&layers, lines))
                     .await?;
-                making.clone()
+                making
             }
-            Some(Tree::Context) | None => {
+            None => building.making.aside("nothing")?,
+            Some(Tree::Context) => {
                 let making = building.making.aside("context")?;
                 if let Some(context) = building.context.clone() {
                     let (laid, files) = (making.clone(), building.files.clone());
@@ -141,7 +164,18 @@ impl Builder {
         let (root, cancel, scratch) = (from.root(), from.cancelled(), from.clone());
         let (sources, is_add) = (copy.sources.clone(), copy.is_add);
         let (of, named) = (root.clone(), step.clone());
-        let found = blocking(move || within(&of, || find(&sources, is_add, &named))).await?;
+        let looking = cancel.clone();
+        let found = move || within(&of, || find(&sources, is_add, &named, &looking));
+        let found = blocking(found).await?;
+        let is_archive = |found: &Found| matches!(found, Found::Archive(_));
+        if copy.owner.is_some() && found.iter().any(is_archive) {
+            let message = format!("{step}: --chown is not for what ADD unpacks");
+            return Err(failed("STEP_FAILED", message));
+        }
+        if found.is_empty() {
+            // Patterns that mean nothing.
+            return Ok(());
+        }
         let is_one = found.len() == 1 && !found.iter().any(Found::is_many);
         let target = target(sandbox, copy, is_one, found.first().map(Found::name)).await?;
         let target = target.map_err(|why| failed("STEP_FAILED", format!("{step}: {why}")))?;
@@ -165,8 +199,14 @@ impl Builder {
 }
 
 /// Looks for all sources. In a thread of its own root. Blocking.
-fn find(sources: &[Source], is_add: bool, step: &str) -> Result<Vec<Found>, BuildError> {
+fn find(
+    sources: &[Source],
+    is_add: bool,
+    step: &str,
+    cancel: &CancellationToken,
+) -> Result<Vec<Found>, BuildError> {
     let mut found = Vec::new();
+    let mut archives = 0;
     for source in sources {
         let pattern = match source {
             Source::Path(pattern) => pattern,
@@ -178,9 +218,12 @@ fn find(sources: &[Source], is_add: bool, step: &str) -> Result<Vec<Found>, Buil
                 continue;
             }
         };
-        let paths = Pattern::new(pattern).find(MOST_FOUND).map_err(io_failed)?;
-        if paths.is_empty() {
-            return Err(missing(step, pattern));
+        let pattern = (Pattern::new(pattern), pattern);
+        let paths = pattern.0.find(MOST_FOUND, &|| cancel.is_cancelled());
+        let paths = paths.map_err(io_failed)?;
+        // As with BuildKit, one that is no name may mean nothing.
+        if paths.is_empty() && pattern.0.is_exact() {
+            return Err(missing(step, pattern.1));
         }
         for path in paths {
             // Its name is the one it was asked for by, whatever link leads there.
@@ -188,6 +231,11 @@ fn find(sources: &[Source], is_add: bool, step: &str) -> Result<Vec<Found>, Buil
             if is_add && metadata.is_file() {
                 let file = File::open(&path).map_err(io_failed)?;
                 if let Some(archive) = archive(file, step, &path)? {
+                    archives += 1;
+                    if archives > MOST_ARCHIVES {
+                        let message = format!("{step}: more than {MOST_ARCHIVES} tarballs");
+                        return Err(failed("STEP_FAILED", message));
+                    }
                     found.push(archive);
                     continue;
                 }
@@ -231,11 +279,11 @@ fn archive(mut file: File, step: &str, path: &Path) -> Result<Option<Found>, Bui
         let read = unpacked.take(BLOCK).read_to_end(&mut block);
         read.is_ok() && is_tar(&block)
     };
+    let name = path.to_string_lossy().to_lowercase();
+    let is_packed = PACKED.iter().any(|ending| name.ends_with(ending));
     let is_archive = match beginning.as_slice() {
         [0x1f, 0x8b, ..] => first_of(&mut flate2::read::MultiGzDecoder::new(&file)),
-        [0x28, 0xb5, 0x2f, 0xfd, ..]
-        | [b'B', b'Z', b'h', ..]
-        | [0xfd, b'7', b'z', b'X', b'Z', ..] => {
+        _ if is_packed => {
             let message = format!(
                 "{step}: {} is packed with zstd, bzip2 or xz, which ADD does not unpack: COPY it, and unpack it in a RUN",
                 path.display()
@@ -313,34 +361,42 @@ async fn resolve(sandbox: &Sandbox, owner: &str) -> Result<Result<(u32, u32), St
         Some((user, group)) => (user, Some(group)),
         None => (owner, None),
     };
-    let is_known = |text: &str| text.parse::<u32>().is_ok();
-    let mut users = String::new();
-    if !is_known(user) {
-        users = database(sandbox, "/etc/passwd").await?;
-    }
-    let Some(uid) = user.parse().ok().or_else(|| number(&users, user)) else {
-        return Ok(Err(format!("there is no user {user:?} in /etc/passwd")));
+    // As BuildKit has it: a number is its own group, a name has that of /etc/passwd, and nobody is root.
+    let (uid, own) = match user.parse() {
+        Ok(uid) => (uid, uid),
+        Err(_) if user.is_empty() => (0, 0),
+        Err(_) => {
+            let users = database(sandbox, "/etc/passwd").await?;
+            let Some(uid) = number(&users, user, UID) else {
+                return Ok(Err(format!("there is no user {user:?} in /etc/passwd")));
+            };
+            (uid, number(&users, user, GID).unwrap_or(uid))
+        }
     };
     let Some(group) = group else {
-        // As BuildKit has it: the same number.
-        return Ok(Ok((uid, uid)));
+        return Ok(Ok((uid, own)));
     };
+    let is_known = |text: &str| text.parse::<u32>().is_ok();
     let mut groups = String::new();
     if !is_known(group) {
         groups = database(sandbox, "/etc/group").await?;
     }
-    match group.parse().ok().or_else(|| number(&groups, group)) {
+    match group.parse().ok().or_else(|| number(&groups, group, UID)) {
         Some(gid) => Ok(Ok((uid, gid))),
         None => Ok(Err(format!("there is no group {group:?} in /etc/group"))),
     }
 }
 
-/// The number after a name (passwd(5), group(5)).
-fn number(database: &str, name: &str) -> Option<u32> {
+/// Fields of a line after its name (passwd(5)); of a group's the first is its own (group(5)).
+const UID: usize = 1;
+const GID: usize = 2;
+
+/// A number in the line of a name.
+fn number(database: &str, name: &str, field: usize) -> Option<u32> {
     database.lines().find_map(|line| {
         let mut fields = line.split(':');
         let is_it = fields.next() == Some(name);
-        fields.nth(1).filter(|_| is_it)?.parse().ok()
+        fields.nth(field).filter(|_| is_it)?.parse().ok()
     })
 }
 
@@ -381,12 +437,17 @@ fn pack(
         look,
         left: limit,
         limit,
+        entries: 0,
+        linked: HashMap::new(),
         cancel,
     };
+    // Whatever name comes first: it is no gzip.
+    let mut header = packing.header(FOLDER_MODE, (0, 0), NO_TIME);
+    packing.bare(&mut header, EntryType::Directory, Path::new("./"))?;
     let mut folder = PathBuf::new();
     for name in &target.new {
         folder.push(name);
-        let mut header = packing.header(FOLDER_MODE, (0, 0), 0);
+        let mut header = packing.header(FOLDER_MODE, (0, 0), NO_TIME);
         header.set_mode(FOLDER_MODE);
         packing.bare(&mut header, EntryType::Directory, &folder)?;
     }
@@ -405,7 +466,7 @@ fn pack(
                 packing.add(&from, &path, &metadata)?;
             }
             Found::Text { text, .. } => {
-                let mut header = packing.header(FILE_MODE, (0, 0), 0);
+                let mut header = packing.header(FILE_MODE, (0, 0), NO_TIME);
                 packing.file(&mut header, &path, text.len() as u64, text.as_bytes())?;
             }
             Found::Archive(file) => archives.push(file),
@@ -421,6 +482,9 @@ struct Packing<'a> {
     look: Look,
     left: u64,
     limit: u64,
+    entries: u64,
+    /// Where files with several names went first.
+    linked: HashMap<(u64, u64), PathBuf>,
     cancel: &'a CancellationToken,
 }
 
@@ -440,12 +504,36 @@ impl Packing<'_> {
         header
     }
 
+    /// Counts what an entry takes: a header, a long name as an entry of its own, and whole blocks.
+    fn charge(&mut self, path: &Path, size: u64) -> Result<(), BuildError> {
+        self.entries += 1;
+        let name = path.as_os_str().len() as u64;
+        let takes = size
+            .checked_next_multiple_of(BLOCK)
+            .and_then(|size| size.checked_add(4 * BLOCK + name));
+        let left = takes.and_then(|takes| self.left.checked_sub(takes));
+        match left {
+            Some(left) if self.entries <= MOST_ENTRIES => {
+                self.left = left;
+                Ok(())
+            }
+            _ => {
+                let limit = self.limit;
+                let message = format!(
+                    "it copies more than {limit} bytes, or {MOST_ENTRIES} files and folders"
+                );
+                Err(failed("SOURCE_TOO_LARGE", message))
+            }
+        }
+    }
+
     fn bare(
         &mut self,
         header: &mut Header,
         kind: EntryType,
         path: &Path,
     ) -> Result<(), BuildError> {
+        self.charge(path, 0)?;
         header.set_entry_type(kind);
         self.tar
             .append_data(header, path, io::empty())
@@ -459,12 +547,7 @@ impl Packing<'_> {
         size: u64,
         bytes: impl io::Read,
     ) -> Result<(), BuildError> {
-        self.left = self.left.checked_sub(size).ok_or_else(|| {
-            failed(
-                "SOURCE_TOO_LARGE",
-                format!("it copies more than {} bytes", self.limit),
-            )
-        })?;
+        self.charge(path, size)?;
         header.set_entry_type(EntryType::Regular);
         header.set_size(size);
         self.tar.append_data(header, path, bytes).map_err(io_failed)
@@ -505,10 +588,21 @@ impl Packing<'_> {
             self.bare(&mut header, EntryType::Directory, to)
         } else if kind.is_symlink() {
             let leads_to = fs::read_link(from).map_err(io_failed)?;
+            self.charge(to, leads_to.as_os_str().len() as u64)?;
             header.set_entry_type(EntryType::Symlink);
             let added = self.tar.append_link(&mut header, to, leads_to);
             added.map_err(io_failed)
         } else if kind.is_file() {
+            let identity = (metadata.dev(), metadata.ino());
+            if let Some(original) = self.linked.get(&identity).cloned() {
+                self.charge(to, original.as_os_str().len() as u64)?;
+                header.set_entry_type(EntryType::Link);
+                let added = self.tar.append_link(&mut header, to, original);
+                return added.map_err(io_failed);
+            }
+            if metadata.nlink() > 1 && self.linked.len() < MOST_LINKED {
+                self.linked.insert(identity, to.to_owned());
+            }
             let file = File::open(from).map_err(io_failed)?;
             let size = metadata.len();
             self.file(&mut header, to, size, file.take(size))
@@ -528,9 +622,10 @@ mod tests {
     #[test]
     fn owners_are_known_by_their_files() {
         let passwd = "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/:/bin/sh\nbroken\nbad:x:y\n";
-        assert_eq!(number(passwd, "web"), Some(33));
+        assert_eq!(number(passwd, "web", UID), Some(33));
+        assert_eq!(number(passwd, "web", GID), Some(34));
         for name in ["root2", "broken", "bad", "", "x"] {
-            assert_eq!(number(passwd, name), None);
+            assert_eq!(number(passwd, name, UID), None);
         }
     }
 }

@@ -378,6 +378,15 @@ impl Making {
         }
     }
 
+    /// The same, empty, whatever was there before. Blocking.
+    pub(super) fn fresh_aside(&self, name: &str) -> Result<Self, BuildError> {
+        let place = self.path(&format!("aside-{name}"));
+        match std::fs::remove_dir_all(place) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io_failed(error)),
+            _ => self.aside(name),
+        }
+    }
+
     fn begin(self) -> Result<Self, BuildError> {
         for folder in [self.root(), self.fetched()] {
             std::fs::create_dir(folder).map_err(io_failed)?;

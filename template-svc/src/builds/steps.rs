@@ -11,13 +11,12 @@
 //! known. Keys are of one team: what another team's step has made is not to be had by writing the same instruction.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
     sync::Arc,
     time::Duration,
 };
 
-use futures::future::BoxFuture;
 use proto::{
     envd::v1::{Backpressure, MakeDirectoryRequest, SignalTarget},
     session::v1::{CreateSessionRequest, Resources},
@@ -39,11 +38,11 @@ use super::{
 };
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
-    context::Context,
+    context::{Context, Pattern},
     dockerfile::{Action, Copy, Dockerfile, DockerfileError, Source, State, Step},
     image::{Defaults, MOST_LAYERS},
     names::{self, TemplateRef},
-    sessions::{SandboxFiles, Sessions},
+    sessions::{SandboxFiles, Sessions, UnpackError},
     store::{Store, StoreError, StoredBuild},
 };
 
@@ -63,6 +62,8 @@ const LINES_AT_ONCE: usize = 200;
 pub(super) const LINGER: Duration = Duration::from_millis(200);
 /// Pieces of a step's output that wait.
 const PIECES: usize = 16;
+/// Stages and images that files are copied from.
+const MOST_ORIGINS: usize = 64;
 /// `SIGKILL`
 const KILL: i32 = 9;
 
@@ -102,8 +103,8 @@ pub(super) struct Origin {
 pub(super) enum Tree {
     /// The build context.
     Context,
-    /// Another root, and where it is laid.
-    Layers(Making, Vec<Layer>),
+    /// Another root.
+    Layers(Vec<Layer>),
 }
 
 /// A Dockerfile that is being built.
@@ -120,6 +121,21 @@ pub(super) struct Building {
     origins: HashMap<String, Origin>,
     /// Sessions so far.
     sessions: u32,
+}
+
+impl Building {
+    fn add_origin(&mut self, name: String, layers: Vec<Layer>) -> Result<Origin, BuildError> {
+        if self.origins.len() >= MOST_ORIGINS {
+            let message = format!("it copies from more than {MOST_ORIGINS} stages and images");
+            return Err(failed("DOCKERFILE_INVALID", message));
+        }
+        let origin = Origin {
+            key: first_key(&layers),
+            tree: Tree::Layers(layers),
+        };
+        self.origins.insert(name, origin.clone());
+        Ok(origin)
+    }
 }
 
 /// A stage, done.
@@ -161,7 +177,16 @@ impl Builder {
             origins: HashMap::new(),
             sessions: 0,
         };
-        let Done { state, layers, .. } = self.stage(&mut building, last, making.clone()).await?;
+        let stages = needed(&building.dockerfile, last, &building.given)?;
+        let deadline = building.deadline;
+        let built = Box::pin(self.stages(&mut building, &stages));
+        let late = |_| {
+            let limit = STEPS_LIMIT.as_secs();
+            let message = format!("the steps took more than {limit} s");
+            failed("STEPS_TIMED_OUT", message)
+        };
+        let built = tokio::time::timeout_at(deadline, built).await;
+        let Done { state, layers } = built.map_err(late)??;
         let defaults = Defaults {
             env: state.env.clone(),
             user: state.user.clone(),
@@ -199,80 +224,85 @@ impl Builder {
         })
     }
 
-    /// Builds a stage, and those it begins with or copies from.
-    fn stage<'a>(
-        &'a self,
-        building: &'a mut Building,
+    /// Builds stages, of which each copies from earlier ones only; the last is what is wanted.
+    async fn stages(&self, building: &mut Building, stages: &[usize]) -> Result<Done, BuildError> {
+        let mut last = None;
+        for number in stages {
+            if stages.last() == Some(number) {
+                let making = building.making.clone();
+                last = Some(self.stage(building, *number, making).await?);
+                break;
+            }
+            // What is left of one is its layers.
+            let making = building.making.clone();
+            let making = blocking(move || making.fresh_aside("stage")).await?;
+            let done = self.stage(building, *number, making).await?;
+            building.add_origin(name_of(*number), done.layers)?;
+        }
+        last.ok_or_else(|| failed("DOCKERFILE_INVALID", "it has no stage"))
+    }
+
+    /// Builds a stage, and those it begins with.
+    async fn stage(
+        &self,
+        building: &mut Building,
         number: usize,
         making: Making,
-    ) -> BoxFuture<'a, Result<Done, BuildError>> {
-        // One copies from earlier ones only, so this ends.
-        Box::pin(async move {
-            let stored = Arc::clone(&building.stored);
-            let dockerfile = Arc::clone(&building.dockerfile);
-            let (base, stages) = chain(&dockerfile, number, &building.given)?;
-            let made = self.base(&stored, &base, making.clone()).await?;
-            let Defaults { env, user, cwd, .. } = &made.defaults;
-            let mut state = State::new(env.clone(), cwd, user);
-            state.entrypoint.clone_from(&made.defaults.entrypoint);
-            state.command.clone_from(&made.defaults.command);
-            let mut key = first_key(&made.layers);
-            let mut planned = Vec::new();
-            for number in stages {
-                state.begin_stage();
-                let count = dockerfile.stages.get(number).map_or(0, |it| it.steps.len());
-                // Arguments of a stage hold in those that begin with it, too.
-                for at in 0..count {
-                    let step = dockerfile.step(number, at);
-                    let followed = step.map(|step| {
-                        let followed = dockerfile.follow(step, &mut state, &building.given);
-                        followed.map(|followed| (step.line(), shown(step), followed))
-                    });
-                    let Some((line, step, (action, told))) = followed.transpose()? else {
-                        continue;
-                    };
-                    if let Some(told) = told {
-                        let line = format!("line {line}: {told}");
-                        self.store.log(&stored.build.build_id, &line).await?;
-                    }
-                    let Some(action) = action else {
-                        continue;
-                    };
-                    let origin = match &action {
-                        Action::Copy(copy) => {
-                            let copy = copy.clone();
-                            self.origin(building, number, step.clone(), copy).await?
-                        }
-                        _ => None,
-                    };
-                    let from = origin.as_ref().map(|origin| origin.key);
-                    key = next_key(&key, &action, &state, from);
-                    // Most steps change nothing of it.
-                    let same = planned.last().map(|last: &Planned| &last.state);
-                    let same = same.filter(|same| ***same == state).cloned();
-                    planned.push(Planned {
-                        line,
-                        step,
-                        action,
-                        state: same.unwrap_or_else(|| Arc::new(state.clone())),
-                        origin,
-                        key,
-                    });
+    ) -> Result<Done, BuildError> {
+        let stored = Arc::clone(&building.stored);
+        let dockerfile = Arc::clone(&building.dockerfile);
+        let (base, stages) = chain(&dockerfile, number, &building.given)?;
+        let made = self.base(&stored, &base, making.clone()).await?;
+        let Defaults { env, user, cwd, .. } = &made.defaults;
+        let mut state = State::new(env.clone(), cwd, user);
+        state.entrypoint.clone_from(&made.defaults.entrypoint);
+        state.command.clone_from(&made.defaults.command);
+        let mut key = first_key(&made.layers);
+        let mut planned = Vec::new();
+        for number in stages {
+            state.begin_stage();
+            let count = dockerfile.stages.get(number).map_or(0, |it| it.steps.len());
+            // Arguments of a stage hold in those that begin with it, too.
+            for at in 0..count {
+                let step = dockerfile.step(number, at);
+                let followed = step.map(|step| {
+                    let followed = dockerfile.follow(step, &mut state, &building.given);
+                    followed.map(|followed| (step.line(), shown(step), followed))
+                });
+                let Some((line, step, (action, told))) = followed.transpose()? else {
+                    continue;
+                };
+                if let Some(told) = told {
+                    let line = format!("line {line}: {told}");
+                    self.store.log(&stored.build.build_id, &line).await?;
                 }
+                let Some(action) = action else {
+                    continue;
+                };
+                let origin = match &action {
+                    Action::Copy(copy) => {
+                        let copy = copy.clone();
+                        self.origin(building, number, step.clone(), copy).await?
+                    }
+                    _ => None,
+                };
+                let from = origin.as_ref().map(|origin| origin.key);
+                key = next_key(&key, &action, &state, from);
+                // Most steps change nothing of it.
+                let same = planned.last().map(|last: &Planned| &last.state);
+                let same = same.filter(|same| ***same == state).cloned();
+                planned.push(Planned {
+                    line,
+                    step,
+                    action,
+                    state: same.unwrap_or_else(|| Arc::new(state.clone())),
+                    origin,
+                    key,
+                });
             }
-            let deadline = building.deadline;
-            let layers = self.steps(building, &planned, &made, &making);
-            let late = |_| {
-                let limit = STEPS_LIMIT.as_secs();
-                let message = format!("the steps took more than {limit} s");
-                failed("STEPS_TIMED_OUT", message)
-            };
-            let layers = tokio::time::timeout_at(deadline, layers).await;
-            Ok(Done {
-                layers: layers.map_err(late)??,
-                state,
-            })
-        })
+        }
+        let layers = self.steps(building, &planned, &made, &making).await?;
+        Ok(Done { layers, state })
     }
 
     /// Where a step's files come from; nowhere if they all stand in the Dockerfile.
@@ -297,11 +327,17 @@ impl Builder {
                 failed("CONTEXT_MISSING", message)
             };
             let context = building.context.clone().ok_or_else(none)?;
+            let cancel = building.making.cancelled();
             let key = move || {
                 let mut hasher = blake3::Hasher::new_derive_key("sandmesh build: sources");
                 for path in &paths {
-                    let key = context.key(path);
-                    hasher.update(&key.ok_or_else(|| missing(&step, path))?);
+                    let key = context.key(path, &|| cancel.is_cancelled());
+                    match key {
+                        Some(key) => hasher.update(&key),
+                        // As with BuildKit, a pattern may mean nothing.
+                        None if Pattern::new(path).is_exact() => return Err(missing(&step, path)),
+                        None => hasher.update(b"nothing"),
+                    };
                 }
                 Ok(hasher.finalize().into())
             };
@@ -310,29 +346,18 @@ impl Builder {
                 tree: Tree::Context,
             }));
         };
-        let named = building.dockerfile.stage_before(number, &from);
-        let counted = from.parse().ok().filter(|stage| *stage < number);
-        let name = match named.or(counted) {
-            Some(stage) => format!("stage {stage}"),
+        let name = match building.dockerfile.origin(number, &from) {
+            Some(stage) => name_of(stage),
             None => from.clone(),
         };
         if let Some(known) = building.origins.get(&name) {
             return Ok(Some(known.clone()));
         }
-        let count = building.origins.len();
-        let making = building.making.aside(&count.to_string())?;
-        let layers = if let Some(stage) = named.or(counted) {
-            self.stage(building, stage, making.clone()).await?.layers
-        } else {
-            let stored = Arc::clone(&building.stored);
-            self.base(&stored, &from, making.clone()).await?.layers
-        };
-        let origin = Origin {
-            key: first_key(&layers),
-            tree: Tree::Layers(making, layers),
-        };
-        building.origins.insert(name, origin.clone());
-        Ok(Some(origin))
+        let making = building.making.clone();
+        let making = blocking(move || making.fresh_aside("image")).await?;
+        let stored = Arc::clone(&building.stored);
+        let made = self.base(&stored, &from, making).await?;
+        building.add_origin(name, made.layers).map(Some)
     }
 
     /// A template of the team's or everybody's, or else an image.
@@ -675,7 +700,8 @@ impl Running {
         let files =
             files.ok_or_else(|| failed("SANDBOX_FAILED", "a session that cannot be reached"))?;
         let unpacked = files.unpack(folder, tarball).await;
-        unpacked.map_err(|error| failed(error.reason(), format!("{step}: {error}")))
+        let why = |error: UnpackError| failed(error.reason(), format!("{step}: {error}"));
+        unpacked.map_err(why)
     }
 
     async fn make_folder(&self, path: &str) -> Result<(), BuildError> {
@@ -833,6 +859,31 @@ fn sound(step: &str, exit: &Exit) -> Result<(), BuildError> {
     }
 }
 
+/// Under which name a stage's layers are known.
+fn name_of(stage: usize) -> String {
+    format!("stage {stage}")
+}
+
+/// The stages that are built for one, in an order in which each copies from earlier ones only; it comes last.
+fn needed(
+    dockerfile: &Dockerfile,
+    last: usize,
+    given: &BTreeMap<String, String>,
+) -> Result<Vec<usize>, DockerfileError> {
+    let mut needed = BTreeSet::new();
+    let mut open = vec![last];
+    while let Some(number) = open.pop() {
+        if !needed.insert(number) {
+            continue;
+        }
+        let (_, stages) = chain(dockerfile, number, given)?;
+        for stage in stages {
+            open.extend(dockerfile.origins(stage));
+        }
+    }
+    Ok(needed.into_iter().collect())
+}
+
 /// What a stage begins with, and the stages that lead from there to it.
 fn chain(
     dockerfile: &Dockerfile,
@@ -926,6 +977,8 @@ fn next_key(before: &[u8; 32], action: &Action, state: &State, from: Option<[u8;
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
     use super::*;
 
     #[test]
@@ -959,6 +1012,95 @@ mod tests {
         let dockerfile = Dockerfile::parse("FROM x AS x\nFROM x\n").unwrap();
         let (base, stages) = chain(&dockerfile, 1, &BTreeMap::new()).unwrap();
         assert_eq!((base.as_str(), stages.len()), ("x", 2));
+    }
+
+    #[test]
+    fn stages_that_are_copied_from_come_first() {
+        let text = "FROM a AS web\nRUN 1\nFROM a AS unused\nCOPY --from=web x /\nFROM b AS build\nCOPY --from=web x /\nFROM build AS tested\nRUN 2\nFROM c\nCOPY --from=tested x /\nCOPY --from=0 y /\nCOPY --from=image z /\n";
+        let dockerfile = Dockerfile::parse(text).unwrap();
+        let needed = |last| needed(&dockerfile, last, &BTreeMap::new()).unwrap();
+        assert_eq!(needed(4), [0, 3, 4]);
+        assert_eq!(needed(3), [0, 3]);
+        assert_eq!(needed(1), [0, 1]);
+        assert_eq!(needed(0), [0]);
+        // However deep, there is no other one below on the stack.
+        let mut text = "FROM a AS s0\n".to_owned();
+        for number in 1..499 {
+            let _ = writeln!(text, "FROM a AS s{number}\nCOPY --from=s{} x /", number - 1);
+        }
+        let dockerfile = Dockerfile::parse(&text).unwrap();
+        let stages = super::needed(&dockerfile, 498, &BTreeMap::new()).unwrap();
+        assert_eq!(stages, (0..499).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_key_of_a_copy_is_of_all_it_depends_on() {
+        let copy = Copy {
+            is_add: false,
+            from: None,
+            owner: None,
+            mode: None,
+            sources: vec![Source::Path("a".into())],
+            destination: "/b".into(),
+            into_folder: false,
+        };
+        let state = State::new(Vec::new(), "/", "");
+        let key = |copy: Copy, from: u8| {
+            super::next_key(&[0; 32], &Action::Copy(copy), &state, Some([from; 32]))
+        };
+        let text = |name: &str, text: &str| Source::Text {
+            name: name.into(),
+            text: text.into(),
+        };
+        let sources = |sources: Vec<Source>| Copy {
+            sources,
+            ..copy.clone()
+        };
+        let keys = [
+            key(copy.clone(), 0),
+            key(copy.clone(), 1),
+            key(
+                Copy {
+                    is_add: true,
+                    ..copy.clone()
+                },
+                0,
+            ),
+            key(
+                Copy {
+                    owner: Some("1".into()),
+                    ..copy.clone()
+                },
+                0,
+            ),
+            key(
+                Copy {
+                    mode: Some(0o600),
+                    ..copy.clone()
+                },
+                0,
+            ),
+            key(
+                Copy {
+                    destination: "/c".into(),
+                    ..copy.clone()
+                },
+                0,
+            ),
+            key(
+                Copy {
+                    into_folder: true,
+                    ..copy.clone()
+                },
+                0,
+            ),
+            key(sources(vec![Source::Path("c".into())]), 0),
+            key(sources(vec![text("a", "")]), 0),
+            key(sources(vec![text("a", "x")]), 0),
+            key(sources(vec![text("ax", "")]), 0),
+        ];
+        let different: BTreeSet<_> = keys.iter().collect();
+        assert_eq!(different.len(), keys.len());
     }
 
     #[test]

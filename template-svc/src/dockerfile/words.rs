@@ -84,7 +84,7 @@ impl Lexer {
         while let Some(next) = text.next() {
             match next {
                 '$' => document.push_str(&self.variable(&mut text, variables, 0)?),
-                // Always that one (BuildKit, "Here-documents").
+                // Whatever the Dockerfile's own escape is.
                 '\\' => match text.next_if(|next| matches!(next, '$' | '\\')) {
                     Some(escaped) => document.push(escaped),
                     None => document.push('\\'),
