@@ -602,7 +602,7 @@ async fn files_are_copied_into_templates() {
 }
 
 const APP: &str = r#"
-import http.server, os, sys, time
+import greeting, http.server, os, sys, time
 began = time.monotonic()
 name = os.urandom(8).hex()
 
@@ -611,7 +611,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_ready = time.monotonic() - began > 1
         self.send_response(200 if is_ready else 503)
         self.end_headers()
-        self.wfile.write(f"{name} {os.getuid()} {os.environ['GREETING']} {os.getcwd()}".encode())
+        self.wfile.write(f"{name}: {os.environ['GREETING']}, {greeting.of(os.getuid())} in {os.getcwd()}".encode())
 
     def log_message(self, *_):
         pass
@@ -620,50 +620,111 @@ print("serving as", name, flush=True)
 http.server.ThreadingHTTPServer(("", 8000), Handler).serve_forever()
 "#;
 
+const STACK: &str = r#"ARG base
+FROM ${base}
+USER root
+ENV GREETING=hello DEBIAN_FRONTEND=noninteractive
+COPY greeting.deb /tmp/
+RUN apt-get install -y /tmp/greeting.deb && rm /tmp/greeting.deb
+WORKDIR /srv
+USER 1000
+COPY app.py .
+CMD ["python3", "app.py"]
+"#;
+
+/// A package of a module for Python, as `apt-get` installs it.
+fn package(folder: &Path) {
+    let root = folder.join("package");
+    let module = root.join("usr/lib/python3/dist-packages");
+    fs::create_dir_all(&module).unwrap();
+    fs::create_dir_all(root.join("DEBIAN")).unwrap();
+    fs::write(
+        module.join("greeting.py"),
+        "def of(who):\n    return f'good morning {who}'\n",
+    )
+    .unwrap();
+    let control = "Package: greeting\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: greets\n";
+    fs::write(root.join("DEBIAN/control"), control).unwrap();
+    let build = ["--root-owner-group", "--build", "package", "greeting.deb"];
+    run("dpkg-deb", &build, folder);
+    fs::remove_dir_all(&root).unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_command_runs_in_every_session() {
-    let mesh = Mesh::start(&[]);
+    let registry = testbed::Registry::start(&tools_folder().join("bin")).unwrap();
+    let trusted = format!("http://{}", registry.address());
+    let mesh = Mesh::start(&["--trusted-registries", &trusted]);
+    let images = tempfile::tempdir().unwrap();
+    image(images.path());
+    registry
+        .push(&images.path().join("image"), "v1", "team/app")
+        .unwrap();
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
+    package(folder.path());
     fs::write(at("app.py"), APP).unwrap();
-    let dockerfile = "FROM base\nENV GREETING=hello\nWORKDIR /srv\nCOPY app.py .\nUSER 1000\nCMD [\"python3\", \"app.py\"]\n";
-    fs::write(at("Dockerfile"), dockerfile).unwrap();
+    fs::write(at("Dockerfile"), STACK).unwrap();
+    let password = images.path().join("password");
+    fs::write(&password, testbed::PASSWORD).unwrap();
     let resources = small().resources.unwrap();
     let (memory, disk) = (
         resources.memory_bytes.to_string(),
         resources.disk_bytes.to_string(),
     );
+    let base = format!("base={}/team/app:v1", registry.address());
+    let address = registry.address().to_string();
+    let common = [
+        "template",
+        "build",
+        "-t",
+        "app",
+        folder.path().to_str().unwrap(),
+        "--memory",
+        &memory,
+        "--disk",
+        &disk,
+        "--build-arg",
+        &base,
+        "--registry",
+        &address,
+        "--registry-user",
+        testbed::USER,
+        "--registry-password-file",
+        password.to_str().unwrap(),
+    ];
     let build = |more: &[&str]| {
-        let folder = folder.path().to_str().unwrap();
-        let arguments = [
-            "template", "build", "-t", "app", folder, "--memory", &memory, "--disk", &disk,
-        ];
         let since = Instant::now();
-        let built = mesh.run(&[&arguments, more].concat());
+        let built = mesh.run(&[&common, more].concat());
         let said = String::from_utf8_lossy(&built.stderr).into_owned();
         (built.status.success(), said, since.elapsed())
     };
-    let (is_built, said, first) = build(&["--start", "--ready-port", "8000/health"]);
+    let start = ["--start", "--ready-port", "8000/health"];
+    let (is_built, said, first) = build(&start);
     assert!(is_built && said.contains("serving as"), "{said}");
-
-    // A session begins with it, ready, as one of a template without it begins.
-    let created = Instant::now();
-    let new = |template: &str| NewSession {
-        template: template.into(),
-        ..small()
-    };
-    let session = mesh.client().create(new("app")).await.unwrap();
-    let host = session.host.replace("{port}", "8000");
-    let answer = http::get(mesh.edge(), &host, "/", &[]).await;
-    let with = created.elapsed();
     let name = said
         .split("serving as ")
         .nth(1)
         .unwrap()
         .lines()
         .next()
-        .unwrap();
-    assert_eq!(answer.body, format!("{name} 1000 hello /srv"));
+        .unwrap()
+        .to_owned();
+
+    // A session begins with it, ready, as one of a template without it begins.
+    let new = |template: &str| NewSession {
+        template: template.into(),
+        ..small()
+    };
+    let created = Instant::now();
+    let session = mesh.client().create(new("app")).await.unwrap();
+    let host = session.host.replace("{port}", "8000");
+    let answer = http::get(mesh.edge(), &host, "/", &[]).await;
+    let with = created.elapsed();
+    assert_eq!(
+        answer.body,
+        format!("{name}: hello, good morning 1000 in /srv")
+    );
     let sandbox = mesh.client().sandbox(&session).unwrap();
     let processes = sandbox.process_list(false).await.unwrap();
     let ids: Vec<_> = processes
@@ -674,14 +735,33 @@ async fn a_start_command_runs_in_every_session() {
     mesh.client().create(new("base")).await.unwrap();
     let created = Instant::now();
     let other = mesh.client().create(new("base")).await.unwrap();
-    let run = mesh.client().sandbox(&other).unwrap().run(["true"]).await;
-    assert_eq!(run.unwrap().exit.code(), 0);
-    println!(
-        "built in {first:?}; answers after {with:?}, a restored session's first command {:?}",
-        created.elapsed()
-    );
+    let sandbox = mesh.client().sandbox(&other).unwrap();
+    assert_eq!(sandbox.run(["true"]).await.unwrap().exit.code(), 0);
+    let without = created.elapsed();
 
-    // What does not become ready is no template, and says why.
+    let (is_built, said, again) = build(&start);
+    assert!(is_built && said.contains("COPY app.py .: known"), "{said}");
+    fs::write(at("app.py"), format!("{APP}# changed\n")).unwrap();
+    let (is_built, said, changed) = build(&start);
+    assert!(
+        is_built
+            && said.contains(
+                "RUN apt-get install -y /tmp/greeting.deb && rm /tmp/greeting.deb: known"
+            ),
+        "{said}"
+    );
+    println!("built in {first:?}, again in {again:?}, with its last file changed in {changed:?}");
+    println!("a session answers after {with:?}; the first command of another after {without:?}");
+
+    // What it is made of is told.
+    let told = mesh.run(&["template", "inspect", "app@1"]);
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    for part in ["app@1", "python3 app.py", "8000/health", "layers", "kernel"] {
+        assert!(told.contains(part), "{told}");
+    }
+
+    // What does not become ready is no template, says why, and leaves nothing.
+    fs::write(at("Dockerfile"), "FROM base\n").unwrap();
     for (more, why) in [
         (
             [
@@ -718,15 +798,18 @@ async fn a_start_command_runs_in_every_session() {
         !is_built && said.contains("it was not ready within 2 s"),
         "{said}"
     );
+    for left in fs::read_dir(mesh.state().join("node/t")).unwrap() {
+        let left = left.unwrap().file_name();
+        assert!(!left.to_string_lossy().starts_with('.'), "{left:?}");
+    }
     let said = [
         "--start-command",
         "echo it is ready; sleep 1000",
         "--ready-log",
         "is ready",
     ];
-    let (is_built, said, again) = build(&said);
+    let (is_built, said, _) = build(&said);
     assert!(is_built, "{said}");
-    println!("built again in {again:?}");
 }
 
 /// What a node needs to start a template lies in the object store; template-svc has nothing of it any more.

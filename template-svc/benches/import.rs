@@ -1,4 +1,4 @@
-//! What it takes to make a template's image of layers, as ratios against `tar` and `mkfs.erofs` in the same run. Run by `./deploy/bench templates`.
+//! What it takes to make a template's image of layers, as ratios against `tar` and `mkfs.erofs` in the same run, and to store and fetch it. Run by `./deploy/bench templates`.
 //!
 //! Rounds of all variants take turns, and medians are shown. What is read is in the page cache, what is written is not waited for: by nobody.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use blobs::{Address, Blobs, Cut};
 use rand::{Rng as _, RngExt as _, SeedableRng as _, rngs::SmallRng};
 use template_svc::{
     layer::{Limits, Root, Whiteouts},
@@ -19,6 +20,7 @@ use template_svc::{
 use tokio_util::sync::CancellationToken;
 
 const ROUNDS: usize = 3;
+const VERSIONS: usize = 20;
 const MIB: u64 = 1 << 20;
 const LIMITS: Limits = Limits {
     bytes: 1 << 40,
@@ -68,6 +70,61 @@ fn main() {
         }));
     }
     report("pack", "mkfs.erofs", &mut ours, &mut theirs);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(store(&root, work.path()));
+}
+
+/// Versions that differ by a file of 1 MiB, in an object store, and one of them fetched by a node that has nothing.
+async fn store(root: &Path, work: &Path) {
+    let folder = work.join("store");
+    let blobs = Blobs::open(&Address::of_folder(&folder).unwrap()).unwrap();
+    let (mut random, mut noise) = (SmallRng::seed_from_u64(8), vec![0; MIB as usize]);
+    let (mut whole, mut new, mut last) = (0, Vec::new(), String::new());
+    let mut took = Vec::new();
+    let image = work.join("version");
+    for _ in 0..VERSIONS {
+        random.fill_bytes(&mut noise);
+        fs::write(root.join("etc/version"), &noise).unwrap();
+        rootfs::pack(root, &image).unwrap();
+        whole += fs::metadata(&image).unwrap().len();
+        let since = Instant::now();
+        let (digest, moved) = blobs.put(&image, Cut::Content).await.unwrap();
+        took.push(since.elapsed());
+        new.push(moved.moved_bytes);
+        last = digest;
+        fs::remove_file(&image).unwrap();
+    }
+    let stored: u64 = new.iter().sum();
+    let first = new.remove(0);
+    println!(
+        "{VERSIONS} versions that differ by 1 MiB: {stored} bytes in the store, the first {first}, a further one {} to {}; \
+         {VERSIONS} whole images are {whole}, ratio {:.3}",
+        new.iter().min().unwrap(),
+        new.iter().max().unwrap(),
+        stored as f64 / whole as f64
+    );
+    println!(
+        "storing the first took {:.2} s, the last {:.2} s",
+        took[0].as_secs_f64(),
+        took[VERSIONS - 1].as_secs_f64()
+    );
+    let (mut theirs, mut ours) = (Vec::new(), Vec::new());
+    let mut fetched = 0;
+    for _ in 0..ROUNDS {
+        let since = Instant::now();
+        let moved = blobs
+            .get(&last, File::create(&image).unwrap())
+            .await
+            .unwrap();
+        ours.push(since.elapsed());
+        fetched = moved.moved_bytes;
+        theirs.push(timed(&work.join("theirs"), |to| {
+            fs::copy(&image, to.join("copy")).unwrap();
+            File::open(to.join("copy")).unwrap().sync_all().unwrap();
+        }));
+    }
+    println!("a node that has nothing fetches {fetched} bytes of the last");
+    report("fetch", "copy", &mut ours, &mut theirs);
 }
 
 fn path(path: &Path) -> &str {

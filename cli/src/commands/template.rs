@@ -1,6 +1,7 @@
 //! `sandmesh template`.
 
 use std::{
+    collections::BTreeMap,
     io::IsTerminal as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -11,11 +12,11 @@ use bytes::Bytes;
 use clap::Subcommand;
 use indicatif::ProgressBar;
 use proto::template::v1::{
-    BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
-    GetBuildRequest, GetBuildResponse, ImageArchive, ListTemplatesRequest, PortProbe, Readiness,
-    RegistryLogin, StartCommand, StreamBuildLogsRequest, Template, UploadSourceRequest,
-    UploadSourceResponse, build_source::Source, readiness::Probe,
-    template_service_client::TemplateServiceClient,
+    Artifact, BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse,
+    CancelBuildRequest, GetBuildRequest, GetBuildResponse, GetTemplateRequest, ImageArchive,
+    ListTemplatesRequest, PortProbe, Readiness, RegistryLogin, StartCommand,
+    StreamBuildLogsRequest, Template, UploadSourceRequest, UploadSourceResponse,
+    build_source::Source, readiness::Probe, template_service_client::TemplateServiceClient,
 };
 use sdk::BuildContext;
 use service_kit::{
@@ -47,6 +48,11 @@ const PASSWORD: &str = "SANDMESH_REGISTRY_PASSWORD";
 pub(crate) enum Command {
     /// List templates
     List,
+    /// What a version is made of
+    Inspect {
+        /// name, name:tag or name@version.
+        template: String,
+    },
     /// Make a new version of a template
     Build(Box<Build>),
 }
@@ -162,6 +168,20 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
             )?;
             Ok(())
         }
+        Command::Inspect { template } => {
+            let request = GetTemplateRequest { template };
+            let mut client = context.client()?.templates();
+            let answer = client.get_template(request).await.map_err(said)?;
+            let template = answer.into_inner().template;
+            let template = template.context("the template was not answered")?;
+            output::print(
+                context.format(),
+                "sandmesh.template.v1.Template",
+                template,
+                inspect,
+            )?;
+            Ok(())
+        }
         Command::Build(options) => {
             let template = options.run(context).await?;
             output::print(
@@ -274,6 +294,83 @@ impl Build {
         } else {
             build(context.client()?.templates(), from, request).await
         }
+    }
+}
+
+fn inspect(template: Template) {
+    let part = |artifact: &Option<Artifact>| match artifact {
+        Some(Artifact { digest, size_bytes }) => {
+            format!("{digest}  {}", output::bytes(*size_bytes))
+        }
+        None => String::new(),
+    };
+    let Template {
+        name,
+        version,
+        tags,
+        create_time,
+        rootfs,
+        kernel,
+        modules,
+        kernel_version,
+        envd_version,
+        default_vcpus,
+        default_memory_bytes,
+        default_disk_bytes,
+        team,
+        env,
+        default_user,
+        source_image,
+        layers,
+        start,
+    } = template;
+    let line = |name: &str, value: String| {
+        if !value.is_empty() {
+            println!("{name:<12}{value}");
+        }
+    };
+    line("template", format!("{name}@{version}"));
+    line("tags", tags.join(", "));
+    line("team", team);
+    line("created", output::time(create_time));
+    line("image", source_image);
+    line("root", part(&rootfs));
+    line("kernel", part(&kernel));
+    line("modules", part(&modules));
+    line("", kernel_version);
+    line(
+        "envd",
+        format!("{envd_version} when it was built; nodes give their own"),
+    );
+    let (memory, disk) = (
+        output::bytes(default_memory_bytes),
+        output::bytes(default_disk_bytes),
+    );
+    let size = format!(
+        "{default_vcpus} vCPUs, {memory} of memory, {disk} of disk, unless a session says otherwise"
+    );
+    line("size", size);
+    line("user", default_user);
+    let env: BTreeMap<_, _> = env.into_iter().collect();
+    for (number, (name, value)) in env.into_iter().enumerate() {
+        let first = if number == 0 { "environment" } else { "" };
+        line(first, format!("{name}={value}"));
+    }
+    if let Some(start) = start {
+        line("start", start.argv.join(" "));
+        line("  in", start.cwd);
+        line("  as", start.user);
+        let ready = match start.readiness.and_then(|it| it.probe) {
+            Some(Probe::Port(port)) => format!("port {}{}", port.port, port.http_path),
+            Some(Probe::Command(command)) => format!("command {command}"),
+            Some(Probe::LogLine(text)) => format!("a line with {text:?}"),
+            None => String::new(),
+        };
+        line("  ready by", ready);
+    }
+    for (number, layer) in layers.iter().enumerate() {
+        let first = if number == 0 { "layers" } else { "" };
+        line(first, format!("{}  {}", layer.diff_id, part(&layer.blob)));
     }
 }
 
