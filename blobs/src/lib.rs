@@ -39,9 +39,15 @@ pub use sweep::Swept;
 
 /// The largest chunk.
 const LARGEST: usize = 2 << 20;
-/// Bytes of a list: a file of some 4 TiB.
-const LARGEST_LIST: u64 = 512 << 20;
-/// Chunks on their way at once: 16 MiB.
+/// Bytes of a list: a file of some 100 GiB. Unpacked it takes ten times as much memory at most.
+const LARGEST_LIST: u64 = 16 << 20;
+/// Of a small file, whatever it is cut into.
+const SMALL_LIST: u64 = 64 << 10;
+/// Bytes of a file for each of its list, at least.
+const PER_BYTE_OF_LIST: u64 = 128;
+/// For a call to the store, with all that is tried again.
+const LIMIT: Duration = Duration::from_secs(30);
+/// Chunks on their way at once, and as many that wait: with what they are packed to 50 MiB.
 const AT_ONCE: usize = 8;
 const LEVEL: i32 = 3;
 /// Of what fails for a moment.
@@ -199,7 +205,10 @@ impl Blobs {
         }
         // Another part of the program may have done so before.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let variables = std::env::vars().map(|(name, value)| (name.to_ascii_lowercase(), value));
+        let variables = std::env::vars_os().filter_map(|(name, value)| {
+            let name = name.into_string().ok()?.to_ascii_lowercase();
+            Some((name, value.into_string().ok()?))
+        });
         let (store, prefix) = object_store::parse_url_opts(url, variables)
             .map_err(|error| failed(error.to_string()))?;
         Ok(Self::of(Arc::new(PrefixStore::new(store, prefix))))
@@ -275,9 +284,14 @@ impl Blobs {
         Ok((chunk, Some(size)))
     }
 
-    /// Fetches a file into an empty one, which is whole and on the disk when this returns.
-    pub async fn get(&self, digest: &str, to: File) -> Result<Moved, BlobError> {
-        let list = self.list(digest).await?;
+    /// Fetches a file of that size into an empty one, which is whole and on the disk when this returns. After an error it may be written to for a moment
+    /// more.
+    pub async fn get(&self, digest: &str, size: u64, to: File) -> Result<Moved, BlobError> {
+        let most = SMALL_LIST + size / PER_BYTE_OF_LIST;
+        let list = self.list(digest, most.min(LARGEST_LIST)).await?;
+        if list.size != size {
+            return Err(BlobError::Damaged(format!("the list of file {digest}")));
+        }
         to.set_len(list.size)?;
         let to = Arc::new(to);
         let mut at = 0;
@@ -318,11 +332,11 @@ impl Blobs {
         Ok(moved)
     }
 
-    async fn list(&self, digest: &str) -> Result<List, BlobError> {
+    async fn list(&self, digest: &str, most: u64) -> Result<List, BlobError> {
         let key = key("files", digest);
         let missing = || BlobError::Missing(digest.to_owned());
         let damaged = || BlobError::Damaged(format!("the list of file {digest}"));
-        let bytes = match self.again(|| self.whole(&key, LARGEST_LIST)).await {
+        let bytes = match self.again(|| self.whole(&key, most)).await {
             Ok(Some(bytes)) => bytes,
             Ok(None) => return Err(damaged()),
             Err(object_store::Error::NotFound { .. }) => return Err(missing()),
@@ -411,7 +425,14 @@ impl Blobs {
                     | E::UnknownConfigurationKey { .. }
             )
         };
-        work.retry(backoff).when(passes).await
+        let tried = tokio::time::timeout(LIMIT, work.retry(backoff).when(passes)).await;
+        tried.unwrap_or_else(|_| {
+            let late = io::Error::new(io::ErrorKind::TimedOut, "it has not answered in time");
+            Err(object_store::Error::Generic {
+                store: "store",
+                source: Box::new(late),
+            })
+        })
     }
 }
 
@@ -421,7 +442,7 @@ fn key(kind: &str, digest: &str) -> Key {
 
 fn is_old(time: SystemTime) -> bool {
     // A clock that goes wrong makes it old: it is written again, which does no harm.
-    time.elapsed().is_ok_and(|age| age > GRACE / 2)
+    !time.elapsed().is_ok_and(|age| age <= GRACE / 2)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{ObjectMeta, ObjectStoreExt as _, path::Path as Key};
 
-use crate::{BlobError, Blobs, GRACE};
+use crate::{BlobError, Blobs, GRACE, LARGEST_LIST};
 
 /// What was removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -27,12 +27,11 @@ impl Blobs {
         let mut files = self.store.list(Some(&Key::from("files")));
         while let Some(file) = files.try_next().await? {
             let digest = file.location.filename().unwrap_or_default().to_owned();
-            if !wanted.contains(&digest) && is_over(&file) {
-                self.remove(&file.location).await?;
+            if !wanted.contains(&digest) && is_over(&file) && self.remove(&file.location).await? {
                 swept.files += 1;
                 continue;
             }
-            match self.list(&digest).await {
+            match self.list(&digest, LARGEST_LIST).await {
                 Ok(list) => used.extend(list.chunks.iter().filter_map(crate::Chunk::hash)),
                 // Of one that cannot be read nobody knows what it is made of: nothing goes.
                 Err(error) => return Err(error),
@@ -42,8 +41,7 @@ impl Blobs {
         while let Some(chunk) = chunks.next().await.transpose()? {
             let name = chunk.location.filename().unwrap_or_default();
             let is_used = blake3::Hash::from_hex(name).is_ok_and(|hash| used.contains(&hash));
-            if !is_used && is_over(&chunk) {
-                self.remove(&chunk.location).await?;
+            if !is_used && is_over(&chunk) && self.remove(&chunk.location).await? {
                 swept.chunks += 1;
                 swept.bytes += chunk.size;
             }
@@ -51,10 +49,19 @@ impl Blobs {
         Ok(swept)
     }
 
-    async fn remove(&self, key: &Key) -> Result<(), BlobError> {
-        match self.again(|| self.store.delete(key)).await {
+    /// Unless somebody has written it again since it was listed. Between that look and its end there is a moment in which somebody may: whoever wrote it looks
+    /// at a chunk that old, so he was at it for longer than [`GRACE`] is half.
+    async fn remove(&self, key: &Key) -> Result<bool, BlobError> {
+        let removed = self.again(|| async {
+            if is_over(&self.store.head(key).await?) {
+                self.store.delete(key).await.map(|()| true)
+            } else {
+                Ok(false)
+            }
+        });
+        match removed.await {
             // Somebody was faster.
-            Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
             removed => Ok(removed?),
         }
     }

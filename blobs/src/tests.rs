@@ -31,9 +31,11 @@ async fn put(blobs: &Blobs, bytes: &[u8], cut: Cut) -> (String, Moved) {
     put
 }
 
-async fn get(blobs: &Blobs, digest: &str) -> Result<(Vec<u8>, Moved), BlobError> {
+async fn get(blobs: &Blobs, digest: &str, size: usize) -> Result<(Vec<u8>, Moved), BlobError> {
     let file = tempfile::NamedTempFile::new().unwrap();
-    let moved = blobs.get(digest, file.reopen().unwrap()).await?;
+    let moved = blobs
+        .get(digest, size as u64, file.reopen().unwrap())
+        .await?;
     Ok((fs::read(file.path()).unwrap(), moved))
 }
 
@@ -58,7 +60,7 @@ async fn what_is_stored_is_fetched() {
             };
             let (digest, moved) = put(&blobs, &bytes, cut).await;
             assert!(blobs.has(&digest).await.unwrap());
-            let (back, fetched) = get(&blobs, &digest).await.unwrap();
+            let (back, fetched) = get(&blobs, &digest, bytes.len()).await.unwrap();
             assert!(back == bytes);
             assert_eq!(fetched.chunks, moved.chunks);
             // Again costs nothing.
@@ -70,7 +72,7 @@ async fn what_is_stored_is_fetched() {
     let digest = blake3::hash(b"none").to_hex();
     assert!(!blobs.has(&digest).await.unwrap());
     assert!(matches!(
-        get(&blobs, &digest).await,
+        get(&blobs, &digest, 4).await,
         Err(BlobError::Missing(_))
     ));
 }
@@ -103,7 +105,10 @@ async fn memory_that_nobody_wrote_costs_nothing() {
     let (digest, moved) = blobs.put(file.path(), Cut::Every(2 << 20)).await.unwrap();
     assert_eq!((moved.bytes, moved.chunks), (1 << 30, 1));
     let back = tempfile::NamedTempFile::new().unwrap();
-    blobs.get(&digest, back.reopen().unwrap()).await.unwrap();
+    blobs
+        .get(&digest, 1 << 30, back.reopen().unwrap())
+        .await
+        .unwrap();
     let blocks = std::os::unix::fs::MetadataExt::blocks(&back.as_file().metadata().unwrap());
     assert!(blocks * 512 <= 4 << 20);
 }
@@ -119,11 +124,12 @@ async fn what_is_damaged_is_told() {
     let list = folder.path().join(key("files", &digest).to_string());
     let good = fs::read(&list).unwrap();
     let damaged = |found| matches!(found, Err(BlobError::Damaged(_)));
+    assert!(damaged(get(&blobs, &digest, bytes.len() + 1).await));
     // A list of other chunks, one that is none, one of chunks without end, and one that says it is larger.
     fs::copy(folder.path().join(key("files", &other).to_string()), &list).unwrap();
-    assert!(damaged(get(&blobs, &digest).await));
+    assert!(damaged(get(&blobs, &digest, bytes.len()).await));
     fs::write(&list, "no list").unwrap();
-    assert!(damaged(get(&blobs, &digest).await));
+    assert!(damaged(get(&blobs, &digest, bytes.len()).await));
     let endless = Chunk {
         digest: Bytes::from_static(&[1; 32]),
         length: u32::MAX,
@@ -139,7 +145,7 @@ async fn what_is_damaged_is_told() {
         },
     ] {
         fs::write(&list, list_of.encode_to_vec()).unwrap();
-        assert!(damaged(get(&blobs, &digest).await));
+        assert!(damaged(get(&blobs, &digest, bytes.len()).await));
     }
     fs::write(&list, &good).unwrap();
     // A chunk of something else, and one that unpacks to more than it may.
@@ -148,18 +154,18 @@ async fn what_is_damaged_is_told() {
     let path = folder.path().join(key("chunks", &name).to_string());
     for data in [vec![7; chunk.length as usize], vec![0; 64 << 20]] {
         fs::write(&path, zstd::bulk::compress(&data, 1).unwrap()).unwrap();
-        assert!(damaged(get(&blobs, &digest).await));
+        assert!(damaged(get(&blobs, &digest, bytes.len()).await));
     }
     fs::write(&path, "").unwrap();
-    assert!(damaged(get(&blobs, &digest).await));
+    assert!(damaged(get(&blobs, &digest, bytes.len()).await));
     fs::remove_file(&path).unwrap();
     assert!(matches!(
-        get(&blobs, &digest).await,
+        get(&blobs, &digest, bytes.len()).await,
         Err(BlobError::Missing(_))
     ));
     // It is mended by storing it again.
     put(&blobs, &bytes, Cut::Content).await;
-    assert!(get(&blobs, &digest).await.unwrap().0 == bytes);
+    assert!(get(&blobs, &digest, bytes.len()).await.unwrap().0 == bytes);
 }
 
 /// Fails every third call, or every one.
@@ -254,7 +260,7 @@ async fn what_fails_now_and_then_is_tried_again() {
     let (blobs, _) = Failing::blobs(3);
     let bytes = noise(1, 4 << 20);
     let (digest, _) = put(&blobs, &bytes, Cut::Content).await;
-    assert!(get(&blobs, &digest).await.unwrap().0 == bytes);
+    assert!(get(&blobs, &digest, bytes.len()).await.unwrap().0 == bytes);
     let (blobs, store) = Failing::blobs(1);
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), &bytes).unwrap();
@@ -294,7 +300,7 @@ async fn what_nobody_wants_goes_after_a_while() {
     let swept = blobs.sweep(&wanted).await.unwrap();
     assert_eq!(swept.files, 1);
     assert!(swept.chunks > 0 && swept.bytes < 3 << 20, "{swept:?}");
-    assert!(get(&blobs, &kept_digest).await.unwrap().0 == kept);
+    assert!(get(&blobs, &kept_digest, kept.len()).await.unwrap().0 == kept);
     assert!(!blobs.has(&gone_digest).await.unwrap());
 }
 

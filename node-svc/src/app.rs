@@ -410,6 +410,7 @@ impl App {
             && let Some(slots) = &workshop.slots
         {
             // Of templates that were being made.
+            workshop.makings.stop().await;
             let boots = config.state.join("t");
             tokio::task::block_in_place(|| driver::end_template_boots(&boots)).map_err(
                 |source| AppError::File {

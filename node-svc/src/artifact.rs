@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fs::{self, File},
-    io::{self, Seek as _, Write as _},
+    io::{self, Write as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -93,12 +93,14 @@ impl Artifacts {
     }
 
     async fn fetch(&self, artifact: &Artifact, path: &Path) -> Result<(), ArtifactError> {
-        let mut file = tempfile::Builder::new()
-            .prefix(".incoming-")
-            .tempfile_in(&self.folder)?;
-        if !self.fetch_blob(&artifact.digest, file.as_file()).await? {
-            file.as_file().set_len(0)?;
-            file.rewind()?;
+        let begin = || {
+            let mut file = tempfile::Builder::new();
+            file.prefix(".incoming-").tempfile_in(&self.folder)
+        };
+        let mut file = begin()?;
+        if !self.fetch_blob(artifact, file.as_file()).await? {
+            // Another one: the first may be written to still.
+            file = begin()?;
             self.ask_for(artifact, file.as_file_mut()).await?;
         }
         // Readable for a VMM of any user; nobody writes to it again.
@@ -111,11 +113,12 @@ impl Artifacts {
     }
 
     /// From the object store; whether it was there.
-    async fn fetch_blob(&self, digest: &str, to: &File) -> Result<bool, ArtifactError> {
+    async fn fetch_blob(&self, artifact: &Artifact, to: &File) -> Result<bool, ArtifactError> {
+        let Artifact { digest, size_bytes } = artifact;
         let Some(blobs) = &self.blobs else {
             return Ok(false);
         };
-        match blobs.get(digest, to.try_clone()?).await {
+        match blobs.get(digest, *size_bytes, to.try_clone()?).await {
             Ok(Moved {
                 bytes, moved_bytes, ..
             }) => {

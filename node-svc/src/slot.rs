@@ -233,6 +233,21 @@ struct Places {
     empty: VecDeque<SlotIndex>,
 }
 
+/// A slot on its way to whoever asked for it; given back if he does not wait.
+struct Taken<'a> {
+    pool: &'a SlotPool,
+    index: Option<SlotIndex>,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if let Some(index) = self.index.take() {
+            let pool = self.pool.clone();
+            tokio::spawn(async move { pool.give_back(index).await });
+        }
+    }
+}
+
 /// The slots of one node process.
 #[derive(Debug, Clone)]
 pub struct SlotPool {
@@ -375,13 +390,20 @@ impl SlotPool {
             }
         };
         self.inner.wanted.notify_one();
+        // Whoever asked may give up in between.
+        let mut taken = Taken {
+            pool: self,
+            index: Some(index),
+        };
         let made = async {
             if !is_ready {
                 self.make(index).await?;
             }
             self.apply(index, rules).await
         };
-        if let Err(error) = made.await {
+        let made = made.await;
+        taken.index = None;
+        if let Err(error) = made {
             self.give_back(index).await;
             return Err(error);
         }

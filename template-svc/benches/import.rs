@@ -79,14 +79,15 @@ async fn store(root: &Path, work: &Path) {
     let folder = work.join("store");
     let blobs = Blobs::open(&Address::of_folder(&folder).unwrap()).unwrap();
     let (mut random, mut noise) = (SmallRng::seed_from_u64(8), vec![0; MIB as usize]);
-    let (mut whole, mut new, mut last) = (0, Vec::new(), String::new());
+    let (mut whole, mut size, mut new, mut last) = (0, 0, Vec::new(), String::new());
     let mut took = Vec::new();
     let image = work.join("version");
     for _ in 0..VERSIONS {
         random.fill_bytes(&mut noise);
         fs::write(root.join("etc/version"), &noise).unwrap();
         rootfs::pack(root, &image).unwrap();
-        whole += fs::metadata(&image).unwrap().len();
+        size = fs::metadata(&image).unwrap().len();
+        whole += size;
         let since = Instant::now();
         let (digest, moved) = blobs.put(&image, Cut::Content).await.unwrap();
         took.push(since.elapsed());
@@ -113,7 +114,7 @@ async fn store(root: &Path, work: &Path) {
     for _ in 0..ROUNDS {
         let since = Instant::now();
         let moved = blobs
-            .get(&last, File::create(&image).unwrap())
+            .get(&last, size, File::create(&image).unwrap())
             .await
             .unwrap();
         ours.push(since.elapsed());

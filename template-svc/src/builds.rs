@@ -399,9 +399,7 @@ impl Builder {
         let mut moved = Moved::default();
         for artifact in [&spec.rootfs, &spec.kernel, &spec.modules] {
             let digest = artifact.as_ref().map_or("", |artifact| &artifact.digest);
-            if self.blobs.has(digest).await? {
-                continue;
-            }
+            // Also what is there is looked at, part by part: it may be old, or not whole.
             let path = ArtifactDigest::parse(digest);
             let path = path.and_then(|digest| self.artifacts.find(&digest));
             let missing = || failed("ARTIFACT_MISSING", format!("the artifact {digest} is gone"));

@@ -386,6 +386,10 @@ impl Unpacking<'_> {
             .map_err(refused)?;
         if kind == EntryType::Directory {
             let is_new = make_folder(&parent, name, self.keeps_folders).map_err(refused)?;
+            if !is_new && self.keeps_folders {
+                // If it is a link, it leads to one that may be filled, or that is told.
+                self.top.beneath(&path).map_err(refused)?;
+            }
             if is_new || !self.keeps_folders {
                 self.folders.push((path.clone(), attributes));
             }

@@ -22,6 +22,8 @@ const ID: &str = "start-command";
 const USUAL_LIMIT: Duration = Duration::from_mins(1);
 /// For the guest's own answer, beyond the time it was given.
 const ANSWER: Duration = Duration::from_secs(5);
+/// For a listener to take a piece of the output.
+const LISTENING: Duration = Duration::from_secs(2);
 /// A command that looks whether it is ready.
 const LOOK_LIMIT: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
@@ -121,8 +123,8 @@ async fn run(
                             is_stderr,
                             ..MakeTemplateSnapshotResponse::default()
                         };
-                        // Nobody has to listen.
-                        let _ = listener.send(Ok(piece)).await;
+                        // Nobody has to listen, and nobody holds up the others for long.
+                        let _ = listener.send_timeout(Ok(piece), LISTENING).await;
                     }
                     if let Some(wanted) = &wanted
                         && lines.hold(is_stderr, &data, wanted)

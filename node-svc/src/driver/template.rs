@@ -14,7 +14,7 @@ use proto::{
     template::v1::Template,
 };
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{DriveError, StartOutput, Workshop, blocking, open, start::place};
 use crate::{
@@ -23,13 +23,18 @@ use crate::{
     snapshot::{TemplateSnapshot, TemplateSnapshots},
     stored::{self, SCRATCH},
     vmm::{BootSpec, DEVICES, Machine, Vm, VmmError, process},
+    work,
 };
 
 type Outcome = Result<PathBuf, Arc<DriveError>>;
 
 /// Those that are being made, by their keys.
 #[derive(Debug, Default)]
-pub struct Makings(Mutex<HashMap<String, Arc<Making>>>);
+pub struct Makings {
+    table: Mutex<HashMap<String, Arc<Making>>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
 
 /// One that is being made. Whoever waits for it has a receiver.
 #[derive(Debug)]
@@ -41,7 +46,14 @@ struct Making {
 
 impl Makings {
     fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Making>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives all of them up, and waits until nothing of them is left.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
     }
 
     /// Waits with the others, or as the first.
@@ -125,7 +137,8 @@ impl Workshop {
         let key = wanted.key.clone();
         let (mut outcome, making) = self.makings.join(&key, listener);
         if let Some(making) = making {
-            tokio::spawn(Arc::clone(self).make_for_all(wanted, making));
+            let make = Arc::clone(self).make_for_all(wanted, making);
+            self.makings.tasks.spawn(make);
         }
         let outcome = outcome.wait_for(Option::is_some).await;
         match outcome.as_deref() {
@@ -191,13 +204,24 @@ impl Workshop {
         let turn = self.snapshots.turn(&wanted.key);
         let _turn = turn.lock().await;
         let mut boot = TemplateBoot::default();
+        let threads = TaskTracker::new();
         let make = self.find_or_make(&wanted, &making, &mut boot);
-        let make = AssertUnwindSafe(Box::pin(make)).catch_unwind();
+        let make = work::tracked(threads.clone(), Box::pin(make));
         let made = tokio::select! {
-            made = make => Some(made.unwrap_or(Err(DriveError::BrokeOff))),
+            made = AssertUnwindSafe(make).catch_unwind() => {
+                Some(made.unwrap_or(Err(DriveError::BrokeOff)))
+            }
             () = self.makings.abandoned(&wanted.key, &making) => None,
+            () = self.makings.stop.cancelled() => Some(Err(DriveError::Stopped)),
         };
-        self.tidy(&wanted.key, boot, made.as_ref()).await;
+        // What was given up may be written to still.
+        work::finished(&threads).await;
+        let tidy = self.tidy(&wanted.key, boot, made.as_ref());
+        let is_tidy = AssertUnwindSafe(Box::pin(tidy)).catch_unwind().await;
+        let made = match is_tidy {
+            Ok(()) => made,
+            Err(_) => Some(Err(DriveError::BrokeOff)),
+        };
         if let Some(made) = made {
             self.makings
                 .end(&wanted.key, &making, made.map_err(Arc::new));
@@ -236,19 +260,21 @@ impl Workshop {
             }
             vm.kill().await;
         }
-        if let (Some(slot), Some(slots)) = (boot.slot.take(), &self.slots) {
-            slots.give_back(slot.index).await;
-        }
-        if matches!(made, Some(Ok(_))) {
-            return;
-        }
+        let is_made = matches!(made, Some(Ok(_)));
         let folder = self.snapshots.making(key);
         let remove = move || {
+            if is_made {
+                return Ok(());
+            }
             // It may have been given up while its VMM was started.
             process::kill_all_below(&folder)?;
             stored::remove(&folder)
         };
-        if let Err(error) = blocking(remove).await {
+        let removed = blocking(remove).await;
+        if let (Some(slot), Some(slots)) = (boot.slot.take(), &self.slots) {
+            slots.give_back(slot.index).await;
+        }
+        if let Err(error) = removed {
             tracing::error!(%error, "what is left of a template's snapshot is removed by the next node-svc");
         }
     }

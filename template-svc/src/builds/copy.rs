@@ -453,6 +453,8 @@ fn pack(
     }
     let mut archives = Vec::new();
     for found in found {
+        // A later source may take the place of what an earlier one has made.
+        packing.linked.clear();
         let name = target.name.clone().unwrap_or_else(|| found.name());
         let path = folder.join(name);
         match found {

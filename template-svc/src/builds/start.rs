@@ -98,6 +98,11 @@ impl Builder {
                 Ok(()) => return Ok(()),
                 Err(status) => status,
             };
+            if status.code() == Code::ResourceExhausted {
+                // There is room when others are done; the caller has a limit.
+                tokio::time::sleep(TRY_AGAIN).await;
+                continue;
+            }
             let tries: u32 = failures.values().sum();
             let is_final = matches!(
                 status.code(),
