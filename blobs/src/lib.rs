@@ -284,7 +284,7 @@ impl Blobs {
         Ok((chunk, Some(size)))
     }
 
-    /// Fetches a file of that size into an empty one, which is whole and on the disk when this returns. After an error it may be written to for a moment
+    /// Fetches a file of that size into an empty one, open for both ways, which is whole and on the disk when this returns. After an error it may be written to for a moment
     /// more.
     pub async fn get(&self, digest: &str, size: u64, to: File) -> Result<Moved, BlobError> {
         let most = SMALL_LIST + size / PER_BYTE_OF_LIST;

@@ -113,10 +113,14 @@ async fn store(root: &Path, work: &Path) {
     let mut fetched = 0;
     for _ in 0..ROUNDS {
         let since = Instant::now();
-        let moved = blobs
-            .get(&last, size, File::create(&image).unwrap())
-            .await
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&image)
             .unwrap();
+        let moved = blobs.get(&last, size, file).await.unwrap();
         ours.push(since.elapsed());
         fetched = moved.moved_bytes;
         theirs.push(timed(&work.join("theirs"), |to| {
