@@ -4,7 +4,8 @@ use std::{io, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc, time:
 
 use blobs::{BlobError, Blobs};
 use proto::template::v1::{
-    artifact_service_server::ArtifactServiceServer, template_service_server::TemplateServiceServer,
+    Artifact, artifact_service_server::ArtifactServiceServer,
+    template_service_server::TemplateServiceServer,
 };
 use service_kit::{
     address::Address,
@@ -19,6 +20,7 @@ use crate::{
     api::{ArtifactApi, TemplateApi},
     artifact::Artifacts,
     builds::{self, Builder, Kernel},
+    collect::{Collected, collect},
     config::Config,
     context::ContextFiles,
     registry::{Patience, Registries},
@@ -30,6 +32,7 @@ use crate::{
 const MIGRATION_RETRY: Duration = Duration::from_millis(500);
 const UPLOADS_KEPT: Duration = Duration::from_hours(24);
 const SWEEP_EVERY: Duration = Duration::from_mins(10);
+const COLLECT_EVERY: Duration = Duration::from_hours(1);
 
 /// template-svc cannot start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -157,12 +160,13 @@ impl App {
             tokio::time::sleep(MIGRATION_RETRY).await;
         }
         let wake = Arc::new(Notify::new());
+        let own = [kernel.kernel.clone(), kernel.modules.clone()];
         let builder = Builder {
             store: store.clone(),
             artifacts: artifacts.clone(),
             uploads: uploads.clone(),
             contexts: contexts.clone(),
-            blobs,
+            blobs: blobs.clone(),
             work: work.clone(),
             kernel,
             sealer: sealer.clone(),
@@ -181,6 +185,13 @@ impl App {
             artifacts.clone(),
             work,
             store.clone(),
+            shutdown.clone(),
+        ));
+        background.spawn(collect_often(
+            store.clone(),
+            artifacts.clone(),
+            blobs.clone(),
+            own,
             shutdown.clone(),
         ));
         let templates = TemplateServiceServer::new(TemplateApi::new(
@@ -206,6 +217,37 @@ impl App {
         background.close();
         background.wait().await;
         Ok(served?)
+    }
+}
+
+/// Removes what nobody needs any more, for the first time some time after the start.
+async fn collect_often(
+    store: Store,
+    artifacts: Artifacts,
+    blobs: Blobs,
+    own: [Artifact; 2],
+    shutdown: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(COLLECT_EVERY) => {}
+        }
+        let collected = tokio::select! {
+            () = shutdown.cancelled() => return,
+            collected = collect(&store, &artifacts, &blobs, &own) => collected,
+        };
+        match collected {
+            Ok(collected) if collected == Collected::default() => {}
+            Ok(Collected {
+                forgotten,
+                artifacts,
+                blobs,
+            }) => {
+                tracing::info!(forgotten, artifacts, ?blobs, "what nobody needs is removed");
+            }
+            Err(error) => tracing::warn!(%error, "what nobody needs is not removed"),
+        }
     }
 }
 

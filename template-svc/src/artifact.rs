@@ -3,11 +3,12 @@
 //! A file appears under its digest whole or not at all: it is written under another name, synced, then renamed.
 
 use std::{
+    collections::HashSet,
     ffi::OsStr,
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use proto::template::v1::Artifact;
@@ -134,22 +135,28 @@ impl Artifacts {
     }
 
     /// Removes uploads and half-written files older than `age`.
-    pub fn sweep(&self, age: std::time::Duration) -> io::Result<()> {
-        self.remove(age, |_| true)
+    pub fn sweep(&self, age: Duration) -> io::Result<()> {
+        self.remove(age, |_| true).map(drop)
     }
 
     /// Removes half-written files older than `age`, whose writer was killed.
-    pub fn sweep_unfinished(&self, age: std::time::Duration) -> io::Result<()> {
+    pub fn sweep_unfinished(&self, age: Duration) -> io::Result<()> {
         self.remove(age, |name| {
             name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
         })
+        .map(drop)
     }
 
-    fn remove(
-        &self,
-        age: std::time::Duration,
-        is_meant: impl Fn(&OsStr) -> bool,
-    ) -> io::Result<()> {
+    /// Removes files that nobody wants, by their digests, and that are older than `age`; how many.
+    pub fn sweep_unwanted(&self, wanted: &HashSet<String>, age: Duration) -> io::Result<u64> {
+        self.remove(age, |name| {
+            let name = name.to_str().unwrap_or_default();
+            is_digest(name) && !wanted.contains(name)
+        })
+    }
+
+    fn remove(&self, age: Duration, is_meant: impl Fn(&OsStr) -> bool) -> io::Result<u64> {
+        let mut count = 0;
         for entry in fs::read_dir(&self.folder)? {
             let entry = entry?;
             if !is_meant(&entry.file_name()) {
@@ -160,16 +167,16 @@ impl Artifacts {
                 Ok(elapsed.is_ok_and(|elapsed| elapsed > age))
             });
             let removed = match is_old {
-                Ok(true) => fs::remove_file(entry.path()),
-                other => other.map(drop),
+                Ok(true) => fs::remove_file(entry.path()).map(|()| true),
+                other => other,
             };
             match removed {
                 // Another replica, or whoever wrote it, was faster.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                removed => removed?,
+                removed => count += u64::from(removed?),
             }
         }
-        Ok(())
+        Ok(count)
     }
 }
 

@@ -7,6 +7,7 @@ pub mod api;
 mod app;
 pub mod artifact;
 pub mod builds;
+pub mod collect;
 mod config;
 pub mod context;
 pub mod dockerfile;

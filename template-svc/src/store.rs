@@ -1,7 +1,8 @@
 //! All SQL of template-svc.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
+use futures::TryStreamExt as _;
 use prost::Message as _;
 use proto::template::v1::{
     Build, BuildState, BuildTemplateRequest, Layer, StreamBuildLogsResponse, Template,
@@ -9,7 +10,10 @@ use proto::template::v1::{
 use service_kit::database;
 use sqlx::{FromRow, PgPool};
 
-use crate::names::{TemplateRef, Which};
+use crate::{
+    collect::digests_of,
+    names::{TemplateRef, Which},
+};
 
 const SCHEMA: &str = "sandmesh_template";
 /// Characters of a line of a log, or of an error, at most.
@@ -253,12 +257,14 @@ impl Store {
         team: &str,
         key: &[u8; 32],
     ) -> Result<Option<Vec<Layer>>, StoreError> {
-        let row: Option<(Vec<u8>,)> =
-            sqlx::query_as("select layers from build_steps where team = $1 and key = $2")
-                .bind(team)
-                .bind(key.as_slice())
-                .fetch_optional(&self.pool)
-                .await?;
+        let row: Option<(Vec<u8>,)> = sqlx::query_as(
+            "update build_steps set use_time = $3 where team = $1 and key = $2 returning layers",
+        )
+        .bind(team)
+        .bind(key.as_slice())
+        .bind(now())
+        .fetch_optional(&self.pool)
+        .await?;
         let Some((layers,)) = row else {
             return Ok(None);
         };
@@ -279,8 +285,8 @@ impl Store {
             ..Template::default()
         };
         sqlx::query(
-            "insert into build_steps (team, key, layers, create_time) values ($1, $2, $3, $4) \
-             on conflict (team, key) do update set layers = $3",
+            "insert into build_steps (team, key, layers, create_time, use_time) values ($1, $2, $3, $4, $4) \
+             on conflict (team, key) do update set layers = $3, use_time = $4",
         )
         .bind(team)
         .bind(key.as_slice())
@@ -289,6 +295,50 @@ impl Store {
         .execute(&self.pool)
         .await?;
         Ok(())
+    }
+
+    /// What builds have kept as version 1 of a hidden name, if they have; it is of use for a while more.
+    pub async fn hidden(&self, team: &str, name: &str) -> Result<Option<Template>, StoreError> {
+        sqlx::query(
+            "update template_versions set create_time = $3 where team = $1 and name = $2 and name like 'build/%'",
+        )
+        .bind(team)
+        .bind(name)
+        .bind(now())
+        .execute(&self.pool)
+        .await?;
+        self.version(team, name, 1).await
+    }
+
+    /// Forgets steps, and what builds have kept, that were of no use for so long; how many.
+    pub async fn forget(&self, unused: Duration) -> Result<u64, StoreError> {
+        let before = now().saturating_sub(i64::try_from(unused.as_micros()).unwrap_or(i64::MAX));
+        let steps = sqlx::query("delete from build_steps where use_time < $1")
+            .bind(before)
+            .execute(&self.pool)
+            .await?;
+        let kept = sqlx::query(
+            "delete from template_versions where create_time < $1 and name like 'build/%'",
+        )
+        .bind(before)
+        .execute(&self.pool)
+        .await?;
+        Ok(steps.rows_affected() + kept.rows_affected())
+    }
+
+    /// The digests of all that versions are made of, and of what is remembered.
+    pub async fn digests(&self) -> Result<HashSet<String>, StoreError> {
+        let mut digests = HashSet::new();
+        // The second are templates of which only the layers are set.
+        let sql = "select spec from template_versions union all select layers from build_steps";
+        let mut rows = sqlx::query_as::<_, (Vec<u8>,)>(sql).fetch(&self.pool);
+        while let Some((spec,)) = rows.try_next().await? {
+            let template = Template::decode(&*spec);
+            // Whatever it names must not go.
+            let template = template.map_err(|_| StoreError::Malformed("a template".to_owned()))?;
+            digests.extend(digests_of(template));
+        }
+        Ok(digests)
     }
 
     /// All names a team may use.

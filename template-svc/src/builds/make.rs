@@ -344,7 +344,20 @@ impl Builder {
                 format!("the session's template, {name}@{version}, was removed"),
             )
         })?;
-        has_layers(stored)
+        self.held(has_layers(stored)?)
+    }
+
+    /// A template whose layers stay for as long as a build may last, also if it is removed meanwhile.
+    pub(super) fn held(&self, template: Template) -> Result<Template, BuildError> {
+        let blobs = template.layers.iter().map(|layer| layer.blob.as_ref());
+        let gone = blobs.flatten().find(|blob| !self.is_kept(blob));
+        match gone {
+            None => Ok(template),
+            Some(Artifact { digest, .. }) => Err(failed(
+                "ARTIFACT_MISSING",
+                format!("the stored layer {digest} is gone"),
+            )),
+        }
     }
 }
 

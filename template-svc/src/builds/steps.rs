@@ -14,7 +14,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use proto::{
@@ -196,7 +196,7 @@ impl Builder {
         };
         defaults.check_env()?;
         let name = last_name(&layers, &state.user);
-        let known = self.store.version(&stored.team, &name, 1).await?;
+        let known = self.store.hidden(&stored.team, &name).await?;
         let mut packed = known.and_then(|known| known.rootfs);
         packed = packed.filter(|packed| self.is_kept(packed));
         if packed.is_none() {
@@ -378,7 +378,7 @@ impl Builder {
             return self.image_base(stored, name, making).await;
         };
         let shown = format!("{}@{}", template.name, template.version);
-        let template = has_layers(template)?;
+        let template = self.held(has_layers(template)?)?;
         let start = template.start.unwrap_or_default();
         let line = format!("{name} is the template {shown}");
         self.store.log(id, &line).await?;
@@ -478,9 +478,12 @@ impl Builder {
         Ok(known.filter(|layers| layers.iter().all(is_here)))
     }
 
-    fn is_kept(&self, artifact: &Artifact) -> bool {
-        ArtifactDigest::parse(&artifact.digest)
-            .is_some_and(|digest| self.artifacts.find(&digest).is_some())
+    /// Whether it is here, and stays for as long as a build may last.
+    pub(super) fn is_kept(&self, artifact: &Artifact) -> bool {
+        let digest = ArtifactDigest::parse(&artifact.digest);
+        let kept = digest.map(|digest| self.artifacts.touch(&digest, SystemTime::now()));
+        // One that cannot be looked at is none that can be used.
+        matches!(kept, Some(Ok(true)))
     }
 
     /// A template, for builds only, of those layers.
@@ -497,7 +500,7 @@ impl Builder {
             hasher.update(part.digest.as_bytes());
         }
         let name = names::hidden(&hasher.finalize().to_hex());
-        let known = self.store.version(&stored.team, &name, 1).await?;
+        let known = self.store.hidden(&stored.team, &name).await?;
         let known = known.and_then(|known| known.rootfs);
         if !known.is_some_and(|rootfs| self.is_kept(&rootfs)) {
             let id = &stored.build.build_id;
