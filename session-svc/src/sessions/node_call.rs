@@ -34,6 +34,11 @@ pub(super) fn reason(status: &Status, or: &str) -> EndReason {
     )
 }
 
+/// Whether no node has said that: the connection broke, which HTTP/2 tells in as many ways as there are to die.
+pub(super) fn is_broken(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
+}
+
 /// What an answer of the node means. Pure.
 fn sort<T>(answer: Result<Response<T>, Status>) -> Answer<T> {
     let status = match answer {
@@ -44,6 +49,7 @@ fn sort<T>(answer: Result<Response<T>, Status>) -> Answer<T> {
         Code::Unavailable | Code::Unknown => Answer::Unclear,
         // A node that has given up says what it gave up; without a reason it is only that the time was over.
         Code::DeadlineExceeded | Code::Cancelled if reason_of(&status).is_none() => Answer::Unclear,
+        _ if is_broken(&status) => Answer::Unclear,
         _ => Answer::Refused(status),
     }
 }
@@ -97,6 +103,9 @@ mod tests {
         ] {
             assert!(!is_unclear(Status::new(code, "")), "{code:?}");
         }
+        let mut broken = Status::internal("h2 protocol error");
+        broken.set_source(std::sync::Arc::new(std::io::Error::other("http2 error")));
+        assert!(is_unclear(broken));
         let gave_up = Failure::new(
             Code::DeadlineExceeded,
             Reason::new("PAUSE_TIMEOUT"),

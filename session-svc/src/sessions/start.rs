@@ -9,7 +9,9 @@ use service_kit::{
 };
 use tonic::{Code, Request, Status};
 
-use super::{FIRST_VERSION, Happening, Need, SessionError, Sessions, beginning};
+use super::{
+    FIRST_VERSION, Happening, Need, SessionError, Sessions, beginning, node_call::is_broken,
+};
 use crate::{
     lifecycle::State,
     nodes::Placed,
@@ -221,6 +223,9 @@ impl Sessions {
                 "its node did not start it in time",
             )),
             Code::Unavailable | Code::Unknown => {
+                Start::Unclear(EndReason::new("NODE_UNREACHABLE", status.message()))
+            }
+            _ if is_broken(&status) => {
                 Start::Unclear(EndReason::new("NODE_UNREACHABLE", status.message()))
             }
             _ => {
