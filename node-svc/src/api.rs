@@ -129,6 +129,18 @@ fn refused(id: &SessionId, error: &DriveError) -> Status {
         .into_status()
 }
 
+/// Why a template's snapshot is not there, to whoever asks for no session.
+fn not_made(error: &DriveError) -> Status {
+    let reason = error.reason();
+    let code = match error {
+        DriveError::Full(error) => return full(error).into_status(),
+        _ if reason.as_str() == START_COMMAND_FAILED => Code::FailedPrecondition,
+        _ if reason == Reason::NODE_DISK_FULL => Code::ResourceExhausted,
+        _ => Code::Aborted,
+    };
+    Failure::new(code, reason, error.to_string()).into_status()
+}
+
 impl NodeApi {
     /// A stream that ends with this node-svc says so: its end alone would mean that there is no more.
     fn until_shutdown<T: Send + 'static>(
@@ -354,32 +366,18 @@ impl NodeService for NodeApi {
                 () = to.closed() => return,
                 made = workshop.make_snapshot(request, to.clone()) => made,
             };
-            if made.is_ok() {
-                let last = MakeTemplateSnapshotResponse {
+            let last = match made {
+                Ok(()) => Ok(MakeTemplateSnapshotResponse {
                     is_made: true,
                     ..MakeTemplateSnapshotResponse::default()
-                };
-                // Nobody listens any more, or hears it.
-                let _ = to.send(Ok(last)).await;
-            }
-            if let Err(error) = made {
-                tracing::warn!(%error, "a template's snapshot was not made");
-                let failed = match &error {
-                    DriveError::Full(error) => full(error),
-                    error => {
-                        let reason = error.reason();
-                        let code = if reason.as_str() == START_COMMAND_FAILED {
-                            Code::FailedPrecondition
-                        } else if reason == Reason::NODE_DISK_FULL {
-                            Code::ResourceExhausted
-                        } else {
-                            Code::Aborted
-                        };
-                        Failure::new(code, reason, error.to_string())
-                    }
-                };
-                let _ = to.send(Err(failed.into_status())).await;
-            }
+                }),
+                Err(error) => {
+                    tracing::warn!(%error, "a template's snapshot was not made");
+                    Err(not_made(&error))
+                }
+            };
+            // Nobody listens any more, or hears it.
+            let _ = to.send(last).await;
         });
         let pieces = ReceiverStream::new(pieces);
         Ok(Response::new(self.until_shutdown(pieces)))

@@ -69,7 +69,9 @@ impl Driver {
             }
             _ if self.shop.vmm.needs_place() => {
                 let shop = Arc::clone(&self.shop);
-                let snapshot = shop.template_snapshot(&self.request, None).await?;
+                let wanted = shop.wanted(&self.request).await?;
+                watch.lap("artifacts");
+                let snapshot = shop.template_snapshot(wanted, None).await?;
                 watch.lap("template");
                 if let Some(reached) = self.take_warm(&snapshot, &mut watch).await? {
                     reached

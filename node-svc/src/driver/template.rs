@@ -110,7 +110,7 @@ impl Making {
 }
 
 /// What is to be made.
-struct Wanted {
+pub(super) struct Wanted {
     key: String,
     template: Template,
     resources: Resources,
@@ -130,10 +130,9 @@ impl Workshop {
     /// The snapshot that sessions of this shape are restored from; booted and taken the first time.
     pub(super) async fn template_snapshot(
         self: &Arc<Self>,
-        request: &StartSessionRequest,
+        wanted: Wanted,
         listener: Option<StartOutput>,
     ) -> Result<TemplateSnapshot, DriveError> {
-        let wanted = self.wanted(request).await?;
         let key = wanted.key.clone();
         let (mut outcome, making) = self.makings.join(&key, listener);
         if let Some(making) = making {
@@ -168,11 +167,13 @@ impl Workshop {
             resources: request.resources,
             ..StartSessionRequest::default()
         };
-        self.template_snapshot(&request, Some(listener)).await?;
+        let wanted = self.wanted(&request).await?;
+        self.template_snapshot(wanted, Some(listener)).await?;
         Ok(())
     }
 
-    async fn wanted(&self, request: &StartSessionRequest) -> Result<Wanted, DriveError> {
+    /// What a session's snapshot is of, with the files for it.
+    pub(super) async fn wanted(&self, request: &StartSessionRequest) -> Result<Wanted, DriveError> {
         let template = request.template.clone().unwrap_or_default();
         let resources = request.resources.unwrap_or_default();
         let kernel = self.artifacts.get("kernel", template.kernel.as_ref());
