@@ -3,12 +3,14 @@
 //! ```text
 //!   chunks/ab/ab12...   a chunk, packed by zstd; its name is the BLAKE3 of what it unpacks to
 //!   files/cd/cd34...    of which chunks a file is; its name is the BLAKE3 of the file
+//!   snapshots/...       files that belong together, see [`BundleName`]
 //! ```
 //! A file is there once its list is, which comes last. Chunks are cut where the content says so (FastCDC), so that what is inserted moves the cuts
 //! around it only; or at fixed places, for memory, whose pages do not move. What is all zero is listed and not stored.
 //!
 //! A store is not believed: every chunk is checked when it arrives, and so is the whole file. What fails for a moment is tried again.
 
+mod bundle;
 mod cut;
 mod sweep;
 
@@ -25,7 +27,7 @@ use std::{
 
 use backon::{ExponentialBuilder, Retryable as _};
 use bytes::Bytes;
-use futures::{StreamExt as _, TryStreamExt as _, stream};
+use futures::{StreamExt as _, TryStreamExt as _, future::BoxFuture, stream};
 use object_store::{
     ObjectStore, ObjectStoreExt as _, PutPayload, local::LocalFileSystem, path::Path as Key,
     prefix::PrefixStore,
@@ -34,6 +36,7 @@ use prost::Message as _;
 use tokio::sync::mpsc;
 use url::Url;
 
+pub use bundle::{Bundle, BundleName, Part, UNUSED};
 pub use cut::Cut;
 pub use sweep::Swept;
 
@@ -121,11 +124,26 @@ struct Chunk {
     length: u32,
 }
 
+impl List {
+    /// Whether it says what lists can say.
+    fn is_sound(&self) -> bool {
+        let is_sound = |chunk: &Chunk| {
+            (chunk.digest.is_empty() || chunk.hash().is_some())
+                && (1..=LARGEST).contains(&(chunk.length as usize))
+        };
+        let lengths = self.chunks.iter().map(|chunk| u64::from(chunk.length));
+        lengths.sum::<u64>() == self.size && self.chunks.iter().all(is_sound)
+    }
+}
+
 impl Chunk {
     fn hash(&self) -> Option<blake3::Hash> {
         blake3::Hash::from_slice(&self.digest).ok()
     }
 }
+
+/// Is awaited before something is done.
+pub type Before<'a> = dyn Fn() -> BoxFuture<'static, ()> + Send + Sync + 'a;
 
 /// What has become of a file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -138,6 +156,15 @@ pub struct Moved {
     pub moved_chunks: u64,
     /// What was sent or fetched, packed.
     pub moved_bytes: u64,
+}
+
+impl std::ops::AddAssign for Moved {
+    fn add_assign(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.chunks += other.chunks;
+        self.moved_chunks += other.moved_chunks;
+        self.moved_bytes += other.moved_bytes;
+    }
 }
 
 /// Where an object store is: `/folder`, `file:///folder`, `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`.
@@ -231,8 +258,26 @@ impl Blobs {
 
     /// Stores a file under its digest, in hexadecimal; what is there already is not sent.
     pub async fn put(&self, path: &Path, cut: Cut) -> Result<(String, Moved), BlobError> {
-        let file = File::open(path)?;
-        let (to, pieces) = mpsc::channel(AT_ONCE);
+        let (digest, list, moved) = self
+            .put_chunks(File::open(path)?, cut, AT_ONCE, &|| {
+                Box::pin(std::future::ready(()))
+            })
+            .await?;
+        let payload = PutPayload::from(list.encode_to_vec());
+        let key = key("files", &digest);
+        self.again(|| self.store.put(&key, payload.clone())).await?;
+        Ok((digest, moved))
+    }
+
+    /// Stores the chunks of a file, so many at once, and each after `before`; its digest and its list.
+    async fn put_chunks(
+        &self,
+        file: File,
+        cut: Cut,
+        at_once: usize,
+        before: &Before<'_>,
+    ) -> Result<(String, List, Moved), BlobError> {
+        let (to, pieces) = mpsc::channel(at_once);
         let cutting = tokio::task::spawn_blocking(move || cut::run(file, cut, &to));
         let pieces = stream::unfold(pieces, |mut pieces| async {
             pieces.recv().await.map(|piece| (piece, pieces))
@@ -240,7 +285,14 @@ impl Blobs {
         let mut moved = Moved::default();
         let mut list = List::default();
         // In their order, however they arrive.
-        let mut sent = Box::pin(pieces.map(|piece| self.send(piece)).buffered(AT_ONCE));
+        let mut sent = Box::pin(
+            pieces
+                .map(|piece| async move {
+                    before().await;
+                    self.send(piece).await
+                })
+                .buffered(at_once),
+        );
         while let Some((chunk, size)) = sent.try_next().await? {
             list.size += u64::from(chunk.length);
             moved.chunks += u64::from(!chunk.digest.is_empty());
@@ -252,12 +304,8 @@ impl Blobs {
         }
         drop(sent);
         let digest = cutting.await.map_err(io::Error::other)??;
-        let digest = digest.to_hex().to_string();
         moved.bytes = list.size;
-        let payload = PutPayload::from(list.encode_to_vec());
-        let key = key("files", &digest);
-        self.again(|| self.store.put(&key, payload.clone())).await?;
-        Ok((digest, moved))
+        Ok((digest.to_hex().to_string(), list, moved))
     }
 
     /// A chunk, and how much of it was sent if it was not there.
@@ -292,6 +340,11 @@ impl Blobs {
         if list.size != size {
             return Err(BlobError::Damaged(format!("the list of file {digest}")));
         }
+        self.fill(list, digest, to).await
+    }
+
+    /// Fetches the chunks of a list that is sound, and checks the whole.
+    async fn fill(&self, list: List, digest: &str, to: File) -> Result<Moved, BlobError> {
         to.set_len(list.size)?;
         let to = Arc::new(to);
         let mut at = 0;
@@ -343,16 +396,7 @@ impl Blobs {
             Err(error) => return Err(error.into()),
         };
         let list = List::decode(bytes).map_err(|_| damaged())?;
-        let is_sound = |chunk: &Chunk| {
-            (chunk.digest.is_empty() || chunk.hash().is_some())
-                && (1..=LARGEST).contains(&(chunk.length as usize))
-        };
-        let size: u64 = list
-            .chunks
-            .iter()
-            .map(|chunk| u64::from(chunk.length))
-            .sum();
-        if size == list.size && list.chunks.iter().all(is_sound) {
+        if list.is_sound() {
             Ok(list)
         } else {
             Err(damaged())

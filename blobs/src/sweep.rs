@@ -5,13 +5,18 @@ use std::collections::HashSet;
 use futures::{StreamExt as _, TryStreamExt as _};
 use object_store::{ObjectMeta, ObjectStoreExt as _, path::Path as Key};
 
-use crate::{BlobError, Blobs, GRACE, LARGEST_LIST};
+use crate::{
+    BlobError, Blobs, GRACE, LARGEST_LIST,
+    bundle::{self, BundleName, is_unused},
+};
 
 /// What was removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Swept {
     /// Lists of files.
     pub files: u64,
+    /// Bundles.
+    pub bundles: u64,
     /// Chunks.
     pub chunks: u64,
     /// Their bytes, packed.
@@ -19,8 +24,8 @@ pub struct Swept {
 }
 
 impl Blobs {
-    /// Removes files that are not wanted, by their digests, and chunks that no file is made of any more; what is younger than [`GRACE`] stays, since it may
-    /// belong to a file whose list is still to come.
+    /// Removes files that are not wanted, by their digests, bundles of groups that are not, or that were of no use for [`crate::UNUSED`], and chunks that nothing is
+    /// made of any more; what is younger than [`GRACE`] stays, since it may belong to a file whose list is still to come.
     pub async fn sweep(&self, wanted: &HashSet<String>) -> Result<Swept, BlobError> {
         let mut swept = Swept::default();
         let mut used = HashSet::new();
@@ -35,6 +40,24 @@ impl Blobs {
                 Ok(list) => used.extend(list.chunks.iter().filter_map(crate::Chunk::hash)),
                 // Of one that cannot be read nobody knows what it is made of: nothing goes.
                 Err(error) => return Err(error),
+            }
+        }
+        let mut bundles = self.store.list(Some(&Key::from(bundle::FOLDER)));
+        while let Some(object) = bundles.try_next().await? {
+            let Some(name) = BundleName::of(&object.location) else {
+                continue;
+            };
+            let is_wanted = wanted.contains(name.group()) && !is_unused(&object);
+            if !is_wanted && is_over(&object) && self.remove(&object.location).await? {
+                swept.bundles += 1;
+                continue;
+            }
+            if let Some(chunks) = self.chunks_of_bundle(&name).await? {
+                used.extend(chunks);
+            } else {
+                // Whoever needs it makes it again.
+                self.remove_bundle(&name).await?;
+                swept.bundles += 1;
             }
         }
         let mut chunks = self.store.list(Some(&Key::from("chunks")));

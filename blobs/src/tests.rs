@@ -317,3 +317,100 @@ fn addresses_of_stores() {
         assert!(text.parse::<Address>().is_err(), "{text}");
     }
 }
+
+fn name(key: &str) -> BundleName {
+    BundleName::new("ab", key).unwrap()
+}
+
+async fn put_bundle(blobs: &Blobs, key: &str, files: &[(&str, &[u8])]) -> Moved {
+    let mut sum = Moved::default();
+    let mut parts = Vec::new();
+    for (name, bytes) in files {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), bytes).unwrap();
+        let cut = Cut::Every(64 << 10);
+        let (part, moved) = blobs
+            .put_part(name, file.reopen().unwrap(), cut, &|| Box::pin(async {}))
+            .await
+            .unwrap();
+        sum += moved;
+        parts.push(part);
+    }
+    let about = key.as_bytes().to_vec();
+    blobs.put_bundle(&name(key), about, parts).await.unwrap();
+    sum
+}
+
+#[tokio::test]
+async fn bundles_are_fetched_whole_and_share_what_is_the_same() {
+    let blobs = in_memory();
+    assert!(blobs.bundle(&name("1")).await.unwrap().is_none());
+    assert!(!blobs.use_bundle(&name("1")).await.unwrap());
+    let mut memory = noise(1, 1 << 20);
+    memory.extend(vec![0; 4 << 20]);
+    let first = put_bundle(&blobs, "1", &[("memory", &memory), ("devices", b"d")]).await;
+    assert_eq!((first.chunks, first.moved_chunks), (17, 17));
+    memory[3] ^= 1;
+    let second = put_bundle(&blobs, "2", &[("memory", &memory), ("devices", b"d")]).await;
+    assert_eq!((second.chunks, second.moved_chunks), (17, 1));
+    assert!(blobs.use_bundle(&name("2")).await.unwrap());
+
+    let bundle = blobs.bundle(&name("2")).await.unwrap().unwrap();
+    assert_eq!(bundle.about, b"2");
+    assert!(bundle.part("disk").is_none());
+    let part = bundle.part("memory").unwrap();
+    assert_eq!(part.bytes(), memory.len() as u64);
+    let to = tempfile::NamedTempFile::new().unwrap();
+    let moved = blobs.get_part(part, to.reopen().unwrap()).await.unwrap();
+    assert_eq!(moved.moved_chunks, 16);
+    assert!(fs::read(to.path()).unwrap() == memory);
+    assert_eq!(blobs.bundles("ab").await.unwrap().len(), 2);
+    assert!(blobs.bundles("cd").await.unwrap().is_empty());
+
+    // Whoever claims another content is found out.
+    let mut lying = part.clone();
+    lying.digest = blake3::hash(b"other").to_hex().to_string();
+    let to = tempfile::tempfile().unwrap();
+    let damaged = blobs.get_part(&lying, to).await;
+    assert!(matches!(damaged, Err(BlobError::Damaged(_))));
+    blobs.remove_bundle(&name("2")).await.unwrap();
+    blobs.remove_bundle(&name("2")).await.unwrap();
+    assert!(blobs.bundle(&name("2")).await.unwrap().is_none());
+    for (group, key) in [("", "1"), ("1", ""), ("..", "1"), ("a/b", "1"), ("g", "1")] {
+        assert!(BundleName::new(group, key).is_none());
+    }
+}
+
+#[tokio::test]
+async fn bundles_go_with_what_they_are_of_or_when_they_are_of_no_use() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = Blobs::open(&Address::of_folder(folder.path()).unwrap()).unwrap();
+    put_bundle(&blobs, "1", &[("memory", &noise(1, 1 << 20))]).await;
+    put_bundle(&blobs, "2", &[("memory", &noise(2, 1 << 20))]).await;
+    fs::write(folder.path().join("snapshots/ab/3"), b"\xff").unwrap();
+    let bundle = |key: &str| folder.path().join("snapshots/ab").join(key);
+    let age = |path: std::path::PathBuf, by: Duration| {
+        let object = File::open(path).unwrap();
+        object.set_modified(SystemTime::now() - by).unwrap();
+    };
+    for shard in fs::read_dir(folder.path().join("chunks")).unwrap() {
+        for chunk in fs::read_dir(shard.unwrap().path()).unwrap() {
+            age(chunk.unwrap().path(), GRACE * 2);
+        }
+    }
+    // What nobody can read is of no use, and hinders nothing.
+    let wanted = HashSet::from(["ab".to_owned()]);
+    let swept = blobs.sweep(&wanted).await.unwrap();
+    assert_eq!((swept.bundles, swept.chunks), (1, 0));
+    age(bundle("1"), UNUSED + Duration::from_hours(1));
+    age(bundle("2"), UNUSED / 2);
+    assert!(blobs.use_bundle(&name("2")).await.unwrap());
+    let swept = blobs.sweep(&wanted).await.unwrap();
+    assert_eq!((swept.bundles, swept.chunks), (1, 16));
+    // It was used a moment ago, so it stays for a while, whatever it is of.
+    let swept = blobs.sweep(&HashSet::new()).await.unwrap();
+    assert_eq!(swept, Swept::default());
+    age(bundle("2"), GRACE * 2);
+    let swept = blobs.sweep(&HashSet::new()).await.unwrap();
+    assert_eq!((swept.bundles, swept.chunks), (1, 16));
+}
