@@ -555,13 +555,12 @@ impl Hosted {
         self.table().here.values().cloned().collect()
     }
 
-    /// As the registry wants to hear it.
+    /// As the registry wants to hear it: all that are here, and the ends it does not know of. By the same look, so that none is in neither.
     pub fn listing(&self) -> Vec<HostedSession> {
-        self.table()
-            .here
-            .values()
-            .map(|session| session.wire())
-            .collect()
+        let table = self.table();
+        let here = table.here.values().map(|session| session.wire());
+        let ended = table.unreported.iter().map(|(id, ended)| ended.wire(id));
+        here.chain(ended).collect()
     }
 
     /// Ends the control plane does not know of.
@@ -716,8 +715,10 @@ mod tests {
         assert!(matches!(hosted.lookup(&id), Lookup::Was(was) if was == ended));
         assert_eq!(hosted.used(), Capacity::default());
         assert_eq!(hosted.unreported().len(), 1);
+        // An audit that asks meanwhile must not take it for one that was never here.
+        assert_eq!(hosted.listing(), [ended.wire(&id)]);
         hosted.acknowledged(&[id.to_string()]);
-        assert!(hosted.unreported().is_empty());
+        assert!(hosted.unreported().is_empty() && hosted.listing().is_empty());
     }
 
     #[test]

@@ -16,7 +16,7 @@
 //! | Resuming | Running | Running | settled; a rollback only if orphaned, since before it was done the session may have run too |
 //! | Resuming | Paused | Paused | orphaned |
 //! | any of these | Starting, Pausing, Resuming, Stopping | as it is: the next listing says what came of it | |
-//! | living | final | Failed or Lost, with the node's reason (`api/registry.rs`) | |
+//! | living | final: it ended by itself, which no heartbeat has brought yet | Failed or Lost, with the node's reason | |
 //! | final, unknown, or another node's | living | the node is told to end it | |
 //!
 //! *Settled*: the row has been in its state since well before the listing was made. *Orphaned*: or since before this start of the
@@ -55,6 +55,10 @@ pub struct Audit {
     pub nodes: Nodes,
     /// The sessions on them.
     pub sessions: Sessions,
+}
+
+fn is_final(hosted: &HostedSession) -> bool {
+    State::from_wire(hosted.state).is_some_and(State::is_final)
 }
 
 /// Why a session that should be on a node is not there: what its end says. Pure.
@@ -138,6 +142,29 @@ impl Audit {
         Ok(())
     }
 
+    /// Notes an end that a node knows of, with its reason.
+    pub async fn note_end(&self, node: &NodeId, ended: &HostedSession) -> Result<(), SessionError> {
+        let Ok(id) = SessionId::parse(&ended.session_id) else {
+            return Ok(());
+        };
+        let Some(session) = self.store.get(&id).await? else {
+            return Ok(());
+        };
+        if session.node_id != *node || session.state.is_final() || session.state == State::Stopping
+        {
+            return Ok(());
+        }
+        let end = ended.end_reason.clone().unwrap_or_default();
+        let end = EndReason::new(end.reason, end.message);
+        if State::from_wire(ended.state) == Some(State::Lost) {
+            let actor = format!("node:{node}");
+            self.sessions.lose(session, end, &actor).await?;
+        } else {
+            self.sessions.fail(session, end).await?;
+        }
+        Ok(())
+    }
+
     /// Rows of this node become what a listing of it says; those it does not have become Lost.
     pub async fn compare(
         &self,
@@ -146,6 +173,10 @@ impl Audit {
         listed_at: Micros,
         node_started: Option<Micros>,
     ) -> Result<(), SessionError> {
+        // What ended by itself has a better reason than not being there.
+        for ended in listing.iter().filter(|hosted| is_final(hosted)) {
+            self.note_end(node, ended).await?;
+        }
         let hosted: HashMap<&str, &HostedSession> = listing
             .iter()
             .map(|session| (session.session_id.as_str(), session))
@@ -184,10 +215,7 @@ impl Audit {
         node: &NodeId,
         listing: &[HostedSession],
     ) -> Result<Vec<String>, StoreError> {
-        let is_living = |hosted: &&HostedSession| {
-            State::from_wire(hosted.state).is_none_or(|state| !state.is_final())
-        };
-        let ids = listing.iter().filter(is_living);
+        let ids = listing.iter().filter(|hosted| !is_final(hosted));
         let ids: Vec<String> = ids
             .filter(|hosted| SessionId::parse(&hosted.session_id).is_ok())
             .map(|hosted| hosted.session_id.clone())

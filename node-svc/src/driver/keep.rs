@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::{
-    DriveError, Driver, Export, Outcome, PAUSED, Stopwatch, TEMPLATE_MEMORY, blocking, link_anew,
-    remove_file,
+    DriveError, Driver, Export, Outcome, PAUSED, REACH_AGAIN, Stopwatch, TEMPLATE_MEMORY, blocking,
+    link_anew, remove_file,
     start::{Source, rules_of},
     unfinished,
 };
@@ -126,6 +126,12 @@ impl Driver {
 
     /// A guest that cannot go on after it was stopped is at its end.
     pub(super) async fn beyond_help(&mut self, error: &DriveError) -> Ended {
+        // What it stumbled over may be the end of its VMM.
+        if let Some(vm) = self.vm.as_mut()
+            && let Ok(exit) = tokio::time::timeout(REACH_AGAIN, vm.wait()).await
+        {
+            return self.failed(&exit).await;
+        }
         let console = self.console().await;
         tracing::error!(session_id = self.session.id.short(), %error, console, "a guest does not go on after it was stopped");
         Ended {

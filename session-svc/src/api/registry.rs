@@ -3,25 +3,20 @@
 use std::time::Duration;
 
 use proto::node::v1::{
-    HeartbeatRequest, HeartbeatResponse, HostedSession, ListNodesRequest, ListNodesResponse,
+    HeartbeatRequest, HeartbeatResponse, ListNodesRequest, ListNodesResponse,
     NodeRegistryServiceDrainNodeRequest, NodeRegistryServiceDrainNodeResponse, RegisterNodeRequest,
     RegisterNodeResponse, WakeSessionRequest, WakeSessionResponse,
     node_registry_service_server::NodeRegistryService,
 };
-use service_kit::{
-    errors::Failure,
-    ids::{NodeId, SessionId},
-};
+use service_kit::{errors::Failure, ids::NodeId};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status};
 
 use super::fields;
 use crate::{
     audit::Audit,
-    errors::SessionError,
-    lifecycle::State,
     nodes::Nodes,
-    session::{EndReason, Micros},
+    session::Micros,
     sessions::Sessions,
     store::{Registration, Store},
 };
@@ -53,36 +48,8 @@ fn node_id(text: &str) -> Result<NodeId, Status> {
         .map_err(|error| Failure::field_invalid("node_id", error.to_string()).into_status())
 }
 
-fn is_final(hosted: &HostedSession) -> bool {
-    State::from_wire(hosted.state).is_some_and(State::is_final)
-}
-
 fn store_error(error: crate::store::StoreError) -> Status {
     Failure::from(error).into_status()
-}
-
-impl Registry {
-    async fn note_end(&self, node: &NodeId, hosted: &HostedSession) -> Result<bool, SessionError> {
-        let Ok(id) = SessionId::parse(&hosted.session_id) else {
-            return Ok(true);
-        };
-        let Some(session) = self.store.get(&id).await? else {
-            return Ok(true);
-        };
-        if session.node_id != *node || session.state.is_final() || session.state == State::Stopping
-        {
-            return Ok(true);
-        }
-        let end = hosted.end_reason.clone().unwrap_or_default();
-        let end = EndReason::new(end.reason, end.message);
-        if State::from_wire(hosted.state) == Some(State::Lost) {
-            let actor = format!("node:{node}");
-            self.sessions.lose(session, end, &actor).await?;
-        } else {
-            self.sessions.fail(session, end).await?;
-        }
-        Ok(true)
-    }
 }
 
 #[tonic::async_trait]
@@ -105,10 +72,6 @@ impl NodeRegistryService for Registry {
             })
             .await
             .map_err(store_error)?;
-        // What ended by itself has a better reason than not being there.
-        for ended in sessions.iter().filter(|hosted| is_final(hosted)) {
-            self.note_end(&id, ended).await?;
-        }
         let audit = &self.audit;
         audit.compare(&id, &sessions, listed_at, started).await?;
         let stop_session_ids = audit.unwanted(&id, &sessions).await.map_err(store_error)?;
@@ -169,9 +132,8 @@ impl NodeRegistryService for Registry {
         }
         let mut acknowledged_session_ids = Vec::new();
         for ended in &request.ended {
-            if self.note_end(&id, ended).await? {
-                acknowledged_session_ids.push(ended.session_id.clone());
-            }
+            self.audit.note_end(&id, ended).await?;
+            acknowledged_session_ids.push(ended.session_id.clone());
         }
         Ok(Response::new(HeartbeatResponse {
             register: false,

@@ -59,6 +59,8 @@ pub(crate) struct Inside {
     pub(crate) fail_children: usize,
     /// Sessions that ended by themselves and are not acknowledged.
     pub(crate) ended: Vec<wire::HostedSession>,
+    /// Its heartbeats do not bring those yet.
+    pub(crate) is_late: bool,
     /// What it has to say of sessions and is not acknowledged.
     pub(crate) notices: Vec<wire::SessionNotice>,
     /// Its next answer to a heartbeat is lost.
@@ -188,7 +190,11 @@ impl FakeNode {
                             incarnation: description.incarnation.clone(),
                             used: Some(used(&inside)),
                             draining: inside.draining,
-                            ended: inside.ended.clone(),
+                            ended: if inside.is_late {
+                                Vec::new()
+                            } else {
+                                inside.ended.clone()
+                            },
                             notices: inside.notices.clone(),
                         }
                     };

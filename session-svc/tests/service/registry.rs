@@ -219,6 +219,23 @@ async fn a_session_that_breaks_by_itself_fails_with_its_reason() {
 }
 
 #[tokio::test]
+async fn an_audit_between_an_end_and_its_heartbeat_has_the_reason() {
+    let world = World::new().await;
+    let replica = world.replica();
+    let node = world.node(&replica, 4).await;
+    let id = replica.create(base()).await.unwrap().session_id;
+    age(&world, &id).await;
+    node.inside().is_late = true;
+    node.break_session(&id, "VMM_EXITED");
+    let failed = replica.until(&id, SessionState::Failed).await;
+    assert_eq!(failed.end_reason.unwrap().reason, "VMM_EXITED");
+    assert_eq!(node.inside().ended.len(), 1);
+    node.inside().is_late = false;
+    let heard = eventually(async || node.inside().ended.is_empty().then_some(()));
+    heard.await.expect("the node is not acknowledged");
+}
+
+#[tokio::test]
 async fn a_start_that_broke_on_its_node_does_not_use_up_its_request_id() {
     let world = World::new().await;
     let replica = world.replica();
