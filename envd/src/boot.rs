@@ -9,7 +9,7 @@ use std::{
     os::fd::AsFd as _,
     path::{Path, PathBuf},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use nix::{
@@ -61,8 +61,18 @@ pub(crate) fn bring_up() -> Result<LinkDevice, Failure> {
     Ok(link)
 }
 
+/// Makes a folder that something is mounted at, if it is not there. It does not tell when this guest began: it may become a part of a template.
+fn mount_point(path: impl AsRef<Path>) -> io::Result<()> {
+    let path = path.as_ref();
+    if path.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(path)?;
+    File::open(path)?.set_modified(SystemTime::UNIX_EPOCH)
+}
+
 fn mount_new(source: &str, kind: &str, target: &str, options: &str) -> Result<(), Failure> {
-    fs::create_dir_all(target)?;
+    mount_point(target)?;
     let flags = if matches!(kind, "proc" | "sysfs" | "cgroup2") {
         MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC
     } else {
@@ -191,7 +201,7 @@ fn mount_root(rootfs: &Path, scratch: &Path) -> Result<(), Failure> {
     .map_err(failed("overlay"))?;
     for folder in ["proc", "sys", "dev"] {
         let target = Path::new("/newroot").join(folder);
-        fs::create_dir_all(&target)?;
+        mount_point(&target)?;
         let source = Path::new("/").join(folder);
         mount(
             Some(&source),

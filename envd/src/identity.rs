@@ -13,6 +13,7 @@ use std::{
     fs::{self, File},
     io,
     os::fd::AsRawFd as _,
+    path::Path,
     sync::{Mutex, PoisonError},
 };
 
@@ -367,10 +368,44 @@ pub(crate) fn set_names(name: &str, machine_id: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Writes a small file, unless it says that already: a session that resumes touches no disk for it.
-pub(crate) fn write_new(path: &str, text: &str) -> Result<(), String> {
-    if fs::read_to_string(path).is_ok_and(|there| there == text) {
-        return Ok(());
+/// Writes a small file, unless it says that already: a session that resumes touches no disk for it. Its folder stays as old as it was: a layer that is
+/// made of a session is to be the same whenever that began.
+pub(crate) fn write_new(path: impl AsRef<Path>, text: &str) -> Result<(), String> {
+    let path = path.as_ref();
+    let write = || {
+        match fs::read_to_string(path) {
+            Ok(there) if there == text => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // What it is instead is overwritten.
+            _ => return fs::write(path, text),
+        }
+        let folder = File::open(path.parent().unwrap_or(Path::new("/")))?;
+        let before = folder.metadata()?.modified()?;
+        fs::write(path, text)?;
+        folder.set_modified(before)
+    };
+    write().map_err(|error: io::Error| format!("{}: {error}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+
+    #[test]
+    fn a_file_of_a_session_does_not_tell_when_it_began() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("hosts");
+        let then = SystemTime::UNIX_EPOCH + Duration::from_nanos(1_000_000_000_000_000_042);
+        let set = || File::open(folder.path()).unwrap().set_modified(then);
+        set().unwrap();
+        for text in ["one", "one", "another"] {
+            write_new(&path, text).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+            let modified = fs::metadata(folder.path()).unwrap().modified().unwrap();
+            assert_eq!(modified, then, "{text}");
+        }
+        assert!(write_new(folder.path().join("none/file"), "").is_err());
     }
-    fs::write(path, text).map_err(|error| format!("{path}: {error}"))
 }

@@ -1,9 +1,11 @@
 //! Who is who, from /etc/passwd and /etc/group as text: a static program has no name service to ask (passwd(5), group(5)).
 
 use std::{
-    fs,
+    io::Read as _,
     path::{Path, PathBuf},
 };
+
+use crate::files;
 
 /// A user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +20,8 @@ pub(crate) struct User {
 }
 
 const DEFAULT_SHELL: &str = "/bin/sh";
+/// Of a database is read.
+const LARGEST: u64 = 1 << 20;
 
 /// Finds a user by name or number, which may be without a name; empty means the default: `user` if there is one, else root.
 pub(crate) fn find(asked: &str) -> Option<User> {
@@ -26,13 +30,26 @@ pub(crate) fn find(asked: &str) -> Option<User> {
             .or_else(|| named("root"))
             .or_else(|| Some(root()));
     }
-    named(asked).or_else(|| nameless(asked))
+    named(asked)
+        // Who that is needs no file.
+        .or_else(|| (asked == "root").then(root))
+        .or_else(|| nameless(asked))
 }
 
 fn named(asked: &str) -> Option<User> {
-    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let group = fs::read_to_string("/etc/group").unwrap_or_default();
+    let passwd = database(Path::new("/etc/passwd"));
+    let group = database(Path::new("/etc/group"));
     find_in(&passwd, &group, asked)
+}
+
+/// Its text. Whoever is root in the guest says what is there: one that is no file, which might never answer or never end, is none.
+fn database(path: &Path) -> String {
+    let mut bytes = Vec::new();
+    if let Ok((file, _)) = files::open(path) {
+        // Of one that cannot be read to its end, what came before.
+        let _ = file.take(LARGEST).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// A number without a name, as images have them. It is nobody's home, so that is the root, as container engines have it.
@@ -145,6 +162,19 @@ mod tests {
         );
         assert_eq!(find_in(PASSWD, GROUP, "1000"), Some(user));
         assert_eq!(find_in(PASSWD, GROUP, "nobody"), None);
+    }
+
+    #[test]
+    fn a_database_that_is_no_file_has_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        nix::unistd::mkfifo(&at("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", at("endless")).unwrap();
+        std::fs::write(at("large"), vec![b'x'; 3 << 20]).unwrap();
+        for name in ["fifo", "endless", "missing"] {
+            assert_eq!(database(&at(name)), "", "{name}");
+        }
+        assert_eq!(database(&at("large")).len() as u64, LARGEST);
     }
 
     #[test]
