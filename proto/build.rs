@@ -42,7 +42,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".sandmesh.template.v1.UploadSourceRequest.data")
         .bytes(".sandmesh.template.v1.UploadFilesRequest.data")
         .bytes(".sandmesh.template.v1.FetchArtifactResponse.data")
-        .skip_debug([".sandmesh.template.v1.RegistryLogin"])
+        .skip_debug([
+            ".sandmesh.template.v1.RegistryLogin",
+            ".sandmesh.template.v1.BuildSecret",
+        ])
         .build_transport(false)
         .compile_fds(descriptors)?;
 

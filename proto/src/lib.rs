@@ -27,6 +27,15 @@ pub mod template {
                     .finish_non_exhaustive()
             }
         }
+
+        /// Without the value.
+        impl std::fmt::Debug for BuildSecret {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct("BuildSecret")
+                    .field("id", &self.id)
+                    .finish_non_exhaustive()
+            }
+        }
     }
 }
 

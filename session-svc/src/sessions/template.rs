@@ -48,6 +48,7 @@ impl Templates {
         let found = self.cache.try_get_with(key, async {
             let mut request = Request::new(GetTemplateRequest {
                 template: name.to_owned(),
+                ..GetTemplateRequest::default()
             });
             caller.apply(request.metadata_mut());
             request.set_timeout(CALL_LIMIT);

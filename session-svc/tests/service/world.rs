@@ -458,6 +458,7 @@ impl template_server::TemplateService for Templates {
                 default_disk_bytes: 1 << 30,
                 ..template::Template::default()
             }),
+            ..template::GetTemplateResponse::default()
         }))
     }
 
