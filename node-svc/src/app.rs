@@ -38,6 +38,7 @@ use tower::ServiceExt as _;
 use crate::{
     api::NodeApi,
     artifact::Artifacts,
+    cache::Cache,
     catalog::Catalog,
     config::{Config, VmmChoice},
     disk::Disks,
@@ -49,6 +50,7 @@ use crate::{
     register::Registrar,
     slot::{SlotConfig, SlotError, SlotPool},
     snapshot::TemplateSnapshots,
+    snapshot_store::SnapshotStore,
     stored::Maker,
     vmm::{
         Vmm,
@@ -195,11 +197,18 @@ impl App {
         };
         let (forks, warm) = (folder.join("f"), folder.join("w"));
         tokio::task::block_in_place(|| driver::end_all(&warm)).map_err(state)?;
-        let snapshots = tokio::task::block_in_place(|| {
-            driver::end_template_boots(&folder.join("t"))?;
-            TemplateSnapshots::open(folder.join("t"))
+        let (cache, snapshots) = tokio::task::block_in_place(|| {
+            let (artifacts, snapshots) = (folder.join("artifacts"), folder.join("t"));
+            driver::end_template_boots(&snapshots)?;
+            let bound = match config.cache {
+                Some(bound) => bound,
+                None => Cache::usual_bound(&folder)?,
+            };
+            let cache = Cache::open(artifacts, snapshots.clone(), bound)?;
+            Ok((Arc::new(cache), TemplateSnapshots::open(snapshots)?))
         })
         .map_err(state)?;
+        let blobs = config.store.as_ref().map(Blobs::open).transpose()?;
         let workshop = Workshop {
             maker: Maker {
                 vmm: format!("{} {}", vmm.kind().as_str_name(), vmm.version()),
@@ -211,12 +220,17 @@ impl App {
             snapshots,
             forks,
             makings: Makings::default(),
+            store: blobs
+                .clone()
+                .map(|blobs| Arc::new(SnapshotStore::new(blobs, cpu_identity()))),
             artifacts: Artifacts::open(
                 folder.join("artifacts"),
-                config.store.as_ref().map(Blobs::open).transpose()?,
+                Arc::clone(&cache),
+                blobs,
                 mesh::connect(&config.template_addresses, &token),
             )
             .map_err(state)?,
+            cache,
             disks: Disks::open(folder.join("disks")).map_err(state)?,
             slots,
             images,
@@ -352,7 +366,9 @@ impl App {
         if let Some(slots) = &workshop.slots {
             background.spawn(slots.clone().run(shutdown.clone()));
             background.spawn(Arc::clone(&workshop).keep_warm(shutdown.clone()));
+            background.spawn(Arc::clone(&workshop).renew_snapshots(shutdown.clone()));
         }
+        background.spawn(Arc::clone(&workshop.cache).keep_small(shutdown.clone()));
         background.spawn(Arc::clone(&workshop.logs).keep_clean(shutdown.clone()));
         let registrar = Registrar {
             registry,
@@ -399,6 +415,9 @@ impl App {
         }
         background.close();
         background.wait().await;
+        if let Some(store) = &workshop.store {
+            store.stop().await;
+        }
         connections.close();
         if tokio::time::timeout(serve::DRAIN_DEADLINE, connections.wait())
             .await

@@ -1,4 +1,4 @@
-//! Files of templates on this node: fetched by digest once, checked, kept.
+//! Files of templates on this node: fetched by digest, checked, kept as long as there is room.
 
 use std::{
     collections::HashMap,
@@ -16,7 +16,11 @@ use proto::template::v1::{
 use service_kit::mesh::MeshChannel;
 use tonic::Request;
 
+use crate::cache::{Cache, Item, Pin};
+
 const FETCH_TIMEOUT: Duration = Duration::from_mins(2);
+/// Begins names of what is being fetched.
+const INCOMING: &str = ".incoming-";
 
 /// An artifact cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -44,37 +48,51 @@ pub enum ArtifactError {
 #[derive(Debug, Clone)]
 pub struct Artifacts {
     folder: PathBuf,
+    cache: Arc<Cache>,
     blobs: Option<Blobs>,
     source: ArtifactServiceClient<MeshChannel>,
     fetching: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
 }
 
 impl Artifacts {
-    /// Keeps files in the folder; fetches them from the object store, if there is one, or else from template-svc.
-    pub fn open(folder: PathBuf, blobs: Option<Blobs>, source: MeshChannel) -> io::Result<Self> {
-        fs::create_dir_all(&folder)?;
+    /// Keeps files in the folder, which is the cache's; fetches them from the object store, if there is one, or else from template-svc. What an earlier node-svc was
+    /// fetching is removed. Blocking.
+    pub fn open(
+        folder: PathBuf,
+        cache: Arc<Cache>,
+        blobs: Option<Blobs>,
+        source: MeshChannel,
+    ) -> io::Result<Self> {
+        for entry in fs::read_dir(&folder)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(INCOMING) {
+                fs::remove_file(entry.path())?;
+            }
+        }
         Ok(Self {
             folder,
+            cache,
             blobs,
             source: ArtifactServiceClient::new(source),
             fetching: Arc::default(),
         })
     }
 
-    /// Where an artifact is on this node; fetches it if need be. Many callers cause one fetch.
+    /// Where an artifact is on this node, at least until the pin is dropped; fetches it if need be. Many callers cause one fetch.
     pub async fn get(
         &self,
         what: &'static str,
         artifact: Option<&Artifact>,
-    ) -> Result<PathBuf, ArtifactError> {
+    ) -> Result<(PathBuf, Pin), ArtifactError> {
         let artifact = artifact.ok_or(ArtifactError::Malformed(what))?;
         let digest = &artifact.digest;
         if digest.len() != 64 || !digest.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(ArtifactError::Malformed(what));
         }
         let path = self.folder.join(digest);
+        let pin = self.cache.pin(Item::Artifact(digest.clone()));
         if path.exists() {
-            return Ok(path);
+            return Ok((path, pin));
         }
         let lock = {
             let mut fetching = self.fetching.lock().unwrap_or_else(PoisonError::into_inner);
@@ -89,13 +107,14 @@ impl Artifacts {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(digest);
-        Ok(path)
+        Ok((path, pin))
     }
 
     async fn fetch(&self, artifact: &Artifact, path: &Path) -> Result<(), ArtifactError> {
+        let room = self.cache.make_room(artifact.size_bytes).await;
         let begin = || {
             let mut file = tempfile::Builder::new();
-            file.prefix(".incoming-").tempfile_in(&self.folder)
+            file.prefix(INCOMING).tempfile_in(&self.folder)
         };
         let mut file = begin()?;
         if !self.fetch_blob(artifact, file.as_file()).await? {
@@ -109,7 +128,8 @@ impl Artifacts {
             std::os::unix::fs::PermissionsExt::from_mode(0o444),
         )?;
         file.persist(path).map_err(|error| error.error)?;
-        Ok(())
+        drop(room);
+        Ok(self.cache.added(&Item::Artifact(artifact.digest.clone()))?)
     }
 
     /// From the object store; whether it was there.
@@ -174,5 +194,99 @@ impl Artifacts {
         file.sync_all()?;
         tracing::info!(digest, bytes = size, "artifact fetched");
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use blobs::Cut;
+    use service_kit::mesh::{self, MeshToken};
+    use tempfile::TempDir;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+
+    const SIZE: u64 = 64 << 10;
+
+    /// Artifacts of one size in a store, on a node that has room for two of them.
+    struct World {
+        root: TempDir,
+        cache: Arc<Cache>,
+        artifacts: Artifacts,
+        stored: Vec<Artifact>,
+    }
+
+    impl World {
+        async fn new(count: u8) -> Self {
+            let root = tempfile::tempdir().unwrap();
+            let at = |name: &str| root.path().join(name);
+            let blobs = Blobs::open(&blobs::Address::of_folder(&at("store")).unwrap()).unwrap();
+            let mut stored = Vec::new();
+            for number in 1..=count {
+                let file = at("file");
+                fs::write(&file, vec![number; SIZE as usize]).unwrap();
+                let (digest, _) = blobs.put(&file, Cut::Content).await.unwrap();
+                stored.push(Artifact {
+                    digest,
+                    size_bytes: SIZE,
+                });
+            }
+            let cache = Cache::open(at("artifacts"), at("t"), 2 * SIZE).unwrap();
+            let cache = Arc::new(cache);
+            fs::write(at("artifacts").join(".incoming-1"), "of before").unwrap();
+            // Nobody is there.
+            let source = mesh::connect(&["127.0.0.1:9".parse().unwrap()], &MeshToken::random());
+            let of_node = Arc::clone(&cache);
+            Self {
+                artifacts: Artifacts::open(at("artifacts"), of_node, Some(blobs), source).unwrap(),
+                cache,
+                stored,
+                root,
+            }
+        }
+
+        async fn get(&self, number: usize) -> (PathBuf, Pin) {
+            let got = self.artifacts.get("root", self.stored.get(number)).await;
+            got.unwrap()
+        }
+
+        fn count(&self) -> usize {
+            let folder = self.root.path().join("artifacts");
+            fs::read_dir(folder).unwrap().count()
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_in_use_stays_and_what_went_is_fetched_again() {
+        let world = World::new(3).await;
+        assert_eq!(world.count(), 0, "what was half fetched is gone");
+        let (first, pin) = world.get(0).await;
+        let second = world.get(1).await.0;
+        let third = world.get(2).await.0;
+        assert!(first.exists() && !second.exists() && third.exists());
+        // Another name of it outlives it.
+        let other = world.root.path().join("other");
+        fs::hard_link(&third, &other).unwrap();
+        let (again, _again) = world.get(1).await;
+        assert!(again.exists() && first.exists() && !third.exists());
+        assert_eq!(fs::read(&other).unwrap(), vec![3; SIZE as usize]);
+        // All are in use: there is more than should be, until one is not.
+        let (_, third) = world.get(2).await;
+        assert_eq!(world.count(), 3);
+        let shutdown = CancellationToken::new();
+        let keep = tokio::spawn(Arc::clone(&world.cache).keep_small(shutdown.clone()));
+        drop(pin);
+        let look = async {
+            while first.exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), look)
+            .await
+            .unwrap();
+        drop(third);
+        shutdown.cancel();
+        keep.await.unwrap();
+        assert_eq!(world.count(), 2);
     }
 }

@@ -52,6 +52,10 @@ pub struct Config {
     /// is asked for all of it.
     #[arg(long, env = "SANDMESH_STORE", value_name = "FOLDER|URL")]
     pub store: Option<blobs::Address>,
+    /// Room for what this node has fetched of templates, and for its snapshots of them; what was used longest ago goes first. Default: half of the file system of
+    /// --state.
+    #[arg(long, env = "SANDMESH_NODE_CACHE", value_parser = parse_bytes)]
+    pub cache: Option<u64>,
     /// File of the mesh token, mode 0600.
     #[arg(long, env = "SANDMESH_MESH_TOKEN_FILE")]
     pub mesh_token_file: PathBuf,

@@ -26,7 +26,7 @@ use proto::{
     },
     session::v1::{GetSessionMetricsResponse, SessionState},
 };
-use service_kit::errors::Reason;
+use service_kit::{errors::Reason, kernel_arguments::MalformedArguments};
 use tempfile::TempDir;
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
@@ -37,6 +37,7 @@ use tracing::{Instrument as _, Span};
 
 use crate::{
     artifact::{ArtifactError, Artifacts},
+    cache::Cache,
     disk::{DiskError, Disks},
     guest::{Connections, GuestClient, Identity},
     guest_image::GuestImages,
@@ -45,6 +46,7 @@ use crate::{
     logs::{NewMessage, SessionLog, SessionLogs},
     slot::{RuleError, Slot, SlotError, SlotPool},
     snapshot::TemplateSnapshots,
+    snapshot_store::SnapshotStore,
     spans,
     stored::{self, Maker, StoredError},
     vmm::{Vm, VmExit, Vmm, VmmError, memory::MemoryError},
@@ -82,6 +84,8 @@ const ERROR: u32 = 3;
 const NOTICE: u32 = 5;
 /// Memory of the template's snapshot, by its name in a session's folder.
 const TEMPLATE_MEMORY: &str = "template-memory";
+/// The template's root, likewise.
+const TEMPLATE_ROOTFS: &str = "template-rootfs";
 /// What a paused session is.
 const PAUSED: &str = "paused";
 /// Checkpoints, each a folder by its ID.
@@ -98,12 +102,16 @@ pub struct Workshop {
     pub maker: Maker,
     /// Network places; none where the VMM needs none.
     pub slots: Option<SlotPool>,
+    /// What there is room for of templates.
+    pub cache: Arc<Cache>,
     /// Template files.
     pub artifacts: Artifacts,
     /// Snapshots of templates.
     pub snapshots: TemplateSnapshots,
     /// Those that are being made.
     pub makings: Makings,
+    /// Those that other nodes have made, or will want; none without an object store.
+    pub store: Option<Arc<SnapshotStore>>,
     /// Initial RAM disks; none where the VMM needs none.
     pub images: Option<GuestImages>,
     /// Writable disks.
@@ -191,6 +199,9 @@ pub enum DriveError {
     /// Its network rules make no sense.
     #[error("network: {0}")]
     Rules(#[from] RuleError),
+    /// What its template adds to its kernel's command line.
+    #[error("kernel arguments: {0}")]
+    KernelArguments(#[from] MalformedArguments),
     /// A writable disk.
     #[error("{0}")]
     Disk(#[from] DiskError),
@@ -259,7 +270,7 @@ impl DriveError {
             Self::BrokeOff => "START_FAILED",
             Self::Artifact(_) => "ARTIFACT_UNAVAILABLE",
             Self::Slot(_) => "NETWORK_SLOT_FAILED",
-            Self::Rules(_) => return Reason::INVALID_ARGUMENT,
+            Self::Rules(_) | Self::KernelArguments(_) => return Reason::INVALID_ARGUMENT,
             Self::Disk(_) => "DISK_FAILED",
             Self::Stored(StoredError::Damaged(_))
             | Self::Vmm(VmmError::Memory(MemoryError::Damaged(_)) | VmmError::Load(_)) => {
@@ -286,6 +297,7 @@ impl DriveError {
         let full = |error: &io::Error| error.kind() == io::ErrorKind::StorageFull;
         match self {
             Self::Disk(DiskError::Io(error))
+            | Self::Artifact(ArtifactError::Disk(error))
             | Self::Io(error)
             | Self::Stored(StoredError::Io(error)) => full(error),
             Self::Vmm(error) => error.is_disk_full(),
@@ -434,6 +446,11 @@ impl Workshop {
             "session ended"
         );
         self.hosted.bury(&session, ended, report);
+    }
+
+    /// Names the envd of this node.
+    fn envd(&self) -> &str {
+        self.images.as_ref().map_or("", GuestImages::envd)
     }
 
     async fn write_journal(&self, folder: &Path, entry: &journal::Entry) -> io::Result<()> {

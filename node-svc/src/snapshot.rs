@@ -8,10 +8,13 @@ use std::{
     os::unix::fs::{FileExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
 };
 
 use prost::Message as _;
-use proto::{session::v1::Resources, template::v1::Template};
+use proto::{
+    node::v1::MakeTemplateSnapshotRequest, session::v1::Resources, template::v1::Template,
+};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::{
@@ -25,6 +28,22 @@ const BUFFER: usize = 1 << 20;
 /// Begins names of snapshots that are being made.
 const MAKING: &str = ".making-";
 
+/// Where a snapshot comes from: an encoded [`Origin`].
+const ORIGIN: &str = "origin.pb";
+/// Of a template and its environment, encoded.
+const LARGEST_ORIGIN: u64 = 4 << 20;
+
+/// What a snapshot is of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotOf {
+    /// All of it.
+    pub key: String,
+    /// The same for each envd: one of another envd may serve until there is one of this.
+    pub lineage: String,
+    /// Names the envd in it.
+    pub envd: String,
+}
+
 /// One that is whole.
 #[derive(Debug, Clone)]
 pub struct TemplateSnapshot {
@@ -32,6 +51,48 @@ pub struct TemplateSnapshot {
     pub key: String,
     /// Its files.
     pub folder: PathBuf,
+    /// Names the envd in it.
+    pub envd: String,
+}
+
+/// How to make a snapshot anew when there is another envd.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Origin {
+    /// As in [`SnapshotOf`].
+    #[prost(string, tag = "1")]
+    lineage: String,
+    #[prost(string, tag = "2")]
+    envd: String,
+    /// Of what, and for sessions of which size.
+    #[prost(message, optional, tag = "3")]
+    request: Option<MakeTemplateSnapshotRequest>,
+}
+
+impl Origin {
+    /// Of a snapshot that is made for this request.
+    pub fn new(of: &SnapshotOf, template: &Template, resources: Resources) -> Self {
+        Self {
+            lineage: of.lineage.clone(),
+            envd: of.envd.clone(),
+            request: Some(MakeTemplateSnapshotRequest {
+                template: Some(template.clone()),
+                resources: Some(resources),
+            }),
+        }
+    }
+
+    /// Notes it beside what is made in this folder. Blocking.
+    pub fn write(&self, folder: &Path) -> io::Result<()> {
+        fs::write(folder.join(ORIGIN), self.encode_to_vec())
+    }
+
+    /// Of a snapshot; none of one that an older node-svc has made. Blocking.
+    fn read(folder: &Path) -> Option<Self> {
+        let path = folder.join(ORIGIN);
+        let size = fs::metadata(&path).ok()?.len();
+        let bytes = fs::read(path).ok().filter(|_| size <= LARGEST_ORIGIN)?;
+        Self::decode(bytes.as_slice()).ok()
+    }
 }
 
 /// The snapshots of this node.
@@ -78,6 +139,10 @@ impl TemplateSnapshots {
             resources.vcpus, resources.memory_bytes, resources.disk_bytes
         );
         hasher.update(rest.as_bytes());
+        if !template.kernel_arguments.is_empty() {
+            let rest = format!("\nkernel arguments {:?}\n", template.kernel_arguments);
+            hasher.update(rest.as_bytes());
+        }
         if let Some(start) = &template.start {
             // What it begins with.
             let env: BTreeMap<_, _> = template.env.iter().collect();
@@ -103,7 +168,12 @@ impl TemplateSnapshots {
         Arc::clone(turns.entry(key.to_owned()).or_default())
     }
 
-    /// A snapshot that is here and whole; a damaged one is removed. The first look reads all of its memory.
+    /// Whether a snapshot is here, whole or damaged.
+    pub fn is_here(&self, key: &str) -> bool {
+        self.folder.join(key).exists()
+    }
+
+    /// A snapshot that is here and whole; a damaged one is removed. The first look reads all of its memory. Whoever looks has pinned it.
     pub async fn find(&self, key: &str, maker: &Maker) -> Result<Option<PathBuf>, StoredError> {
         let folder = self.folder.join(key);
         let verified = Arc::clone(&self.verified);
@@ -113,11 +183,14 @@ impl TemplateSnapshots {
                 let verified = verified.lock().unwrap_or_else(PoisonError::into_inner);
                 verified.contains(&key)
             };
+            if !folder.exists() {
+                // It went because there was no room for it.
+                let mut verified = verified.lock().unwrap_or_else(PoisonError::into_inner);
+                verified.remove(&key);
+                return Ok(None);
+            }
             if is_known(&verified) {
                 return Ok(Some(folder));
-            }
-            if !folder.exists() {
-                return Ok(None);
             }
             match stored::check(&folder, &maker).and_then(|()| check_memory(&folder)) {
                 Ok(()) => {
@@ -133,6 +206,70 @@ impl TemplateSnapshots {
             }
         };
         crate::work::blocking(look)
+            .await
+            .map_err(io::Error::other)?
+    }
+
+    /// Those of the same lineage with another envd, the newest first, whole or damaged.
+    pub async fn others(&self, of: &SnapshotOf) -> Vec<TemplateSnapshot> {
+        let (all, wanted) = (self.folder.clone(), of.clone());
+        let look = move || {
+            let mut found = Vec::new();
+            for (key, folder) in whole(&all)? {
+                // One that goes meanwhile is none.
+                let made = fs::metadata(folder.join(ORIGIN)).and_then(|it| it.modified());
+                let origin = Origin::read(&folder).filter(|it| it.lineage == wanted.lineage);
+                if let (Some(Origin { envd, .. }), Ok(made)) = (origin, made)
+                    && key != wanted.key
+                {
+                    found.push((made, TemplateSnapshot { key, folder, envd }));
+                }
+            }
+            found.sort_by_key(|(made, _)| std::cmp::Reverse(*made));
+            Ok::<_, io::Error>(found.into_iter().map(|(_, snapshot)| snapshot).collect())
+        };
+        let looked = crate::work::blocking(look).await.map_err(io::Error::other);
+        looked.and_then(|looked| looked).unwrap_or_else(|error| {
+            tracing::error!(%error, "snapshots with an earlier envd are not found");
+            Vec::new()
+        })
+    }
+
+    /// What was made with another envd than this, used since then, and not made anew yet: how to do so. Blocking.
+    pub fn outdated(
+        &self,
+        envd: &str,
+        since: SystemTime,
+    ) -> io::Result<Vec<MakeTemplateSnapshotRequest>> {
+        let mut outdated = Vec::new();
+        let mut renewed = HashSet::new();
+        for (_, folder) in whole(&self.folder)? {
+            // One that goes meanwhile is none.
+            let used = fs::metadata(&folder).and_then(|it| it.modified());
+            let (Some(origin), Ok(used)) = (Origin::read(&folder), used) else {
+                continue;
+            };
+            if origin.envd == envd {
+                renewed.insert(origin.lineage);
+            } else if used >= since {
+                outdated.push(origin);
+            }
+        }
+        outdated.retain(|origin| !renewed.contains(&origin.lineage));
+        Ok(outdated
+            .into_iter()
+            .filter_map(|origin| origin.request)
+            .collect())
+    }
+
+    /// Removes one. Sessions that were restored from it have their own names for what they need of it.
+    pub async fn discard(&self, key: &str) -> io::Result<()> {
+        self.verified
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(key);
+        let folder = self.folder.join(key);
+        crate::work::blocking(move || stored::remove(&folder))
             .await
             .map_err(io::Error::other)?
     }
@@ -181,6 +318,19 @@ impl TemplateSnapshots {
             .insert(key.to_owned());
         Ok(folder)
     }
+}
+
+/// The snapshots of a folder that are no longer being made, by their keys. Blocking.
+fn whole(folder: &Path) -> io::Result<Vec<(String, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().into_string().unwrap_or_default();
+        if !name.is_empty() && !name.starts_with('.') {
+            found.push((name, entry.path()));
+        }
+    }
+    Ok(found)
 }
 
 fn check_memory(folder: &Path) -> Result<(), StoredError> {
@@ -262,6 +412,12 @@ mod tests {
         };
         let key = key_of(&template);
         assert_eq!(key, key_of(&Template::default()));
+        // What its kernel is told counts.
+        let told = key_of(&Template {
+            kernel_arguments: "quiet".into(),
+            ..Template::default()
+        });
+        assert_ne!(key, told);
         // What runs in it counts, and what that runs in.
         template.start = Some(StartCommand::default());
         let started = key_of(&template);
@@ -278,6 +434,13 @@ mod tests {
         let made = snapshots.publish(&key, &maker()).await.unwrap();
         assert_eq!(fs::read(made.join(MEMORY)).unwrap(), memory);
         assert!(fs::metadata(made.join(MEMORY)).unwrap().blocks() * 512 <= 64 << 10);
+        // One that went is not known any more, and another in its place is looked at.
+        let elsewhere = root.path().join("elsewhere");
+        fs::rename(&made, &elsewhere).unwrap();
+        assert!(snapshots.find(&key, &maker()).await.unwrap().is_none());
+        assert!(snapshots.verified.lock().unwrap().is_empty());
+        fs::rename(&elsewhere, &made).unwrap();
+        assert!(snapshots.find(&key, &maker()).await.unwrap().is_some());
 
         let later = TemplateSnapshots::open(root.path().join("t")).unwrap();
         assert!(later.find(&key, &maker()).await.unwrap().is_some());
@@ -286,6 +449,55 @@ mod tests {
         let later = TemplateSnapshots::open(root.path().join("t")).unwrap();
         assert!(later.find(&key, &maker()).await.unwrap().is_none());
         assert!(!made.exists());
+    }
+
+    #[tokio::test]
+    async fn one_with_another_envd_is_found_by_its_lineage() {
+        let root = tempfile::tempdir().unwrap();
+        let snapshots = TemplateSnapshots::open(root.path().to_owned()).unwrap();
+        let of = |key: &str, envd: &str| SnapshotOf {
+            key: key.into(),
+            lineage: "l".into(),
+            envd: envd.into(),
+        };
+        let template = Template {
+            name: "t".into(),
+            ..Template::default()
+        };
+        for (key, envd) in [("1", "a"), ("2", "b")] {
+            let folder = snapshots.begin(key).unwrap();
+            fs::write(folder.join(MEMORY), "memory").unwrap();
+            fs::write(folder.join(crate::vmm::DEVICES), "devices").unwrap();
+            let origin = Origin::new(&of(key, envd), &template, Resources::default());
+            origin.write(&folder).unwrap();
+            snapshots.publish(key, &maker()).await.unwrap();
+        }
+        let newest = fs::File::open(root.path().join("2").join(ORIGIN)).unwrap();
+        let later = SystemTime::now() + std::time::Duration::from_secs(1);
+        newest.set_modified(later).unwrap();
+        let found = snapshots.others(&of("3", "c")).await;
+        let keys = |found: &[TemplateSnapshot]| {
+            let keys = found.iter().map(|it| format!("{} {}", it.key, it.envd));
+            keys.collect::<Vec<_>>()
+        };
+        assert_eq!(keys(&found), ["2 b", "1 a"]);
+        assert_eq!(keys(&snapshots.others(&of("2", "b")).await), ["1 a"]);
+        let stranger = SnapshotOf {
+            lineage: "m".into(),
+            ..of("3", "c")
+        };
+        assert!(snapshots.others(&stranger).await.is_empty());
+        let long_ago = SystemTime::UNIX_EPOCH;
+        // There is one with that envd.
+        assert!(snapshots.outdated("b", long_ago).unwrap().is_empty());
+        let outdated = snapshots.outdated("c", long_ago).unwrap();
+        assert_eq!(outdated.len(), 2);
+        assert_eq!(outdated[0].template.as_ref().unwrap().name, "t");
+        let tomorrow = SystemTime::now() + std::time::Duration::from_hours(24);
+        assert!(snapshots.outdated("c", tomorrow).unwrap().is_empty());
+        snapshots.discard("2").await.unwrap();
+        assert!(!snapshots.is_here("2"));
+        assert!(snapshots.find("2", &maker()).await.unwrap().is_none());
     }
 
     #[test]

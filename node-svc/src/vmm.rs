@@ -15,6 +15,7 @@ use std::{
 };
 
 use proto::node::v1::VmmKind;
+use service_kit::kernel_arguments::KernelArguments;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub mod cgroup;
@@ -78,6 +79,8 @@ pub struct BootSpec {
     pub kernel: PathBuf,
     /// Modules and envd.
     pub initrd: PathBuf,
+    /// What its command line has after our own words.
+    pub arguments: KernelArguments,
 }
 
 /// What a guest is restored from.

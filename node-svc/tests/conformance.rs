@@ -29,7 +29,7 @@ use node_svc::{
         qemu::Qemu,
     },
 };
-use service_kit::ids::SessionId;
+use service_kit::{ids::SessionId, kernel_arguments::KernelArguments};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
@@ -161,6 +161,7 @@ async fn conforms(vmm: &dyn Vmm, bench: &Bench) {
         machine: template.clone(),
         kernel: bench.kernel.clone(),
         initrd: bench.initrd.clone(),
+        arguments: KernelArguments::default(),
     };
     let mut vm = vmm.boot(spec).await.unwrap();
     let (guest, _stop) = reach(vm.as_mut()).await;

@@ -14,6 +14,7 @@ use futures::{Stream, StreamExt as _};
 use node_svc::{
     api::NodeApi,
     artifact::Artifacts,
+    cache::Cache,
     disk::Disks,
     driver::{Makings, WarmPolicy, WarmPool, Workshop},
     hosted::{Hosted, Lookup, Phase},
@@ -68,6 +69,7 @@ impl Node {
             memory: 0,
             idle_ttl: LIMIT,
         };
+        let cache = Arc::new(Cache::open(path("artifacts"), path("t"), 1 << 20).unwrap());
         let workshop = Workshop {
             vmm: Arc::new(fake),
             maker: Maker {
@@ -78,12 +80,15 @@ impl Node {
             // Nobody is there, and nobody is asked.
             artifacts: Artifacts::open(
                 path("artifacts"),
+                Arc::clone(&cache),
                 None,
                 mesh::connect(&["127.0.0.1:9".parse().unwrap()], &MeshToken::random()),
             )
             .unwrap(),
+            cache,
             snapshots: TemplateSnapshots::open(path("t")).unwrap(),
             makings: Makings::default(),
+            store: None,
             images: None,
             disks: Disks::open(path("disks")).unwrap(),
             sessions: path("s"),

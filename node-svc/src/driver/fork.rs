@@ -6,7 +6,9 @@ use proto::node::v1::StartSessionRequest;
 use tempfile::TempDir;
 
 use super::{
-    DriveError, Driver, Outcome, PAUSED, TEMPLATE_MEMORY, blocking, start::Source, unfinished,
+    DriveError, Driver, Outcome, PAUSED, TEMPLATE_MEMORY, blocking,
+    start::{Source, link_own_rootfs},
+    unfinished,
 };
 use crate::{
     disk,
@@ -75,6 +77,7 @@ impl Driver {
         }
         let (from, to) = (self.folder.clone(), image.folder.path().to_owned());
         blocking(move || {
+            link_own_rootfs(&from, &to)?;
             fs::hard_link(from.join(TEMPLATE_MEMORY), to.join(TEMPLATE_MEMORY))?;
             disk::copy(&from.join(MEMORY), &to.join(MEMORY))
         })
@@ -102,6 +105,7 @@ impl Driver {
             if is_simulated {
                 return Ok(());
             }
+            link_own_rootfs(&from, &to)?;
             fs::hard_link(from.join(TEMPLATE_MEMORY), to.join(TEMPLATE_MEMORY))?;
             fs::hard_link(paused.join(SCRATCH), to.join(SCRATCH))?;
             disk::copy(&from.join(TEMPLATE_MEMORY), &to.join(MEMORY))?;
@@ -115,11 +119,12 @@ impl Driver {
             .map_err(io::Error::other)?
     }
 
-    /// Gives a child's folder the memory of the image.
+    /// Gives a child's folder root and memory of the image.
     pub(super) async fn take_image(&mut self, image: &ForkImage) -> Result<Source, DriveError> {
         if self.shop.vmm.needs_place() {
             let (from, to) = (image.folder.path().to_owned(), self.folder.clone());
             blocking(move || {
+                link_own_rootfs(&from, &to)?;
                 fs::hard_link(from.join(TEMPLATE_MEMORY), to.join(TEMPLATE_MEMORY))?;
                 fs::hard_link(from.join(MEMORY), to.join(MEMORY))
             })

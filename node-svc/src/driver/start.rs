@@ -10,22 +10,22 @@ use proto::{
     node::v1::{StartSessionRequest, StartStep},
     template::v1::Template,
 };
+use service_kit::kernel_arguments::KernelArguments;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DriveError, Driver, OLDEST_ENVD, Origin, REACH_AGAIN, Stopwatch, TEMPLATE_MEMORY, blocking,
-    open, remove_file,
+    DriveError, Driver, OLDEST_ENVD, Origin, REACH_AGAIN, Stopwatch, TEMPLATE_MEMORY,
+    TEMPLATE_ROOTFS, Workshop, blocking, open, remove_file,
 };
 use crate::{
     disk,
     guest::{Connections, GuestClient},
-    guest_image::GuestImages,
     hosted::Envd,
     journal::{self, Durability, Step},
     slot::{self, NetworkRules, RuleError, Slot},
     snapshot::TemplateSnapshot,
     stored::SCRATCH,
-    vmm::{BootSpec, DEVICES, GuestPlace, MEMORY, Machine, RestoreSpec},
+    vmm::{BootSpec, DEVICES, GuestPlace, MEMORY, Machine, RestoreSpec, VmmError},
 };
 
 /// What a guest is restored from.
@@ -49,10 +49,9 @@ impl Driver {
             self.adopt(entry).await?;
             return Ok(Vec::new());
         }
-        self.entry.envd = match (&origin, &self.shop.images) {
-            (Origin::Fork(image), _) => image.envd().to_owned(),
-            (_, Some(images)) => images.envd().to_owned(),
-            (_, None) => String::new(),
+        self.entry.envd = match &origin {
+            Origin::Fork(image) => image.envd().to_owned(),
+            _ => self.shop.envd().to_owned(),
         };
         self.note_envd();
         let mut watch = Stopwatch::new();
@@ -71,14 +70,25 @@ impl Driver {
                 let shop = Arc::clone(&self.shop);
                 let wanted = shop.wanted(&self.request).await?;
                 watch.lap("artifacts");
-                let snapshot = shop.template_snapshot(wanted, None).await?;
+                // Until it has names of its own for what stays its, and has read the rest.
+                let _pins = wanted.pins.clone();
+                let chosen = shop.snapshot_for_session(wanted).await?;
                 watch.lap("template");
-                if let Some(reached) = self.take_warm(&snapshot, &mut watch).await? {
+                let snapshot = &chosen.snapshot;
+                self.entry.envd.clone_from(&snapshot.envd);
+                self.note_envd();
+                let reached = if let Some(reached) = self.take_warm(snapshot, &mut watch).await? {
                     reached
                 } else {
-                    let source = self.take_template(&snapshot, &mut watch).await?;
-                    self.restore(source, self.connections(), &mut watch).await?
-                }
+                    let source = self.take_template(snapshot, &mut watch).await?;
+                    let restored = self.restore(source, self.connections(), &mut watch).await;
+                    if let Err(DriveError::Vmm(VmmError::Load(_))) = &restored {
+                        shop.does_not_load(&chosen).await;
+                    }
+                    restored?
+                };
+                shop.has_served(&chosen);
+                reached
             }
             _ => self.simulate(&mut watch).await?,
         };
@@ -118,6 +128,7 @@ impl Driver {
             machine: self.machine(PathBuf::new()),
             kernel: PathBuf::new(),
             initrd: PathBuf::new(),
+            arguments: KernelArguments::default(),
         };
         let vm = self.vm.insert(self.shop.vmm.boot(spec).await?);
         let (guest, over) = open(vm.as_mut(), self.shop.boot_timeout).await?;
@@ -237,21 +248,24 @@ impl Driver {
 
     /// Says which envd the session has where its sessions are listed.
     pub(super) fn note_envd(&self) {
-        let current = self.shop.images.as_ref().map(GuestImages::envd);
         let digest = self.entry.envd.clone();
         self.session.set_envd(Envd {
-            is_outdated: !digest.is_empty() && current.is_some_and(|current| current != digest),
+            is_outdated: !digest.is_empty() && self.shop.envd() != digest,
             digest,
         });
     }
 
+    /// Its root, by the name that is its own; those that have none yet get one.
     async fn rootfs(&self) -> Result<PathBuf, DriveError> {
         if !self.shop.vmm.needs_place() {
             return Ok(PathBuf::new());
         }
+        let own = self.path(TEMPLATE_ROOTFS);
+        if own.exists() {
+            return Ok(own);
+        }
         let template = self.request.template.as_ref();
-        let rootfs = template.and_then(|template| template.rootfs.as_ref());
-        Ok(self.shop.artifacts.get("root filesystem", rootfs).await?)
+        self.shop.link_rootfs(template, &self.folder).await
     }
 
     fn machine(&self, rootfs: PathBuf) -> Machine {
@@ -264,6 +278,22 @@ impl Driver {
             memory_bytes: resources.memory_bytes,
             place: self.slot.as_ref().map(place),
         }
+    }
+}
+
+impl Workshop {
+    /// Gives a guest's folder its template's root, which stays there whatever becomes of the node's.
+    pub(super) async fn link_rootfs(
+        &self,
+        template: Option<&Template>,
+        folder: &Path,
+    ) -> Result<PathBuf, DriveError> {
+        let rootfs = template.and_then(|template| template.rootfs.as_ref());
+        let (rootfs, _pin) = self.artifacts.get("root filesystem", rootfs).await?;
+        let own = folder.join(TEMPLATE_ROOTFS);
+        let name = own.clone();
+        blocking(move || fs::hard_link(rootfs, name)).await?;
+        Ok(own)
     }
 }
 
@@ -286,6 +316,14 @@ pub(super) fn connections_of(template: Option<&Template>) -> Connections {
         Connections::Reset
     } else {
         Connections::Keep
+    }
+}
+
+/// Gives a folder the root that another has; a session that began before there was such a name has none.
+pub(super) fn link_own_rootfs(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::hard_link(from.join(TEMPLATE_ROOTFS), to.join(TEMPLATE_ROOTFS)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

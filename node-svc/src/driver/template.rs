@@ -1,10 +1,19 @@
 //! Snapshots of templates. Each is made once, by a task of its own for all that wait for it; it is given up when nobody does any more.
+//!
+//! ```text
+//!   on this node? --no--> with another envd? --no--> in the object store? --no--> boot, start command, store
+//!        |                     |                          |                          |
+//!        +---------------------+---- sessions are --------+--------------------------+
+//!                              |     restored from it                                |
+//!                              +-- made anew, while it serves ----------------------+
+//! ```
 
 use std::{
     collections::HashMap,
     panic::AssertUnwindSafe,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures::FutureExt as _;
@@ -13,18 +22,30 @@ use proto::{
     session::v1::Resources,
     template::v1::Template,
 };
+use service_kit::kernel_arguments::KernelArguments;
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{DriveError, StartOutput, Workshop, blocking, open, start::place};
 use crate::{
+    cache::{Item, Pin, Room},
     guest::GuestClient,
     slot::{NetworkRules, Slot},
-    snapshot::{TemplateSnapshot, TemplateSnapshots},
+    snapshot::{Origin, SnapshotOf, TemplateSnapshot, TemplateSnapshots},
+    snapshot_store::StoredAs,
     stored::{self, SCRATCH},
     vmm::{BootSpec, DEVICES, Machine, Vm, VmmError, process},
     work,
 };
+
+/// Between two looks whether no guest starts.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Snapshots that were used within that time are made anew when there is another envd.
+const IN_USE: Duration = Duration::from_hours(7 * 24);
+/// After one could not be.
+const RENEW_AGAIN: Duration = Duration::from_hours(1);
+/// What a snapshot takes beside the guest's memory: devices, and of a disk what is written at a boot.
+const BESIDE_MEMORY: u64 = 16 << 20;
 
 type Outcome = Result<PathBuf, Arc<DriveError>>;
 
@@ -32,8 +53,19 @@ type Outcome = Result<PathBuf, Arc<DriveError>>;
 #[derive(Debug, Default)]
 pub struct Makings {
     table: Mutex<HashMap<String, Arc<Making>>>,
+    /// Those that are made anew, or could not be, by their keys.
+    renewals: Mutex<HashMap<String, Renewal>>,
+    /// Held while one of these is.
+    renewing: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
     stop: CancellationToken,
+}
+
+/// Of a snapshot that has an earlier envd.
+#[derive(Debug)]
+enum Renewal {
+    UnderWay,
+    NotBefore(Instant),
 }
 
 /// One that is being made. Whoever waits for it has a receiver.
@@ -47,6 +79,33 @@ struct Making {
 impl Makings {
     fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Making>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn renewals(&self) -> MutexGuard<'_, HashMap<String, Renewal>> {
+        self.renewals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether one is to be made anew now, by whoever asks.
+    fn begin_renewal(&self, key: &str) -> bool {
+        let mut renewals = self.renewals();
+        let now = Instant::now();
+        let is_over =
+            |renewal: &Renewal| matches!(renewal, Renewal::NotBefore(then) if *then <= now);
+        if renewals.get(key).is_some_and(|renewal| !is_over(renewal)) {
+            return false;
+        }
+        renewals.insert(key.to_owned(), Renewal::UnderWay);
+        true
+    }
+
+    fn end_renewal(&self, key: &str, is_made: bool) {
+        let mut renewals = self.renewals();
+        if is_made {
+            renewals.remove(key);
+        } else {
+            let then = Instant::now() + RENEW_AGAIN;
+            renewals.insert(key.to_owned(), Renewal::NotBefore(then));
+        }
     }
 
     /// Gives all of them up, and waits until nothing of them is left.
@@ -110,18 +169,34 @@ impl Making {
 }
 
 /// What is to be made.
+#[derive(Clone)]
 pub(super) struct Wanted {
-    key: String,
+    of: SnapshotOf,
     template: Template,
     resources: Resources,
     kernel: PathBuf,
     rootfs: PathBuf,
     initrd: PathBuf,
+    /// Keep its files here, and the snapshot itself.
+    pub(super) pins: [Pin; 4],
+    arguments: KernelArguments,
+    /// For a session like this, with nothing that is its own.
+    request: StartSessionRequest,
+}
+
+/// The snapshot that a session is restored from.
+pub(super) struct Chosen {
+    pub(super) snapshot: TemplateSnapshot,
+    /// How other nodes have it, if they may.
+    stored: Option<StoredAs>,
+    /// Keeps it here.
+    _pin: Pin,
 }
 
 /// What a boot of a template has taken.
 #[derive(Default)]
 struct TemplateBoot {
+    room: Option<Room>,
     slot: Option<Slot>,
     vm: Option<Box<dyn Vm>>,
 }
@@ -133,8 +208,8 @@ impl Workshop {
         wanted: Wanted,
         listener: Option<StartOutput>,
     ) -> Result<TemplateSnapshot, DriveError> {
-        let key = wanted.key.clone();
-        let (mut outcome, making) = self.makings.join(&key, listener);
+        let of = wanted.of.clone();
+        let (mut outcome, making) = self.makings.join(&of.key, listener);
         if let Some(making) = making {
             let make = Arc::clone(self).make_for_all(wanted, making);
             self.makings.tasks.spawn(make);
@@ -143,11 +218,182 @@ impl Workshop {
         match outcome.as_deref() {
             Ok(Some(Ok(folder))) => Ok(TemplateSnapshot {
                 folder: folder.clone(),
-                key,
+                key: of.key,
+                envd: of.envd,
             }),
             Ok(Some(Err(error))) => Err(DriveError::Template(Arc::clone(error))),
             // Its task always says how it ended.
             Ok(None) | Err(_) => Err(DriveError::Stopped),
+        }
+    }
+
+    /// The same, for a session that does not wait for a boot if one with another envd is there: it is made anew for those that come later.
+    pub(super) async fn snapshot_for_session(
+        self: &Arc<Self>,
+        wanted: Wanted,
+    ) -> Result<Chosen, DriveError> {
+        if !self.snapshots.is_here(&wanted.of.key)
+            && let Some((snapshot, pin)) = self.other_snapshot(&wanted.of).await
+        {
+            let renew = Arc::clone(self).renew(wanted.of.key, wanted.request);
+            self.makings.tasks.spawn(renew);
+            return Ok(Chosen {
+                snapshot,
+                stored: None,
+                _pin: pin,
+            });
+        }
+        let stored = self.stored_as(&wanted);
+        let pin = self.cache.pin(Item::Snapshot(wanted.of.key.clone()));
+        let snapshot = self.template_snapshot(wanted, None).await?;
+        Ok(Chosen {
+            snapshot,
+            stored,
+            _pin: pin,
+        })
+    }
+
+    /// One of the same lineage with another envd, if there is one that can be had.
+    async fn other_snapshot(&self, of: &SnapshotOf) -> Option<(TemplateSnapshot, Pin)> {
+        for other in self.snapshots.others(of).await {
+            let pin = self.cache.pin(Item::Snapshot(other.key.clone()));
+            let turn = self.snapshots.turn(&other.key);
+            let _turn = turn.lock().await;
+            match self.snapshots.find(&other.key, &self.maker).await {
+                Ok(Some(_)) => return Some((other, pin)),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(snapshot = other.key, %error, "a snapshot with an earlier envd does not serve");
+                }
+            }
+        }
+        None
+    }
+
+    /// What becomes of a snapshot from which a session was restored: others are to have it.
+    pub(super) fn has_served(self: &Arc<Self>, chosen: &Chosen) {
+        let (Some(store), Some(stored)) = (&self.store, &chosen.stored) else {
+            return;
+        };
+        let shop = Arc::downgrade(self);
+        let quiet = move || {
+            let shop = shop.clone();
+            async move {
+                while let Some(shop) = shop.upgrade() {
+                    if shop.is_quiet() {
+                        return;
+                    }
+                    drop(shop);
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+            }
+            .boxed()
+        };
+        let folder = chosen.snapshot.folder.clone();
+        store.used(stored.clone(), folder, self.maker.clone(), quiet);
+    }
+
+    /// What becomes of one that is whole and cannot be loaded, as when it comes from a host that is less like this one than it says: it is booted the next
+    /// time.
+    pub(super) async fn does_not_load(&self, chosen: &Chosen) {
+        let key = &chosen.snapshot.key;
+        tracing::error!(
+            snapshot = key,
+            "a template's snapshot cannot be loaded; it is made anew"
+        );
+        if let (Some(store), Some(stored)) = (&self.store, &chosen.stored) {
+            store.distrust(stored);
+        }
+        let turn = self.snapshots.turn(key);
+        let _turn = turn.lock().await;
+        if let Err(error) = self.snapshots.discard(key).await {
+            tracing::error!(snapshot = key, %error, "it stays");
+        }
+        if let Err(error) = self.cache.added(&Item::Snapshot(key.clone())) {
+            tracing::error!(snapshot = key, %error, "it is counted still");
+        }
+    }
+
+    /// How it is stored for other nodes, if it is.
+    fn stored_as(&self, wanted: &Wanted) -> Option<StoredAs> {
+        let (store, SnapshotOf { key, envd, .. }) = (self.store.as_ref()?, &wanted.of);
+        let (template, resources) = (&wanted.template, wanted.resources);
+        StoredAs::new(store.host(), key, template, resources, envd)
+    }
+
+    /// Whether no guest starts.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.boots.available_permits() >= self.parallel_boots
+    }
+
+    /// Makes a snapshot anew that an earlier envd is in, when no guest starts and there is room for one more.
+    async fn renew(self: Arc<Self>, key: String, request: StartSessionRequest) {
+        if !self.makings.begin_renewal(&key) {
+            return;
+        }
+        let renew = async {
+            // One after the other.
+            let _turn = self.makings.renewing.lock().await;
+            while !self.is_quiet() {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            if self.snapshots.is_here(&key) {
+                return Ok(());
+            }
+            // A session that needs it has been let in; this has not.
+            let _room = self.hosted.reserve(request.resources.unwrap_or_default())?;
+            let wanted = self.wanted(&request).await?;
+            self.template_snapshot(wanted, None).await?;
+            tracing::info!(snapshot = key, "a template's snapshot has this envd now");
+            Ok::<_, DriveError>(())
+        };
+        let renewed = tokio::select! {
+            renewed = renew => renewed,
+            () = self.makings.stop.cancelled() => Ok(()),
+        };
+        if let Err(error) = &renewed {
+            tracing::warn!(snapshot = key, %error, "a template's snapshot keeps its earlier envd for now");
+        }
+        self.makings.end_renewal(&key, renewed.is_ok());
+    }
+
+    /// Makes those anew that are in use and have another envd than this node.
+    pub async fn renew_snapshots(self: Arc<Self>, shutdown: CancellationToken) {
+        let Some(images) = &self.images else {
+            return;
+        };
+        let since = SystemTime::now() - IN_USE;
+        let outdated = tokio::task::block_in_place(|| {
+            // A week is a guess: what goes wrong with it is told, and nothing else.
+            self.snapshots.outdated(images.envd(), since)
+        });
+        let outdated = outdated.unwrap_or_else(|error| {
+            tracing::error!(%error, "snapshots with an earlier envd are not looked for");
+            Vec::new()
+        });
+        for MakeTemplateSnapshotRequest {
+            template,
+            resources,
+        } in outdated
+        {
+            let request = StartSessionRequest {
+                template,
+                resources,
+                ..StartSessionRequest::default()
+            };
+            let renew = async {
+                match self.wanted(&request).await {
+                    Ok(wanted) => Arc::clone(&self).renew(wanted.of.key, request).await,
+                    // Its template is gone, or template-svc is not there yet: its next session does it.
+                    Err(error) => {
+                        tracing::warn!(%error, "a template's snapshot keeps its earlier envd");
+                    }
+                }
+            };
+            tokio::select! {
+                () = renew => {}
+                () = shutdown.cancelled() => return,
+            }
         }
     }
 
@@ -176,33 +422,47 @@ impl Workshop {
     pub(super) async fn wanted(&self, request: &StartSessionRequest) -> Result<Wanted, DriveError> {
         let template = request.template.clone().unwrap_or_default();
         let resources = request.resources.unwrap_or_default();
+        let arguments = KernelArguments::parse(&template.kernel_arguments)?;
         let kernel = self.artifacts.get("kernel", template.kernel.as_ref());
-        let kernel = kernel.await?;
+        let (kernel, kernel_pin) = kernel.await?;
         let rootfs = template.rootfs.as_ref();
-        let rootfs = self.artifacts.get("root filesystem", rootfs).await?;
+        let (rootfs, rootfs_pin) = self.artifacts.get("root filesystem", rootfs).await?;
         let modules = self.artifacts.get("modules", template.modules.as_ref());
-        let modules = modules.await?;
+        let (modules, modules_pin) = modules.await?;
         let mut initrd = PathBuf::new();
         if let Some(images) = &self.images {
             // A copy of some MiB the first time, a look at a file name after.
             initrd = tokio::task::block_in_place(|| images.initrd(&modules))?;
         }
-        let files = [&kernel, &rootfs, &initrd];
-        let key = TemplateSnapshots::key(&files, resources, &self.maker, &template);
+        let key_of =
+            |files: &[&PathBuf]| TemplateSnapshots::key(files, resources, &self.maker, &template);
+        let of = SnapshotOf {
+            key: key_of(&[&kernel, &rootfs, &initrd]),
+            lineage: key_of(&[&kernel, &rootfs, &modules]),
+            envd: self.envd().to_owned(),
+        };
+        let pin = self.cache.pin(Item::Snapshot(of.key.clone()));
         Ok(Wanted {
-            key,
+            of,
+            request: StartSessionRequest {
+                template: Some(template.clone()),
+                resources: Some(resources),
+                ..StartSessionRequest::default()
+            },
             template,
             resources,
             kernel,
             rootfs,
             initrd,
+            pins: [kernel_pin, rootfs_pin, modules_pin, pin],
+            arguments,
         })
     }
 
     /// Makes it, and leaves nothing behind but that.
     async fn make_for_all(self: Arc<Self>, wanted: Wanted, making: Arc<Making>) {
         // One that was given up may still be cleaned up after.
-        let turn = self.snapshots.turn(&wanted.key);
+        let turn = self.snapshots.turn(&wanted.of.key);
         let _turn = turn.lock().await;
         let mut boot = TemplateBoot::default();
         let threads = TaskTracker::new();
@@ -212,20 +472,24 @@ impl Workshop {
             made = AssertUnwindSafe(make).catch_unwind() => {
                 Some(made.unwrap_or(Err(DriveError::BrokeOff)))
             }
-            () = self.makings.abandoned(&wanted.key, &making) => None,
+            () = self.makings.abandoned(&wanted.of.key, &making) => None,
             () = self.makings.stop.cancelled() => Some(Err(DriveError::Stopped)),
         };
         // What was given up may be written to still.
         work::finished(&threads).await;
-        let tidy = self.tidy(&wanted.key, boot, made.as_ref());
+        let tidy = self.tidy(&wanted.of.key, boot, made.as_ref());
         let is_tidy = AssertUnwindSafe(Box::pin(tidy)).catch_unwind().await;
+        // It is there now, or one that was damaged is not.
+        if let Err(error) = self.cache.added(&Item::Snapshot(wanted.of.key.clone())) {
+            tracing::error!(%error, "a template's snapshot is counted by the next node-svc only");
+        }
         let made = match is_tidy {
             Ok(()) => made,
             Err(_) => Some(Err(DriveError::BrokeOff)),
         };
         if let Some(made) = made {
             self.makings
-                .end(&wanted.key, &making, made.map_err(Arc::new));
+                .end(&wanted.of.key, &making, made.map_err(Arc::new));
         }
     }
 
@@ -235,14 +499,39 @@ impl Workshop {
         making: &Making,
         boot: &mut TemplateBoot,
     ) -> Result<PathBuf, DriveError> {
-        if let Some(folder) = self.snapshots.find(&wanted.key, &self.maker).await? {
+        let key = &wanted.of.key;
+        if let Some(folder) = self.snapshots.find(key, &self.maker).await? {
             return Ok(folder);
         }
-        self.make(wanted, making, boot).await?;
-        if let Some(mut vm) = boot.vm.take() {
-            vm.kill().await;
+        let memory = wanted.resources.memory_bytes;
+        let bytes = memory.saturating_add(BESIDE_MEMORY);
+        boot.room = Some(self.cache.make_room(bytes).await);
+        if !self.fetch(wanted).await? {
+            self.make(wanted, making, boot).await?;
+            if let Some(mut vm) = boot.vm.take() {
+                vm.kill().await;
+            }
         }
-        Ok(self.snapshots.publish(&wanted.key, &self.maker).await?)
+        let origin = Origin::new(&wanted.of, &wanted.template, wanted.resources);
+        let folder = self.snapshots.making(key);
+        blocking(move || origin.write(&folder)).await?;
+        Ok(self.snapshots.publish(key, &self.maker).await?)
+    }
+
+    /// Fetches it from the object store; whether it was there.
+    async fn fetch(&self, wanted: &Wanted) -> Result<bool, DriveError> {
+        let (Some(store), Some(stored)) = (&self.store, self.stored_as(wanted)) else {
+            return Ok(false);
+        };
+        let folder = self.snapshots.begin(&wanted.of.key)?;
+        match store.fetch(&stored, &folder).await {
+            Ok(is_there) => Ok(is_there),
+            Err(error) => {
+                let key = &wanted.of.key;
+                tracing::warn!(snapshot = key, %error, "the store does not have a snapshot, so it is booted");
+                Ok(false)
+            }
+        }
     }
 
     /// Ends its VM, gives its network place back, and removes what is half made.
@@ -287,12 +576,15 @@ impl Workshop {
         boot: &mut TemplateBoot,
     ) -> Result<(), DriveError> {
         let Wanted {
-            key,
+            of: SnapshotOf { key, .. },
             template,
             resources,
             kernel,
             rootfs,
             initrd,
+            pins: _,
+            arguments,
+            request: _,
         } = wanted;
         let folder = self.snapshots.begin(key)?;
         let devices = folder.join(DEVICES);
@@ -307,6 +599,7 @@ impl Workshop {
             },
             kernel: kernel.clone(),
             initrd: initrd.clone(),
+            arguments: arguments.clone(),
         };
         let limit = self.boot_timeout;
         let late = |_| DriveError::Timeout(limit);

@@ -22,6 +22,7 @@ use super::{
     start::{self, connections_of},
 };
 use crate::{
+    cache::Item,
     disk,
     guest::{Connections, GuestClient, Identity},
     journal::Step,
@@ -166,6 +167,12 @@ impl WarmPool {
         (next, old)
     }
 
+    /// Nobody is kept ready for a template until a session of it starts; those that were are given back.
+    fn forget(&self, key: &str) -> VecDeque<Warm> {
+        let shelf = self.shelves().remove(key);
+        shelf.map(|shelf| shelf.ready).unwrap_or_default()
+    }
+
     /// Puts a guest with the others; gives it back if nobody will want it.
     fn put(&self, key: &str, warm: Warm) -> Option<Warm> {
         match self.shelves().get_mut(key) {
@@ -206,15 +213,24 @@ impl Workshop {
             for warm in old {
                 self.discard(warm).await;
             }
-            let is_quiet = self.boots.available_permits() >= self.parallel_boots;
-            let Some((snapshot, request)) = next.filter(|_| is_quiet) else {
+            let Some((snapshot, request)) = next.filter(|_| self.is_quiet()) else {
                 tokio::select! {
                     () = self.warm.taken.notified() => {}
                     () = tokio::time::sleep(LOOK_AGAIN) => {}
                 }
                 continue;
             };
-            match self.make_warm(&snapshot, &request).await {
+            let pin = self.cache.pin(Item::Snapshot(snapshot.key.clone()));
+            if !snapshot.folder.exists() {
+                // It had to go. The next session of it has it made anew, and finds nobody ready.
+                for warm in self.warm.forget(&snapshot.key) {
+                    self.discard(warm).await;
+                }
+                continue;
+            }
+            let made = self.make_warm(&snapshot, &request).await;
+            drop(pin);
+            match made {
                 Ok(warm) => {
                     if let Some(unwanted) = self.warm.put(&snapshot.key, warm) {
                         self.discard(unwanted).await;
@@ -270,8 +286,6 @@ impl Workshop {
     ) -> Result<(), DriveError> {
         let resources = request.resources.unwrap_or_default();
         let template = request.template.as_ref();
-        let rootfs = template.and_then(|template| template.rootfs.as_ref());
-        let rootfs = self.artifacts.get("root filesystem", rootfs).await?;
         let (folder, from) = (warm.folder.clone(), snapshot.folder.clone());
         blocking(move || {
             fs::create_dir_all(&folder)?;
@@ -279,6 +293,7 @@ impl Workshop {
             disk::copy(&from.join(SCRATCH), &folder.join(SCRATCH))
         })
         .await?;
+        let rootfs = self.link_rootfs(template, &warm.folder).await?;
         if let Some(slots) = &self.slots {
             warm.slot = Some(slots.take(&NetworkRules::internet(true)).await?);
         }
@@ -393,5 +408,34 @@ impl Driver {
             watch.lap("configure");
             return Ok(Some((guest, over)));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_made_ready_for_what_was_forgotten_until_it_is_used_again() {
+        let policy = WarmPolicy {
+            min_idle: 0,
+            max_idle: 2,
+            memory: 1 << 30,
+            idle_ttl: Duration::from_mins(1),
+        };
+        let pool = WarmPool::new("/w".into(), policy);
+        let snapshot = TemplateSnapshot {
+            envd: String::new(),
+            key: "k".into(),
+            folder: "/t/k".into(),
+        };
+        let request = StartSessionRequest::default();
+        let is_planned = || pool.plan().0.is_some();
+        assert!(pool.take(&snapshot, &request).is_none());
+        assert!(is_planned());
+        assert!(pool.forget("k").is_empty());
+        assert!(!is_planned());
+        assert!(pool.take(&snapshot, &request).is_none());
+        assert!(is_planned());
     }
 }

@@ -24,6 +24,7 @@ use std::{
 };
 
 use proto::node::v1::VmmKind;
+use service_kit::kernel_arguments::KernelArguments;
 
 use super::{
     BootSpec, LastWords, LinkStream, MEMORY, Machine, RestoreSpec, Vm, VmExit, Vmm, VmmError,
@@ -253,7 +254,13 @@ impl Firecracker {
         )
     }
 
-    fn config(&self, machine: &Machine, tap: &str, mac: &str) -> VmConfig {
+    fn config(
+        &self,
+        machine: &Machine,
+        arguments: &KernelArguments,
+        tap: &str,
+        mac: &str,
+    ) -> VmConfig {
         let drive = |name: &str, is_read_only| Drive {
             drive_id: name.to_owned(),
             path_on_host: name.to_owned(),
@@ -266,7 +273,7 @@ impl Firecracker {
             boot_source: BootSource {
                 kernel_image_path: KERNEL.into(),
                 initrd_path: Some(INITRD.into()),
-                boot_args: self.command_line(),
+                boot_args: arguments.after(self.command_line()),
             },
             drives: vec![drive(ROOTFS, true), drive(SCRATCH, false)],
             machine_config: MachineConfig {
@@ -465,7 +472,7 @@ impl Vmm for Firecracker {
             .as_ref()
             .map(|place| (place.tap.clone(), place.mac.clone()))
             .unwrap_or_default();
-        let config = self.config(&spec.machine, &tap, &mac);
+        let config = self.config(&spec.machine, &spec.arguments, &tap, &mac);
         let config = serde_json::to_vec(&config).map_err(|error| VmmError::Spawn(error.into()))?;
         let (kernel, initrd) = (spec.kernel, spec.initrd);
         let fill = move |root: &JailRoot, _| {

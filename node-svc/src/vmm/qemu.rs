@@ -595,7 +595,7 @@ impl Vmm for Qemu {
             "-initrd".into(),
             inherited_name(&initrd),
             "-append".into(),
-            self.command_line().into(),
+            spec.arguments.after(self.command_line()).into(),
         ];
         let arguments = self.arguments(&spec.machine, &opened, "share=on", &more);
         let inherited = opened.into_files([kernel, initrd]);

@@ -25,6 +25,7 @@ use node_svc::vmm::{
     },
     process,
 };
+use service_kit::kernel_arguments::KernelArguments;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -111,6 +112,7 @@ impl Host {
             machine: self.machine("template", slot),
             kernel: self.path("kernel"),
             initrd: self.path("initrd"),
+            arguments: KernelArguments::parse("sandmesh.test=1").unwrap(),
         }
     }
 
