@@ -1,4 +1,4 @@
-//! What it takes to make a template's image of layers, as ratios against `tar` and `mkfs.erofs` in the same run, and to store and fetch it. Run by `./deploy/bench templates`.
+//! What it takes to make a template's image of layers, as ratios against `tar` and `mkfs.erofs` in the same run, what one image saves over several, and what it takes to store and fetch it. Run by `./deploy/bench templates`.
 //!
 //! Rounds of all variants take turns, and medians are shown. What is read is in the page cache, what is written is not waited for: by nobody.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -21,6 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 const ROUNDS: usize = 3;
 const VERSIONS: usize = 20;
+/// Images that are laid one upon the other.
+const STACKED: u64 = 10;
 const MIB: u64 = 1 << 20;
 const LIMITS: Limits = Limits {
     bytes: 1 << 40,
@@ -70,8 +72,96 @@ fn main() {
         }));
     }
     report("pack", "mkfs.erofs", &mut ours, &mut theirs);
+    stacked(&root, &at("stacked"));
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(store(&root, work.path()));
+}
+
+/// The same files in one image, and in several that overlayfs lays one upon the other: to mount them, to look at every file, and to read all of it. Mounts are
+/// new in each round, so names and files are not known to the kernel yet; images are in the page cache.
+fn stacked(root: &Path, work: &Path) {
+    if !rustix::process::geteuid().is_root() {
+        println!("stacked images are mounted by root alone: not measured");
+        return;
+    }
+    fs::create_dir(work).unwrap();
+    let at = |name: &str| work.join(name);
+    rootfs::pack(root, &at("merged.erofs")).unwrap();
+    for layer in 0..STACKED {
+        let part = at("part");
+        fs::create_dir(&part).unwrap();
+        share(root, &part, layer, &mut 0);
+        rootfs::pack(&part, &at(&format!("{layer}.erofs"))).unwrap();
+        fs::remove_dir_all(&part).unwrap();
+    }
+    let mut took: [[Vec<Duration>; 2]; 3] = Default::default();
+    for _ in 0..ROUNDS {
+        for (which, layers) in [STACKED, 0].into_iter().enumerate() {
+            let top = at("top");
+            fs::create_dir(&top).unwrap();
+            let mut mounted: Vec<std::path::PathBuf> = Vec::new();
+            let since = Instant::now();
+            for layer in 0..layers {
+                let below = at(&layer.to_string());
+                fs::create_dir_all(&below).unwrap();
+                mount_image(&at(&format!("{layer}.erofs")), &below);
+                mounted.push(below);
+            }
+            if layers > 0 {
+                let below: Vec<_> = mounted.iter().map(|below| path(below)).collect();
+                let options = format!("lowerdir={}", below.join(":"));
+                let mut mount = Command::new("mount");
+                run(mount.args(["-t", "overlay", "-o", &options, "overlay", path(&top)]));
+            } else {
+                mount_image(&at("merged.erofs"), &top);
+            }
+            took[0][which].push(since.elapsed());
+            let since = Instant::now();
+            quietly(&["find", path(&top), "-printf", "%s"]);
+            took[1][which].push(since.elapsed());
+            let since = Instant::now();
+            quietly(&["grep", "-rc", "never there", path(&top)]);
+            took[2][which].push(since.elapsed());
+            for folder in std::iter::once(&top).chain(&mounted) {
+                run(Command::new("umount").arg(folder));
+            }
+            fs::remove_dir(&top).unwrap();
+        }
+    }
+    for (what, [ours, theirs]) in ["mount", "look at all", "read all"].iter().zip(&mut took) {
+        report(&format!("{STACKED}: {what}"), "one image", ours, theirs);
+    }
+}
+
+/// Every so manieth file of a tree, by hard links.
+fn share(from: &Path, to: &Path, layer: u64, number: &mut u64) {
+    let mut entries: Vec<_> = fs::read_dir(from).unwrap().map(Result::unwrap).collect();
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            fs::create_dir(&to).unwrap();
+            share(&entry.path(), &to, layer, number);
+            continue;
+        }
+        *number += 1;
+        if *number % STACKED == layer {
+            fs::hard_link(entry.path(), to).unwrap();
+        }
+    }
+}
+
+fn mount_image(image: &Path, to: &Path) {
+    let mut mount = Command::new("mount");
+    run(mount.args(["-t", "erofs", "-o", "loop,ro", path(image), path(to)]));
+}
+
+fn quietly(words: &[&str]) {
+    let (program, arguments) = words.split_first().unwrap();
+    let mut command = Command::new(program);
+    let status = command.args(arguments).stdout(Stdio::null()).status();
+    // What finds nothing says so by 1.
+    assert!(status.unwrap().code().unwrap() <= 1);
 }
 
 /// Versions that differ by a file of 1 MiB, in an object store, and one of them fetched by a node that has nothing.

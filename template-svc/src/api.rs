@@ -2,9 +2,11 @@
 
 mod artifact;
 mod context;
+mod kernel;
 mod template;
 
 pub use artifact::ArtifactApi;
+pub use kernel::KernelApi;
 pub use template::TemplateApi;
 
 use service_kit::errors::{Failure, Reason};

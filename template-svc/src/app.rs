@@ -5,7 +5,7 @@ use std::{io, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc, time:
 use blobs::{BlobError, Blobs};
 use proto::template::v1::{
     Artifact, artifact_service_server::ArtifactServiceServer,
-    template_service_server::TemplateServiceServer,
+    kernel_service_server::KernelServiceServer, template_service_server::TemplateServiceServer,
 };
 use service_kit::{
     address::Address,
@@ -17,12 +17,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
 use crate::{
-    api::{ArtifactApi, TemplateApi},
+    api::{ArtifactApi, KernelApi, TemplateApi},
     artifact::Artifacts,
     builds::{self, Builder, Kernel},
     collect::{Collected, collect},
     config::Config,
     context::ContextFiles,
+    kernel::Importer,
     registry::{Patience, Registries},
     secrets::Sealer,
     sessions::Sessions,
@@ -194,8 +195,14 @@ impl App {
             own,
             shutdown.clone(),
         ));
+        let importer = Importer {
+            uploads: uploads.clone(),
+            artifacts: artifacts.clone(),
+        };
+        let kernels = KernelServiceServer::new(KernelApi::new(store.clone(), importer));
         let templates = TemplateServiceServer::new(TemplateApi::new(
             store,
+            blobs,
             sealer,
             uploads,
             contexts,
@@ -204,11 +211,13 @@ impl App {
         ))
         .max_decoding_message_size(8 << 20);
         let routes = Routes::new(templates)
+            .add_service(kernels)
             .add_service(ArtifactServiceServer::new(ArtifactApi { artifacts }));
         let served = Grpc::new("template-svc")
             .mesh_only(token)
             .reflect(&[
                 "sandmesh.template.v1.TemplateService",
+                "sandmesh.template.v1.KernelService",
                 "sandmesh.template.v1.ArtifactService",
             ])
             .serve(bound, routes, shutdown.clone())

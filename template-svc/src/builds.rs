@@ -12,7 +12,7 @@ use std::{
 
 use blobs::{BlobError, Blobs, Cut, Moved};
 use futures::{FutureExt as _, future};
-use proto::template::v1::{Artifact, BuildState, Template};
+use proto::template::v1::{Artifact, BuildSource, BuildState, Template, build_source::Source};
 use service_kit::ids::TeamId;
 use tempfile::TempDir;
 use tokio::sync::{Notify, mpsc};
@@ -26,12 +26,14 @@ use crate::{
     registry::{Registries, RegistryError},
     rootfs::RootfsError,
     secrets::Sealer,
-    sessions::{ExportError, Sessions},
+    sessions::{End, Sessions},
     store::{Store, StoreError, StoredBuild},
 };
 
 mod copy;
+mod lost;
 mod make;
+mod secret;
 mod start;
 mod steps;
 
@@ -53,9 +55,11 @@ const MOST_ENTRIES: u64 = 4_000_000;
 const DEFAULT_MEMORY: u64 = 512 * MIB;
 const DEFAULT_DISK: u64 = 4096 * MIB;
 
-/// The guest kernel every template is built with.
+/// A guest kernel: the deployment's own, with which every template is built that asks for no other, or an imported one.
 #[derive(Debug, Clone)]
 pub struct Kernel {
+    /// Of an imported one.
+    pub name: String,
     /// The ELF.
     pub kernel: Artifact,
     /// Its modules.
@@ -68,6 +72,7 @@ impl Kernel {
     /// Takes the files of a kernel folder into the artifacts.
     pub fn ingest(folder: &std::path::Path, artifacts: &Artifacts) -> std::io::Result<Self> {
         Ok(Self {
+            name: String::new(),
             kernel: artifacts.ingest(&folder.join("vmlinux"))?,
             modules: artifacts.ingest(&folder.join("modules.cpio"))?,
             version: std::fs::read_to_string(folder.join("version"))?
@@ -119,6 +124,13 @@ enum BuildError {
         reason: Cow<'static, str>,
         message: String,
     },
+    /// Its session did not answer, or is gone: whether it is lost is to be found out.
+    #[error("{end}")]
+    Sandbox {
+        end: End,
+        /// Whether that was said, by its node.
+        is_gone: bool,
+    },
     #[error("cancelled")]
     Cancelled,
     /// Another builder has it by now.
@@ -158,12 +170,6 @@ impl From<ContextError> for BuildError {
 
 impl From<RegistryError> for BuildError {
     fn from(error: RegistryError) -> Self {
-        failed(error.reason(), error.to_string())
-    }
-}
-
-impl From<ExportError> for BuildError {
-    fn from(error: ExportError) -> Self {
         failed(error.reason(), error.to_string())
     }
 }
@@ -261,13 +267,16 @@ impl Builder {
 
     async fn one(&self, stored: StoredBuild) {
         let has_ended = self.to_its_end(&stored).await;
-        // Of earlier builders, which were killed; this one has left nothing.
+        // Of earlier builders, which were killed, and of sessions that were lost.
+        let is_of_steps =
+            |source: BuildSource| matches!(source.source, Some(Source::Dockerfile(_)));
+        let has_sessions = stored.request.source.clone().is_some_and(is_of_steps);
         if has_ended
-            && stored.attempts > 1
+            && (stored.attempts > 1 || has_sessions)
             && let Err(error) = self.tidy(&stored).await
         {
             let id = &stored.build.build_id;
-            tracing::warn!(build_id = id, %error, "what earlier builders left is removed later");
+            tracing::warn!(build_id = id, %error, "what a build left is removed later");
         }
     }
 
@@ -301,7 +310,13 @@ impl Builder {
                 tracing::warn!(build_id = id, "another builder has the build");
                 return false;
             }
-            Err(BuildError::Failed { reason, message }) => {
+            Err(
+                BuildError::Failed { reason, message }
+                | BuildError::Sandbox {
+                    end: End { reason, message },
+                    ..
+                },
+            ) => {
                 tracing::warn!(build_id = id, %reason, message, "build failed");
                 match self.store.log(&id, &format!("failed: {message}")).await {
                     Ok(()) => self
@@ -394,9 +409,34 @@ impl Builder {
         }
     }
 
+    /// The kernel its sessions are to have; it stays for as long as the build may last.
+    async fn kernel_of(&self, stored: &StoredBuild) -> Result<Kernel, BuildError> {
+        let name = &stored.request.kernel;
+        if name.is_empty() {
+            return Ok(self.kernel.clone());
+        }
+        let gone = || failed("KERNEL_UNKNOWN", format!("the kernel {name} was deleted"));
+        let found = self.store.kernel(name).await?.ok_or_else(gone)?;
+        let part = |artifact: Option<Artifact>| {
+            let artifact = artifact.unwrap_or_default();
+            if self.is_kept(&artifact) {
+                return Ok(artifact);
+            }
+            let message = format!("a file of the kernel {name} is gone; import it again");
+            Err(failed("ARTIFACT_MISSING", message))
+        };
+        Ok(Kernel {
+            kernel: part(found.kernel)?,
+            modules: part(found.modules)?,
+            name: found.name,
+            version: found.version,
+        })
+    }
+
     /// Stores what a node needs to start the template.
     async fn hand_out(&self, id: &str, spec: &Template) -> Result<(), BuildError> {
         let mut moved = Moved::default();
+        let since = Instant::now();
         for artifact in [&spec.rootfs, &spec.kernel, &spec.modules] {
             let digest = artifact.as_ref().map_or("", |artifact| &artifact.digest);
             // Also what is there is looked at, part by part: it may be old, or not whole.
@@ -418,7 +458,9 @@ impl Builder {
             let Moved {
                 bytes, moved_bytes, ..
             } = moved;
-            let line = format!("stored: of {bytes} bytes {moved_bytes} were new, packed");
+            let took = since.elapsed().as_secs_f64();
+            let line =
+                format!("stored in {took:.2} s: of {bytes} bytes {moved_bytes} were new, packed");
             self.store.log(id, &line).await?;
         }
         Ok(())
@@ -428,6 +470,7 @@ impl Builder {
         let id = &stored.build.build_id;
         let source = stored.request.source.as_ref();
         let source = source.and_then(|source| source.source.clone());
+        let kernel = self.kernel_of(stored).await?;
         // Whoever still works in it when the build is given up has it, too, and removes it last.
         let work = tempfile::Builder::new()
             .prefix(&format!("{id}."))
@@ -445,15 +488,19 @@ impl Builder {
         let making = Making::new(work, limits, self.artifacts.clone(), cancel)?;
         let made = self.make(stored, source, making.clone()).await?;
         let rootfs = if let Some(packed) = made.packed {
+            let line = format!("image of {} bytes", packed.size_bytes);
+            self.store.log(id, &line).await?;
             packed
         } else {
             self.store.log(id, "packing the root filesystem").await?;
+            let since = Instant::now();
             // What is removed with it may be a million files, which is of that thread, too.
-            blocking(move || making.pack()).await?
+            let packed = blocking(move || making.pack()).await?;
+            let (bytes, took) = (packed.size_bytes, since.elapsed().as_secs_f64());
+            let line = format!("packed in {took:.2} s: image of {bytes} bytes");
+            self.store.log(id, &line).await?;
+            packed
         };
-        self.store
-            .log(id, &format!("image of {} bytes", rootfs.size_bytes))
-            .await?;
         let start = match &stored.request.start {
             Some(start) => Some(start_command(start, &made.defaults)?),
             None => None,
@@ -469,6 +516,12 @@ impl Builder {
             source_image: made.source_image,
             layers: made.layers,
             start,
+            // The session its steps ran in had the deployment's.
+            kernel: Some(kernel.kernel),
+            modules: Some(kernel.modules),
+            kernel_version: kernel.version,
+            kernel_name: kernel.name,
+            kernel_arguments: stored.request.kernel_arguments.clone(),
             ..self.spec(stored)
         };
         self.hand_out(id, &spec).await?;

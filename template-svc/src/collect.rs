@@ -1,7 +1,7 @@
-//! What nobody needs any more goes: what builds have remembered and not used for long, then files that no version, and nothing remembered, is made of.
+//! What nobody needs any more goes: what builds have remembered and not used for long, then files that no version, nothing remembered and no kernel is made of.
 //!
 //! ```text
-//!   template_versions, build_steps --> digests that are wanted --> files of the state folder, and of the object store, that are not, and not young
+//!   template_versions, build_steps, kernels --> digests that are wanted --> files of the state folder, and of the object store, that are not, and not young
 //! ```
 //! A build that uses a file makes it young first ([`crate::artifact::Artifacts::touch`]), and lasts for less than files are kept; so what it is about to name stays.
 

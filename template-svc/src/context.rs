@@ -11,7 +11,7 @@ use std::{
         fs::{DirBuilderExt as _, OpenOptionsExt as _, symlink},
     },
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use prost::{
@@ -19,6 +19,7 @@ use prost::{
     encoding::{DecodeContext, decode_key, skip_field},
 };
 use proto::template::v1::{Artifact, BuildContext, ContextEntry, context_entry::Kind};
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 use service_kit::ids::TeamId;
 
 use crate::artifact::{ArtifactDigest, Artifacts};
@@ -225,12 +226,9 @@ impl Context {
                     left = left.checked_sub(file.size_bytes).ok_or_else(|| {
                         ContextError::Invalid(format!("it is more than {limit} bytes"))
                     })?;
-                    let whole = copy(files, file, &at, entry.mode)?;
-                    let shown = || path.to_string_lossy().into_owned();
-                    let made = whole.ok_or_else(|| ContextError::Missing(shown()))?;
-                    let since = Duration::from_secs(entry.modified.try_into().unwrap_or(0));
-                    if let Some(time) = SystemTime::UNIX_EPOCH.checked_add(since) {
-                        made.set_modified(time)?;
+                    if !copy(files, file, &at, entry.mode)? {
+                        let shown = path.to_string_lossy().into_owned();
+                        return Err(ContextError::Missing(shown));
                     }
                 }
                 Some(Kind::Symlink(target)) => {
@@ -242,19 +240,32 @@ impl Context {
                 }
             }
         }
+        // Each after what is in it, which changes it.
+        for (path, entry) in self.entries.iter().rev() {
+            let time = Timespec {
+                tv_sec: entry.modified.max(0),
+                tv_nsec: 0,
+            };
+            let times = Timestamps {
+                last_access: time,
+                last_modification: time,
+            };
+            utimensat(CWD, folder.join(path), &times, AtFlags::SYMLINK_NOFOLLOW)
+                .map_err(io::Error::from)?;
+        }
         Ok(())
     }
 }
 
-/// A file of a context; `None` if it is not here whole.
-fn copy(files: &Artifacts, file: &Artifact, at: &Path, mode: u32) -> io::Result<Option<File>> {
+/// A file of a context; whether it is here whole.
+fn copy(files: &Artifacts, file: &Artifact, at: &Path, mode: u32) -> io::Result<bool> {
     let digest = ArtifactDigest::parse(&file.digest);
     let Some(from) = digest.as_ref().and_then(|digest| files.find(digest)) else {
-        return Ok(None);
+        return Ok(false);
     };
     let mut from = match File::open(from) {
         // Swept in between.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         from => from?,
     };
     let mut made = OpenOptions::new()
@@ -283,7 +294,7 @@ fn copy(files: &Artifacts, file: &Artifact, at: &Path, mode: u32) -> io::Result<
         files.remove_one(&digest)?;
     }
     set_mode(&made, mode)?;
-    Ok(is_whole.then_some(made))
+    Ok(is_whole)
 }
 
 fn set_mode(file: &File, mode: u32) -> io::Result<()> {
@@ -426,6 +437,8 @@ impl Name {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
     use rstest::rstest;
 
     use super::*;
@@ -532,11 +545,10 @@ mod tests {
         context.lay(&files, &at, 3, || false).unwrap();
         assert_eq!(fs::read(at.join("dir/a")).unwrap(), b"one");
         assert_eq!(fs::read_link(at.join("dir/l")).unwrap(), Path::new("/etc"));
-        let time = fs::metadata(at.join("dir/a")).unwrap().modified().unwrap();
-        assert_eq!(
-            time,
-            SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000)
-        );
+        for name in ["dir", "dir/a", "dir/l"] {
+            let time = fs::symlink_metadata(at.join(name)).unwrap().mtime();
+            assert_eq!(time, 1_000_000, "{name}");
+        }
 
         // What is gone, or was not written whole, is to be uploaded again.
         let again = folder.path().join("again");

@@ -7,8 +7,11 @@ use std::collections::BTreeMap;
 
 use parse_dockerfile::{Command, Flag, Instruction as Parsed, Keyword, Source as Origin, Span};
 
+mod mounts;
 pub mod words;
 
+use mounts::{MOST_MOUNTS, Mount};
+pub use mounts::{Secret, is_secret_id};
 use words::{Here, Lexer, WordError};
 
 /// Bytes and instructions of a Dockerfile, at most.
@@ -107,7 +110,7 @@ impl Step {
 
 #[derive(Debug, Clone)]
 enum Instruction {
-    Run(Words),
+    Run(Words, Vec<Mount>),
     Env(String),
     Arg(String),
     Workdir(String),
@@ -158,6 +161,8 @@ pub enum Action {
     Run {
         /// Program and arguments.
         argv: Vec<String>,
+        /// What it is lent.
+        secrets: Vec<Secret>,
     },
     /// A folder is made, with those above it.
     MakeFolder(String),
@@ -316,16 +321,18 @@ impl Dockerfile {
             column: error.column().max(1),
             message: reason(&error.to_string()),
         })?;
-        if parsed.instructions.len() > MOST_INSTRUCTIONS {
-            return Err(
-                beginning.error(format!("it has more than {MOST_INSTRUCTIONS} instructions"))
-            );
-        }
         let reading = Reading {
             text: &text,
             bodies: &bodies,
             lexer,
         };
+        if let Some(next) = parsed.instructions.get(MOST_INSTRUCTIONS) {
+            let place = match next {
+                Parsed::From(from) => reading.place(&from.from.span),
+                other => reading.step(other)?.place,
+            };
+            return Err(place.error(format!("it has more than {MOST_INSTRUCTIONS} instructions")));
+        }
         let mut globals = Vec::new();
         let mut stages: Vec<Stage> = Vec::new();
         for instruction in &parsed.instructions {
@@ -466,9 +473,11 @@ impl Dockerfile {
         let visible = state.visible();
         let word = |text: &str| self.lexer.word(text, &visible).map_err(failed);
         match &step.instruction {
-            Instruction::Run(words) => {
+            Instruction::Run(words, mounts) => {
                 let argv = state.argv(words);
-                return Ok((Some(Action::Run { argv }), None));
+                let secrets = mounts.iter().map(|mount| mount.secret(&state.cwd, word));
+                let secrets = secrets.collect::<Result<_, _>>()?;
+                return Ok((Some(Action::Run { argv, secrets }), None));
             }
             Instruction::Env(text) => {
                 for (name, value) in self.lexer.pairs(text, &visible).map_err(failed)? {
@@ -669,6 +678,27 @@ impl Reading<'_> {
         }
     }
 
+    /// Of a `RUN`.
+    fn mounts(&self, options: &[Flag<'_>]) -> Result<Vec<Mount>, DockerfileError> {
+        let mut mounts = Vec::new();
+        for flag in options {
+            let place = self.place(&flag.flag_span());
+            match (&*flag.name.value, &flag.value) {
+                ("mount", Some(value)) if mounts.len() < MOST_MOUNTS => {
+                    mounts.push(Mount::read(place, &self.raw(&value.span))?);
+                }
+                ("mount", Some(_)) => {
+                    return Err(place.error(format!("RUN has more than {MOST_MOUNTS} mounts")));
+                }
+                ("mount", None) => return Err(place.error("expected RUN --mount=type=secret,...")),
+                (name, _) => {
+                    return Err(place.error(format!("RUN --{name} cannot be built yet")));
+                }
+            }
+        }
+        Ok(mounts)
+    }
+
     fn copying<'a>(
         &self,
         keyword: &Keyword,
@@ -725,12 +755,9 @@ impl Reading<'_> {
     fn step(&self, parsed: &Parsed<'_>) -> Result<Step, DockerfileError> {
         let (keyword, instruction) = match parsed {
             Parsed::Run(run) => {
-                let place = self.place(&run.run.span);
-                if let Some(flag) = run.options.first() {
-                    let name = &flag.name.value;
-                    return Err(place.error(format!("RUN --{name} cannot be built yet")));
-                }
-                (&run.run, Instruction::Run(self.words(&run.arguments)))
+                let mounts = self.mounts(&run.options)?;
+                let words = self.words(&run.arguments);
+                (&run.run, Instruction::Run(words, mounts))
             }
             Parsed::Env(env) => (&env.env, Instruction::Env(self.raw(&env.arguments.span))),
             Parsed::Arg(arg) => (&arg.arg, Instruction::Arg(self.raw(&arg.arguments.span))),
@@ -823,7 +850,8 @@ mod tests {
 
     fn shell(text: &str) -> Action {
         let argv = ["/bin/sh", "-c", text].map(str::to_owned).to_vec();
-        Action::Run { argv }
+        let secrets = Vec::new();
+        Action::Run { argv, secrets }
     }
 
     #[test]
@@ -840,6 +868,7 @@ RUN echo 'single  $quoted' "and \" more"
         let (actions, _) = done(text, &[]);
         let argv = |words: &[&str]| Action::Run {
             argv: words.iter().map(ToString::to_string).collect(),
+            secrets: Vec::new(),
         };
         assert_eq!(
             actions,
@@ -862,11 +891,34 @@ RUN echo 'single  $quoted' "and \" more"
         assert_eq!(actions[0], shell("set -e\necho $HOME\n"));
         let two = "cat <<'A' >/a && cat <<-B >/b\none\nRUN two\nA\nthree\nB\n";
         assert_eq!(actions[1], shell(two));
-        let Action::Run { argv } = &actions[2] else {
+        let Action::Run { argv, .. } = &actions[2] else {
             panic!()
         };
         assert_eq!(argv.last().unwrap(), "#!/usr/bin/python3\nprint(1)\n");
         assert_eq!(state.user, "me");
+    }
+
+    #[test]
+    fn steps_are_lent_secrets() {
+        let text = "FROM a\nARG where=/opt\nWORKDIR /srv\nRUN --mount=type=secret,id=a \\\n  --mount=type=secret,id=b,target=$where/b,env=B \\\n  cat x\nRUN --mount=type=secret,id=c,dst=c <<EOF\ncat c\nEOF\nRUN --mount=type=secret,id=d [\"true\"]\nRUN --mount=type=secret,id=e cat <<EOF\nx\nEOF\n";
+        let (actions, _) = done(text, &[]);
+        let found: Vec<_> = actions
+            .iter()
+            .filter_map(|action| match action {
+                Action::Run { argv, secrets } => {
+                    let secrets = secrets.iter();
+                    let secrets = secrets.map(|it| (it.target.clone().unwrap(), it.env.is_some()));
+                    Some((argv.last().unwrap().trim(), secrets.collect::<Vec<_>>()))
+                }
+                _ => None,
+            })
+            .collect();
+        let at = |path: &str| vec![(path.to_owned(), false)];
+        let first = [at("/run/secrets/a"), vec![("/opt/b".into(), true)]].concat();
+        assert_eq!(found[0], ("cat x", first));
+        assert_eq!(found[1], ("cat c", at("/srv/c")));
+        assert_eq!(found[2], ("true", at("/run/secrets/d")));
+        assert_eq!(found[3], ("cat <<EOF\nx\nEOF", at("/run/secrets/e")));
     }
 
     #[rstest]
@@ -911,7 +963,10 @@ RUN echo 'single  $quoted' "and \" more"
                 <= 2 * MOST_VARIABLES
         );
         let text = format!("FROM a\n{}", "RUN x\n".repeat(MOST_INSTRUCTIONS));
-        assert!(Dockerfile::parse(&text).is_err());
+        assert_eq!(
+            Dockerfile::parse(&text).unwrap_err().line,
+            MOST_INSTRUCTIONS + 1
+        );
     }
 
     #[test]
@@ -1079,6 +1134,12 @@ USER me
     #[case::add_from("FROM a\nADD --from=b x /\n", 2, "ADD --from")]
     #[case::add_url("FROM a\nADD https://b/c /\n", 2, "https://b/c")]
     #[case::mount("FROM a\nRUN --mount=type=cache,target=/x y\n", 2, "RUN --mount")]
+    #[case::mount_words("FROM a\nRUN \\\n --mount=type=secret,id=a,x=y z\n", 3, "column 2")]
+    #[case::mount_variables("FROM a\nARG b\nRUN --mount=type=secret,id=$b y\n", 3, "id")]
+    #[case::mount_of_document("FROM a\nRUN --mount=type=ssh <<EOF\nx\nEOF\n", 2, "ssh")]
+    #[case::mount_nothing("FROM a\nRUN --mount x\n", 2, "--mount=type=secret")]
+    #[case::network("FROM a\nRUN --network=none y\n", 2, "RUN --network")]
+    #[case::security("FROM a\nRUN --security=insecure y\n", 2, "RUN --security")]
     #[case::quote("FROM a\nENV A=\"x\n", 2, "quote")]
     #[case::brace("FROM a\nENV A=${x\n", 2, "}")]
     #[case::modifier("FROM a\nENV A=${x%y}\n", 2, "${x%")]

@@ -1,7 +1,7 @@
 //! template-svc: what sessions start from. Names and versions in Postgres, files by digest on its disk.
 //!
 //! A source is uploaded ([`api`]), a build is queued, [`builds`] takes it: [`registry`] fetches an image, [`image`] reads what it is, [`layer`] unpacks it, [`rootfs`] packs it, [`artifact`] keeps the
-//! image under its digest, [`store`] publishes the version. Nodes fetch artifacts by digest. [`names`] parses references.
+//! image under its digest, [`store`] publishes the version. Nodes fetch artifacts by digest. [`names`] parses references; [`kernel`] says what guests can boot.
 
 pub mod api;
 mod app;
@@ -12,6 +12,7 @@ mod config;
 pub mod context;
 pub mod dockerfile;
 pub mod image;
+pub mod kernel;
 pub mod layer;
 pub mod names;
 pub mod registry;

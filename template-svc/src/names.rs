@@ -1,5 +1,7 @@
 //! How templates are named: `name`, `name:tag` or `name@version`. Pure.
 
+pub use service_kit::templates::{hidden, is_hidden};
+
 /// A reference to a template version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TemplateRef {
@@ -29,19 +31,6 @@ pub fn is_name(text: &str) -> bool {
         && text.bytes().all(|b| {
             b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-')
         })
-}
-
-/// Begins names of what builds use between them; nobody can give a template such a name.
-const HIDDEN: &str = "build/";
-
-/// The name of what builds use, by 64 hexadecimal characters.
-pub fn hidden(digest: &str) -> String {
-    format!("{HIDDEN}{}", digest.chars().take(40).collect::<String>())
-}
-
-/// Whether it is such a name.
-pub fn is_hidden(name: &str) -> bool {
-    name.strip_prefix(HIDDEN).is_some_and(is_name)
 }
 
 impl TemplateRef {

@@ -1,5 +1,6 @@
-//! What a build must know and nobody else: credentials. They lie in its row sealed (XChaCha20-Poly1305), under a key that is derived from the
-//! mesh token and the build's ID, and go when it ends. Who has the database has nothing of them, nor can a row's be moved to another build.
+//! What a build must know and nobody else: credentials, and what its steps are lent. They lie in its row sealed (XChaCha20-Poly1305), under a key
+//! that is derived from the mesh token and the build's ID, and go when it ends. Who has the database has nothing of them, nor can a row's be moved
+//! to another build.
 
 use chacha20poly1305::{KeyInit as _, XChaCha20Poly1305, XNonce, aead::Aead as _};
 use service_kit::mesh::MeshToken;
@@ -15,7 +16,7 @@ pub struct Sealer {
 
 /// Secrets that this deployment has not sealed, or under another mesh token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the build's credentials cannot be read any more; start it again with them")]
+#[error("the build's credentials and secrets cannot be read any more; start it again with them")]
 pub struct Unreadable;
 
 impl Sealer {

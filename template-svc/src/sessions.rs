@@ -1,6 +1,9 @@
 //! Sessions and their nodes, as templates need them.
 
-use std::{collections::HashMap, fmt, fs::File, io, os::fd::AsRawFd as _, time::Duration};
+use std::{
+    borrow::Cow, collections::HashMap, error::Error as _, fmt, fs::File, io, os::fd::AsRawFd as _,
+    time::Duration,
+};
 
 use backon::{ExponentialBuilder, Retryable as _};
 use bytes::Bytes;
@@ -21,15 +24,15 @@ use proto::{
         node_service_client::NodeServiceClient,
     },
     session::v1::{
-        CreateSessionRequest, GetSessionRequest, ListSessionsRequest, Session, StopSessionRequest,
-        session_service_client::SessionServiceClient,
+        CreateSessionRequest, GetSessionRequest, ListSessionsRequest, Session, SessionState,
+        StopSessionRequest, session_service_client::SessionServiceClient,
     },
 };
 use rand::seq::IteratorRandom as _;
 use sdk::Sandbox;
 use service_kit::{
     address::Address,
-    errors::reason_of,
+    errors::{Failure, Reason, reason_of},
     ids::{SessionId, TeamId},
     mesh::{self, Caller, MeshChannel, MeshToken},
 };
@@ -46,6 +49,82 @@ const LONGEST_ANSWER: usize = 64 << 10;
 /// What breaks off is tried so often, over about a minute.
 const TRIES: usize = 7;
 const FIRST_WAIT: Duration = Duration::from_millis(500);
+/// Who does not answer is asked again for so long: as long as a service, or a node's agent, may need to come back.
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(3);
+
+/// Whether nobody has answered, rather than said no.
+pub(crate) fn is_unanswered(status: &Status) -> bool {
+    // HTTP/2 tells a broken connection in as many ways as there are to die.
+    status.source().is_some() || sdk::Error::from(status.clone()).is_interruption()
+}
+
+/// Asks again for as long as nobody answers, which must do no harm.
+pub(crate) async fn patiently<T, E, F: Future<Output = Result<T, E>>>(
+    is_unanswered: impl FnMut(&E) -> bool,
+    ask: impl FnMut() -> F,
+) -> Result<T, E> {
+    ask.retry(patience()).when(is_unanswered).await
+}
+
+/// How long to wait before each next try.
+fn patience() -> ExponentialBuilder {
+    ExponentialBuilder::default()
+        .with_min_delay(FIRST_WAIT)
+        .with_max_delay(LONGEST_WAIT)
+        .without_max_times()
+        .with_total_delay(Some(PATIENCE))
+}
+
+/// Why a session does not run any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// The stable word.
+    pub reason: Cow<'static, str>,
+    /// One sentence.
+    pub message: String,
+}
+
+impl End {
+    pub(crate) fn new(reason: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            message: message.into(),
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.message, self.reason)
+    }
+}
+
+/// Why a session of this state does not run; nothing if it does. Pure.
+fn end_of(session: &Session) -> Option<End> {
+    let state = session.state();
+    let is_running = matches!(
+        state,
+        SessionState::Unspecified
+            | SessionState::Pending
+            | SessionState::Starting
+            | SessionState::Running
+    );
+    if is_running {
+        return None;
+    }
+    let said = session.end_reason.clone().unwrap_or_default();
+    Some(if said.reason.is_empty() {
+        // Somebody has paused it, or rolled it back: what ran in it does not go on here.
+        let state = state.as_str_name().trim_start_matches("SESSION_STATE_");
+        End::new(
+            format!("SESSION_{state}"),
+            "the session was paused or ended",
+        )
+    } else {
+        End::new(said.reason, said.message)
+    })
+}
 
 /// Asks session-svc, and nodes.
 #[derive(Debug, Clone)]
@@ -125,7 +204,7 @@ impl Sessions {
         &self,
         team: &TeamId,
         request: CreateSessionRequest,
-    ) -> Result<Session, ExportError> {
+    ) -> Result<Session, Status> {
         let request = of_team(team, request);
         let answer = self.control.clone().create_session(request).await?;
         Ok(answer.into_inner().session.unwrap_or_default())
@@ -133,13 +212,39 @@ impl Sessions {
 
     /// Stops one; one that has ended is a success.
     pub async fn stop(&self, team: &TeamId, session: &SessionId) -> Result<(), ExportError> {
-        let request = StopSessionRequest {
+        // What session-svc has begun it repeats until the node has heard it.
+        let is_begun = |status: &Status| {
+            reason_of(status).as_deref() == Some(Reason::NODE_UNREACHABLE.as_str())
+        };
+        let stop = || {
+            let request = StopSessionRequest {
+                session_id: session.to_string(),
+            };
+            let mut control = self.control.clone();
+            async move { control.stop_session(of_team(team, request)).await }
+        };
+        let is_again = |status: &Status| is_unanswered(status) && !is_begun(status);
+        match patiently(is_again, stop).await {
+            Err(status) if status.code() != Code::NotFound && !is_begun(&status) => {
+                Err(status.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Why a team's session does not run any more; nothing if it does.
+    pub async fn end_of(&self, team: &TeamId, session: &SessionId) -> Result<Option<End>, Status> {
+        let request = GetSessionRequest {
             session_id: session.to_string(),
         };
         let mut control = self.control.clone();
-        match control.stop_session(of_team(team, request)).await {
-            Err(status) if status.code() != Code::NotFound => Err(status.into()),
-            _ => Ok(()),
+        match control.get_session(of_team(team, request)).await {
+            Ok(answer) => Ok(end_of(&answer.into_inner().session.unwrap_or_default())),
+            Err(status) if status.code() == Code::NotFound => {
+                let reason = Reason::SESSION_UNKNOWN.word();
+                Ok(Some(End::new(reason, "there is no such session any more")))
+            }
+            Err(status) => Err(status),
         }
     }
 
@@ -150,13 +255,16 @@ impl Sessions {
         label: &str,
         value: &str,
     ) -> Result<Vec<SessionId>, ExportError> {
-        let request = ListSessionsRequest {
-            metadata: HashMap::from([(label.to_owned(), value.to_owned())]),
-            ..ListSessionsRequest::default()
+        let list = || {
+            let request = ListSessionsRequest {
+                metadata: HashMap::from([(label.to_owned(), value.to_owned())]),
+                ..ListSessionsRequest::default()
+            };
+            let mut control = self.control.clone();
+            async move { control.list_sessions(of_team(team, request)).await }
         };
-        let mut control = self.control.clone();
-        let listed = control.list_sessions(of_team(team, request));
-        let sessions = listed.await?.into_inner().sessions.into_iter();
+        let listed = patiently(is_unanswered, list).await?;
+        let sessions = listed.into_inner().sessions.into_iter();
         let ids = sessions.filter_map(|session| SessionId::parse(&session.session_id).ok());
         Ok(ids.collect())
     }
@@ -164,7 +272,9 @@ impl Sessions {
     /// The inside of a running session, by its node.
     pub async fn sandbox(&self, session: &Session) -> Result<(Sandbox, SandboxFiles), ExportError> {
         let unknown = || ExportError::NodeGone(session.session_id.clone());
-        let node = self.node(&session.node_id).await?.ok_or_else(unknown)?;
+        let find = || self.node(&session.node_id);
+        let node = patiently(is_unanswered, find).await?;
+        let node = node.ok_or_else(unknown)?;
         // The session's own token is all that is needed there.
         let endpoint = format!("http://{}", node.ingress_address);
         let client = sdk::Client::connect(&endpoint, "none").map_err(|_| unknown())?;
@@ -201,8 +311,11 @@ impl Sessions {
             *failures.entry(node.node_id.clone()).or_default() += 1;
         }
         let address = node.and_then(|node| node.internal_address.parse().ok());
-        let address: Address =
-            address.ok_or_else(|| Status::unavailable("no node is ready to make a snapshot"))?;
+        let none = || {
+            let message = "no node is ready to make a snapshot";
+            Failure::new(Code::ResourceExhausted, Reason::NO_CAPACITY, message).into_status()
+        };
+        let address: Address = address.ok_or_else(none)?;
         let mut node = NodeServiceClient::new(mesh::connect(&[address], &self.token));
         Ok(node.make_template_snapshot(request).await?.into_inner())
     }
@@ -279,6 +392,16 @@ impl UnpackError {
     }
 }
 
+/// What becomes of folders that are there when a tarball with them is unpacked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Folders {
+    /// They keep owner, permissions and time.
+    Keep,
+    /// They get those of the tarball.
+    Change,
+}
+
+/// A refusal that will not change.
 fn is_final(refusal: &Refusal) -> bool {
     refusal.reason == "GUEST_REFUSED"
 }
@@ -291,8 +414,13 @@ struct Refusal {
 }
 
 impl SandboxFiles {
-    /// Unpacks a tarball in a folder, as root; folders that are there keep what they have. Is done again when it breaks off: that does no harm.
-    pub async fn unpack(&self, folder: &str, tarball: File) -> Result<(), UnpackError> {
+    /// Unpacks a tarball in a folder, as root. Is done again when it breaks off: that does no harm.
+    pub async fn unpack(
+        &self,
+        folder: &str,
+        tarball: File,
+        folders: Folders,
+    ) -> Result<(), UnpackError> {
         let backoff = ExponentialBuilder::default()
             .with_min_delay(FIRST_WAIT)
             .with_max_times(TRIES);
@@ -300,7 +428,7 @@ impl SandboxFiles {
             Box::pin(async {
                 // With a place of its own: what came before may be read still.
                 let path = format!("/proc/self/fd/{}", tarball.as_raw_fd());
-                self.unpack_once(folder, File::open(path)?).await
+                self.unpack_once(folder, File::open(path)?, folders).await
             })
         };
         unpack
@@ -309,11 +437,20 @@ impl SandboxFiles {
             .await
     }
 
-    async fn unpack_once(&self, folder: &str, tarball: File) -> Result<(), UnpackError> {
+    async fn unpack_once(
+        &self,
+        folder: &str,
+        tarball: File,
+        folders: Folders,
+    ) -> Result<(), UnpackError> {
         let pieces = ReaderStream::with_capacity(tokio::fs::File::from_std(tarball), PIECE);
         let folder = percent_encode(folder.as_bytes(), NON_ALPHANUMERIC);
+        let keep = match folders {
+            Folders::Keep => "&folders=keep",
+            Folders::Change => "",
+        };
         let uri = format!(
-            "{}/files/{folder}?user=root&unpack=tar&folders=keep",
+            "{}/files/{folder}?user=root&unpack=tar{keep}",
             self.endpoint
         );
         let request = http::Request::put(uri)
@@ -337,6 +474,7 @@ impl SandboxFiles {
         }
         let said: Option<Refusal> = serde_json::from_slice(&body).ok();
         let again = [
+            StatusCode::TOO_MANY_REQUESTS,
             StatusCode::BAD_GATEWAY,
             StatusCode::SERVICE_UNAVAILABLE,
             StatusCode::GATEWAY_TIMEOUT,

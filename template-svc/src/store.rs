@@ -5,7 +5,8 @@ use std::{collections::HashSet, time::Duration};
 use futures::TryStreamExt as _;
 use prost::Message as _;
 use proto::template::v1::{
-    Build, BuildState, BuildTemplateRequest, Layer, StreamBuildLogsResponse, Template,
+    Artifact, Build, BuildState, BuildTemplateRequest, Kernel, Layer, StreamBuildLogsResponse,
+    Template,
 };
 use service_kit::database;
 use sqlx::{FromRow, PgPool};
@@ -18,6 +19,9 @@ use crate::{
 const SCHEMA: &str = "sandmesh_template";
 /// Characters of a line of a log, or of an error, at most.
 const LONGEST_LINE: usize = 4096;
+
+/// How many kernels there may be.
+pub const MOST_KERNELS: i64 = 1000;
 
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
@@ -171,6 +175,38 @@ impl TryFrom<VersionRow> for Template {
         })
     }
 }
+
+#[derive(FromRow)]
+struct KernelRow {
+    name: String,
+    version: String,
+    arch: String,
+    kernel_digest: String,
+    kernel_size: i64,
+    modules_digest: String,
+    modules_size: i64,
+    create_time: i64,
+}
+
+impl From<KernelRow> for Kernel {
+    fn from(row: KernelRow) -> Self {
+        let artifact = |digest: String, size: i64| Artifact {
+            digest,
+            size_bytes: size.unsigned_abs(),
+        };
+        Self {
+            name: row.name,
+            version: row.version,
+            kernel: Some(artifact(row.kernel_digest, row.kernel_size)),
+            modules: Some(artifact(row.modules_digest, row.modules_size)),
+            create_time: Some(timestamp(row.create_time)),
+            architecture: row.arch,
+        }
+    }
+}
+
+const KERNEL_COLUMNS: &str =
+    "name, version, arch, kernel_digest, kernel_size, modules_digest, modules_size, create_time";
 
 const VERSION_COLUMNS: &str = "v.team, v.name, v.version, v.create_time, v.spec, \
      array(select tag from template_tags t where t.team = v.team and t.name = v.name and t.version = v.version order by tag) as tags";
@@ -326,7 +362,7 @@ impl Store {
         Ok(steps.rows_affected() + kept.rows_affected())
     }
 
-    /// The digests of all that versions are made of, and of what is remembered.
+    /// The digests of all that versions are made of, of what is remembered, and of kernels.
     pub async fn digests(&self) -> Result<HashSet<String>, StoreError> {
         let mut digests = HashSet::new();
         // The second are templates of which only the layers are set.
@@ -338,7 +374,69 @@ impl Store {
             let template = template.map_err(|_| StoreError::Malformed("a template".to_owned()))?;
             digests.extend(digests_of(template));
         }
+        for kernel in self.kernels().await? {
+            let parts = [kernel.kernel, kernel.modules].into_iter().flatten();
+            digests.extend(parts.map(|artifact| artifact.digest));
+        }
         Ok(digests)
+    }
+
+    /// Keeps a kernel under its name, in place of what was there; `false` if there are too many.
+    pub async fn put_kernel(&self, kernel: &Kernel) -> Result<bool, StoreError> {
+        let part = |artifact: &Option<Artifact>| {
+            let artifact = artifact.clone().unwrap_or_default();
+            let size = i64::try_from(artifact.size_bytes).unwrap_or(i64::MAX);
+            (artifact.digest, size)
+        };
+        let (kernel_digest, kernel_size) = part(&kernel.kernel);
+        let (modules_digest, modules_size) = part(&kernel.modules);
+        let sql = format!(
+            "insert into kernels ({KERNEL_COLUMNS}) select $1, $2, $3, $4, $5, $6, $7, $8 \
+             where exists (select 1 from kernels where name = $1) or (select count(*) from kernels) < $9 \
+             on conflict (name) do update set version = $2, arch = $3, kernel_digest = $4, kernel_size = $5, \
+             modules_digest = $6, modules_size = $7, create_time = $8"
+        );
+        let done = sqlx::query(sqlx::AssertSqlSafe(sql))
+            .bind(&kernel.name)
+            .bind(&kernel.version)
+            .bind(&kernel.architecture)
+            .bind(kernel_digest)
+            .bind(kernel_size)
+            .bind(modules_digest)
+            .bind(modules_size)
+            .bind(now())
+            .bind(MOST_KERNELS)
+            .execute(&self.pool)
+            .await?;
+        Ok(done.rows_affected() > 0)
+    }
+
+    /// The kernel of a name.
+    pub async fn kernel(&self, name: &str) -> Result<Option<Kernel>, StoreError> {
+        let sql = format!("select {KERNEL_COLUMNS} from kernels where name = $1");
+        let row = sqlx::query_as::<_, KernelRow>(sqlx::AssertSqlSafe(sql))
+            .bind(name)
+            .fetch_optional(&self.pool)
+            .await?;
+        Ok(row.map(Kernel::from))
+    }
+
+    /// All kernels, by name.
+    pub async fn kernels(&self) -> Result<Vec<Kernel>, StoreError> {
+        let sql = format!("select {KERNEL_COLUMNS} from kernels order by name");
+        let rows = sqlx::query_as::<_, KernelRow>(sqlx::AssertSqlSafe(sql))
+            .fetch_all(&self.pool)
+            .await?;
+        Ok(rows.into_iter().map(Kernel::from).collect())
+    }
+
+    /// Removes a kernel's name; `false` if there was none.
+    pub async fn delete_kernel(&self, name: &str) -> Result<bool, StoreError> {
+        let done = sqlx::query("delete from kernels where name = $1")
+            .bind(name)
+            .execute(&self.pool)
+            .await?;
+        Ok(done.rows_affected() > 0)
     }
 
     /// All names a team may use.

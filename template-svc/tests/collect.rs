@@ -8,7 +8,7 @@ use std::{
 };
 
 use blobs::{Address, Blobs, Cut};
-use proto::template::v1::{Artifact, BuildTemplateRequest, Layer, Template};
+use proto::template::v1::{Artifact, BuildTemplateRequest, Kernel, Layer, Template};
 use template_svc::{
     artifact::{ArtifactDigest, Artifacts},
     collect::{KEPT, REMEMBERED, collect},
@@ -44,6 +44,7 @@ async fn what_nobody_needs_goes() {
         "hidden",
         "failed",
         "own",
+        "kernel",
         "young",
     ] {
         let artifact = artifacts.ingest_from(text.repeat(1000).as_bytes()).unwrap();
@@ -51,7 +52,8 @@ async fn what_nobody_needs_goes() {
         blobs.put(&path.unwrap(), Cut::Content).await.unwrap();
         made.push(artifact);
     }
-    let [root, layer, step, kept, failed, own, young] = <[Artifact; 7]>::try_from(made).unwrap();
+    let [root, layer, step, kept, failed, own, kernel, young] =
+        <[Artifact; 8]>::try_from(made).unwrap();
     let layer_of = |blob: &Artifact| Layer {
         blob: Some(blob.clone()),
         ..Layer::default()
@@ -80,6 +82,14 @@ async fn what_nobody_needs_goes() {
     };
     store.keep_hidden("team", &name, &spec).await.unwrap();
 
+    let named = Kernel {
+        name: "k".into(),
+        kernel: Some(kernel.clone()),
+        modules: Some(kernel.clone()),
+        ..Kernel::default()
+    };
+    assert!(store.put_kernel(&named).await.unwrap());
+
     let here = |artifact: &Artifact| {
         let digest = ArtifactDigest::parse(&artifact.digest).unwrap();
         artifacts.find(&digest).is_some()
@@ -101,6 +111,7 @@ async fn what_nobody_needs_goes() {
         (&kept, true),
         (&failed, false),
         (&own, true),
+        (&kernel, true),
         (&young, true),
     ] {
         assert_eq!(here(artifact), stays);
@@ -121,11 +132,12 @@ async fn what_nobody_needs_goes() {
     age(folder.path(), KEPT + Duration::from_hours(1));
     let collected = run().await.unwrap();
     assert_eq!(collected.forgotten, 1);
-    assert!(here(&step) && here(&root) && !here(&kept) && !here(&young));
+    assert!(here(&step) && here(&root) && here(&kernel) && !here(&kept) && !here(&young));
+    assert!(store.delete_kernel("k").await.unwrap());
     assert!(store.hidden("team", &name).await.unwrap().is_none());
     assert_eq!(store.delete("team", "app", None).await.unwrap(), 1);
     run().await.unwrap();
-    assert!(!here(&root) && !here(&layer));
+    assert!(!here(&root) && !here(&layer) && !here(&kernel));
     assert_eq!(
         fs::read_dir(folder.path().join("artifacts"))
             .unwrap()

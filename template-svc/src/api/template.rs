@@ -1,31 +1,35 @@
 //! `sandmesh.template.v1.TemplateService`.
 
-use std::{io::Write as _, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::HashSet, io::Write as _, pin::Pin, sync::Arc, time::Duration};
 
+use blobs::Blobs;
 use futures::Stream;
-use prost::Message as _;
+use prost::Message;
 use proto::template::v1::{
-    BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse, CancelBuildRequest,
-    CancelBuildResponse, DeleteTemplateRequest, DeleteTemplateResponse, FindMissingFilesRequest,
-    FindMissingFilesResponse, GetBuildRequest, GetBuildResponse, GetTemplateRequest,
-    GetTemplateResponse, ImageArchive, ListTemplatesRequest, ListTemplatesResponse, RegistryLogin,
-    StreamBuildLogsRequest, StreamBuildLogsResponse, TagTemplateRequest, TagTemplateResponse,
-    Template, UploadFilesRequest, UploadFilesResponse, UploadSourceRequest, UploadSourceResponse,
-    build_source::Source, template_service_server::TemplateService,
+    BuildSecret, BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse,
+    CancelBuildRequest, CancelBuildResponse, DeleteTemplateRequest, DeleteTemplateResponse,
+    FindMissingFilesRequest, FindMissingFilesResponse, GetBuildRequest, GetBuildResponse,
+    GetTemplateRequest, GetTemplateResponse, ImageArchive, ListTemplatesRequest,
+    ListTemplatesResponse, RegistryLogin, StoredSnapshot, StreamBuildLogsRequest,
+    StreamBuildLogsResponse, TagTemplateRequest, TagTemplateResponse, Template, UploadFilesRequest,
+    UploadFilesResponse, UploadSourceRequest, UploadSourceResponse, build_source::Source,
+    template_service_server::TemplateService,
 };
 use service_kit::{
     errors::{Failure, Reason},
     ids::SessionId,
+    kernel_arguments::KernelArguments,
     mesh::Caller,
+    templates,
 };
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::context;
+use super::{context, kernel::kernel_unknown};
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
     context::ContextFiles,
-    dockerfile::Dockerfile,
+    dockerfile::{Dockerfile, is_secret_id},
     names::{self, TemplateRef, Which},
     registry,
     secrets::Sealer,
@@ -43,15 +47,22 @@ const MOST_MEMORY: u64 = 64 << 30;
 const MOST_DISK: u64 = 1 << 40;
 const MOST_CPUS: u64 = 64;
 const MOST_ARGS: usize = 256;
+/// Of a look at what the object store has of a template.
+const LIST_LIMIT: Duration = Duration::from_secs(10);
 const LARGEST_ARGS: usize = 64 << 10;
 const MOST_LOGINS: usize = 16;
 /// All credentials of a build together; tokens of some registries are a few thousand characters.
-const MOST_SECRETS: usize = 64 << 10;
+const MOST_CREDENTIALS: usize = 64 << 10;
+/// Secrets that steps are lent, and bytes of one, as BuildKit has it, and of all.
+const MOST_LENT: usize = 16;
+const LARGEST_LENT: usize = 500 << 10;
+const LARGEST_LENT_TOGETHER: usize = 1 << 20;
 
 /// Serves templates.
 #[derive(Debug)]
 pub struct TemplateApi {
     store: Store,
+    blobs: Blobs,
     sealer: Sealer,
     uploads: Artifacts,
     contexts: ContextFiles,
@@ -64,6 +75,7 @@ impl TemplateApi {
     /// `wake` tells the builder of a new build.
     pub fn new(
         store: Store,
+        blobs: Blobs,
         sealer: Sealer,
         uploads: Artifacts,
         contexts: ContextFiles,
@@ -72,6 +84,7 @@ impl TemplateApi {
     ) -> Self {
         Self {
             store,
+            blobs,
             sealer,
             uploads,
             contexts,
@@ -102,6 +115,35 @@ impl TemplateApi {
         .with("template", text)
         .with("closest", closest.join(","))
         .into())
+    }
+
+    /// What nodes have put into the object store of it, the last used first.
+    async fn snapshots(&self, template: &Template) -> Result<Vec<StoredSnapshot>, Status> {
+        let rootfs = template.rootfs.as_ref();
+        let digest = rootfs.map_or("", |rootfs| &rootfs.digest);
+        let listed = tokio::time::timeout(LIST_LIMIT, self.blobs.bundles(digest)).await;
+        let failed = |why: String| {
+            let message = format!("the object store does not say what snapshots it has: {why}");
+            Failure::new(Code::Unavailable, Reason::new("STORE_FAILED"), message).into_status()
+        };
+        let listed = listed
+            .map_err(|_| failed("it takes too long".into()))?
+            .map_err(|error| failed(error.to_string()))?;
+        let of = templates::snapshot_of(template);
+        let told = listed.into_iter().filter_map(|bundle| {
+            // Said by a node; one of another version may say it otherwise.
+            let mut about = StoredSnapshot::decode(bundle.about.as_slice()).ok()?;
+            about.use_time = Some(bundle.used.into());
+            Some(about)
+        });
+        let is_of_it = |about: &StoredSnapshot| {
+            about.of == of && (about.team.is_empty() || about.team == template.team)
+        };
+        let mut snapshots: Vec<_> = told.filter(is_of_it).collect();
+        snapshots.sort_by_key(|about| {
+            std::cmp::Reverse(about.use_time.map(|time| (time.seconds, time.nanos)))
+        });
+        Ok(snapshots)
     }
 
     /// Among those that upload.
@@ -135,7 +177,7 @@ impl TemplateApi {
     }
 }
 
-fn source_unknown(digest: &str) -> Status {
+pub(super) fn source_unknown(digest: &str) -> Status {
     Failure::new(
         Code::NotFound,
         Reason::new("SOURCE_UNKNOWN"),
@@ -166,9 +208,53 @@ pub(super) fn too_large(most: u64) -> Status {
 
 /// Takes what nobody else may read out of a request.
 fn take_secrets(request: &mut BuildTemplateRequest) -> Result<Option<Vec<u8>>, Failure> {
+    let taken = BuildTemplateRequest {
+        registry_logins: take_logins(request)?,
+        secrets: take_lent(request)?,
+        ..BuildTemplateRequest::default()
+    };
+    let has_any = !taken.registry_logins.is_empty() || !taken.secrets.is_empty();
+    Ok(has_any.then(|| taken.encode_to_vec()))
+}
+
+/// What steps of a Dockerfile may be lent.
+fn take_lent(request: &mut BuildTemplateRequest) -> Result<Vec<BuildSecret>, Failure> {
+    let secrets = std::mem::take(&mut request.secrets);
+    if secrets.is_empty() {
+        return Ok(secrets);
+    }
+    let wrong = |why: String| Failure::field_invalid("secrets", why);
+    let source = request.source.as_ref();
+    let source = source.and_then(|source| source.source.as_ref());
+    if !matches!(source, Some(Source::Dockerfile(_))) {
+        return Err(wrong("are for the steps of a Dockerfile".into()));
+    }
+    let ids: HashSet<&str> = secrets.iter().map(|secret| &*secret.id).collect();
+    if secrets.len() > MOST_LENT || ids.len() < secrets.len() {
+        return Err(wrong(format!(
+            "must be at most {MOST_LENT}, each with an ID of its own"
+        )));
+    }
+    if let Some(id) = ids.iter().find(|id| !is_secret_id(id)) {
+        let rule = "an ID must be 1-128 characters [A-Za-z0-9._-], and no dots alone";
+        return Err(wrong(format!("{id:?}: {rule}")));
+    }
+    if let Some(large) = secrets.iter().find(|it| it.value.len() > LARGEST_LENT) {
+        let id = &large.id;
+        return Err(wrong(format!("{id:?} is more than {LARGEST_LENT} bytes")));
+    }
+    if secrets.iter().map(|it| it.value.len()).sum::<usize>() > LARGEST_LENT_TOGETHER {
+        return Err(wrong(format!(
+            "must be at most {LARGEST_LENT_TOGETHER} bytes together"
+        )));
+    }
+    Ok(secrets)
+}
+
+fn take_logins(request: &mut BuildTemplateRequest) -> Result<Vec<RegistryLogin>, Failure> {
     let logins = std::mem::take(&mut request.registry_logins);
     if logins.is_empty() {
-        return Ok(None);
+        return Ok(logins);
     }
     let wrong = |why: String| Failure::field_invalid("registry_logins", why);
     let is_one = |login: &RegistryLogin| {
@@ -197,17 +283,12 @@ fn take_secrets(request: &mut BuildTemplateRequest) -> Result<Option<Vec<u8>>, F
             )));
         }
     }
-    let secrets = BuildTemplateRequest {
-        registry_logins: logins,
-        ..BuildTemplateRequest::default()
-    };
-    let secrets = secrets.encode_to_vec();
-    if secrets.len() > MOST_SECRETS {
+    if logins.iter().map(Message::encoded_len).sum::<usize>() > MOST_CREDENTIALS {
         return Err(wrong(format!(
-            "must be at most {MOST_SECRETS} bytes together"
+            "must be at most {MOST_CREDENTIALS} bytes together"
         )));
     }
-    Ok(Some(secrets))
+    Ok(logins)
 }
 
 /// Whose templates a caller may change.
@@ -332,6 +413,14 @@ impl TemplateService for TemplateApi {
                 let rule = format!("must be at most {most}");
                 return Err(Failure::field_invalid(field, rule).into());
             }
+        }
+        let arguments = KernelArguments::parse(&request.kernel_arguments).map_err(|error| {
+            Failure::field_invalid("kernel_arguments", error.to_string()).into_status()
+        })?;
+        arguments.as_str().clone_into(&mut request.kernel_arguments);
+        let kernel = request.kernel.as_str();
+        if !kernel.is_empty() && self.store.kernel(kernel).await?.is_none() {
+            return Err(kernel_unknown(&self.store, kernel).await?);
         }
         if let Some(start) = &request.start
             && let Err((field, rule)) = start::check(start)
@@ -512,9 +601,19 @@ impl TemplateService for TemplateApi {
         request: Request<GetTemplateRequest>,
     ) -> Result<Response<GetTemplateResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let template = self.find(&caller, &request.get_ref().template).await?;
+        let GetTemplateRequest {
+            template,
+            with_snapshots,
+        } = request.into_inner();
+        let template = self.find(&caller, &template).await?;
+        let snapshots = if with_snapshots {
+            self.snapshots(&template).await?
+        } else {
+            Vec::new()
+        };
         Ok(Response::new(GetTemplateResponse {
             template: Some(template),
+            snapshots,
         }))
     }
 
@@ -646,8 +745,56 @@ mod tests {
         assert!(refused("debian", &[("quay.io", "me", "x")]));
         assert!(refused("debian", &[("docker.io", "me:too", "x")]));
         assert!(refused("debian", &[("docker.io", "me", "")]));
-        let long = "x".repeat(MOST_SECRETS);
+        let long = "x".repeat(MOST_CREDENTIALS);
         assert!(refused("debian", &[("docker.io", "me", &long)]));
         assert!(refused("debian", &[("docker.io", "me", "x"); 17]));
+    }
+
+    fn lends(secrets: &[(&str, usize)]) -> BuildTemplateRequest {
+        let secret = |(id, bytes): &(&str, usize)| BuildSecret {
+            id: (*id).into(),
+            value: b"hidden".repeat(bytes.div_ceil(6))[..*bytes].to_vec(),
+        };
+        BuildTemplateRequest {
+            source: Some(BuildSource {
+                source: Some(Source::Dockerfile("FROM a".into())),
+            }),
+            secrets: secrets.iter().map(secret).collect(),
+            ..BuildTemplateRequest::default()
+        }
+    }
+
+    #[test]
+    fn what_steps_are_lent_does_not_stay_in_a_request() {
+        let mut asked = lends(&[("npm", 12), (".netrc", 0)]);
+        assert!(!format!("{asked:?}").contains("104, 105, 100"));
+        let taken = take_secrets(&mut asked).unwrap().unwrap();
+        assert_eq!(asked, lends(&[]));
+        let taken = BuildTemplateRequest::decode(&*taken).unwrap();
+        assert_eq!(taken.secrets[0].value, b"hiddenhidden");
+        let sealer = Sealer::new(service_kit::mesh::MeshToken::random());
+        let sealed = sealer.seal("b1", &taken.encode_to_vec());
+        assert!(!sealed.windows(6).any(|bytes| bytes == b"hidden"));
+    }
+
+    #[test]
+    fn what_steps_are_lent_is_bounded() {
+        let refused = |secrets: &[_]| take_secrets(&mut lends(secrets)).is_err();
+        assert!(!refused(&[("a", LARGEST_LENT), ("b", LARGEST_LENT)]));
+        assert!(refused(&[("a", LARGEST_LENT + 1)]));
+        let three = [("a", 400 << 10), ("b", 400 << 10), ("c", 400 << 10)];
+        assert!(refused(&three));
+        assert!(refused(&[("a", 1), ("a", 1)]));
+        for id in ["", ".", "..", "a/b", "a b", "a\n", "ä"] {
+            assert!(refused(&[(id, 1)]), "{id:?}");
+        }
+        let ids: Vec<String> = (0..17).map(|number| number.to_string()).collect();
+        let many: Vec<(&str, usize)> = ids.iter().map(|id| (&**id, 1)).collect();
+        assert!(!refused(&many[1..]));
+        assert!(refused(&many));
+        // Nobody else has steps.
+        let mut image = lends(&[("a", 1)]);
+        image.source = request("debian", &[]).source;
+        assert!(take_secrets(&mut image).is_err());
     }
 }

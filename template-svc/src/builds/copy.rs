@@ -11,15 +11,19 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::{self, Read as _, Seek as _, Write as _},
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _},
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{FileTypeExt as _, MetadataExt as _},
+    },
     path::{Path, PathBuf},
 };
 
 use proto::envd::v1::{FileType, ReadRequest, StatRequest};
 use sdk::Sandbox;
+use service_kit::errors::reason_of;
 use tar::{EntryType, Header};
 use tokio_util::sync::CancellationToken;
-use tonic::Code;
+use tonic::Status;
 
 use super::{
     BuildError, Builder, blocking, failed, io_failed,
@@ -29,6 +33,7 @@ use crate::{
     context::Pattern,
     dockerfile::{Copy, Source},
     layer::within,
+    sessions::{is_unanswered, patiently},
 };
 
 /// Paths that a `COPY` may name, and folders in each other.
@@ -321,6 +326,8 @@ async fn target(
         match self::kind(sandbox, &folder).await? {
             Some(FileType::Directory) => break,
             Some(_) => return Ok(Err(format!("{folder} is there, and is no folder"))),
+            // Whatever the guest says.
+            None if folder == "/" => break,
             None => pop(&mut folder, &mut new),
         }
     }
@@ -348,11 +355,27 @@ async fn kind(sandbox: &Sandbox, path: &str) -> Result<Option<FileType>, BuildEr
         user: "root".to_owned(),
         ..StatRequest::default()
     };
-    match sandbox.filesystem().stat(request).await {
+    let stat = || {
+        let request = request.clone();
+        async move { sandbox.filesystem().stat(request).await }
+    };
+    match patiently(is_unanswered, stat).await {
         Ok(answer) => Ok(answer.into_inner().entry.map(|entry| entry.r#type())),
-        Err(status) if status.code() == Code::NotFound => Ok(None),
+        Err(status) if is_missing(&status) => Ok(None),
         Err(status) => Err(sdk::Error::from(status).into()),
     }
+}
+
+/// Whether what is there is something else than a file.
+fn is_no_file(status: &Status) -> bool {
+    let reason = reason_of(status);
+    let reasons = ["PATH_IS_A_DIRECTORY", "PATH_NOT_A_FILE"];
+    reason.is_some_and(|reason| reasons.contains(&&*reason))
+}
+
+/// Whether a path is not there; a session that is not there is another matter.
+pub(super) fn is_missing(status: &Status) -> bool {
+    reason_of(status).as_deref() == Some("PATH_NOT_FOUND")
 }
 
 /// The numbers of `user` or `user:group`, by the session's own files; why there are none.
@@ -401,26 +424,30 @@ fn number(database: &str, name: &str, field: usize) -> Option<u32> {
 }
 
 async fn database(sandbox: &Sandbox, path: &str) -> Result<String, BuildError> {
-    let request = ReadRequest {
-        path: path.to_owned(),
-        user: "root".to_owned(),
-        length: Some(LARGEST_DATABASE),
-        ..ReadRequest::default()
-    };
-    let mut bytes = Vec::new();
-    let mut parts = match sandbox.filesystem().read(request).await {
-        Ok(answer) => answer.into_inner(),
-        Err(status) if status.code() == Code::NotFound => return Ok(String::new()),
-        Err(status) => return Err(sdk::Error::from(status).into()),
-    };
-    while let Some(part) = parts.message().await.map_err(sdk::Error::from)? {
-        bytes.extend_from_slice(&part.data);
-        // Whatever length was asked for.
-        if bytes.len() as u64 > LARGEST_DATABASE {
-            break;
+    let read = || async move {
+        let request = ReadRequest {
+            path: path.to_owned(),
+            user: "root".to_owned(),
+            length: Some(LARGEST_DATABASE),
+            ..ReadRequest::default()
+        };
+        let mut bytes = Vec::new();
+        let mut parts = sandbox.filesystem().read(request).await?.into_inner();
+        while let Some(part) = parts.message().await? {
+            bytes.extend_from_slice(&part.data);
+            // Whatever length was asked for.
+            if bytes.len() as u64 > LARGEST_DATABASE {
+                break;
+            }
         }
+        Ok(bytes)
+    };
+    match patiently(is_unanswered, read).await {
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        // One that is no file names nobody either.
+        Err(status) if is_missing(&status) || is_no_file(&status) => Ok(String::new()),
+        Err(status) => Err(sdk::Error::from(status).into()),
     }
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Writes what was found, and hands back the tarballs among it. In a thread of its own root. Blocking.
@@ -592,7 +619,13 @@ impl Packing<'_> {
             let leads_to = fs::read_link(from).map_err(io_failed)?;
             self.charge(to, leads_to.as_os_str().len() as u64)?;
             header.set_entry_type(EntryType::Symlink);
-            let added = self.tar.append_link(&mut header, to, leads_to);
+            // Byte by byte: as a path "/" would become "//".
+            let bytes = leads_to.as_os_str().as_bytes();
+            let added = match header.set_link_name_literal(bytes) {
+                Ok(()) => self.tar.append_data(&mut header, to, io::empty()),
+                // There is room elsewhere for one that is too long.
+                Err(_) => self.tar.append_link(&mut header, to, leads_to),
+            };
             added.map_err(io_failed)
         } else if kind.is_file() {
             let identity = (metadata.dev(), metadata.ino());

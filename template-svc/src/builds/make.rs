@@ -5,6 +5,7 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use oci_spec::distribution::Reference;
@@ -19,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
-use super::{BuildError, Builder, Work, failed, io_failed, team_of};
+use super::{BuildError, Builder, Work, failed, io_failed, lost::is_worth_another_try, team_of};
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
     context::Context,
@@ -27,12 +28,12 @@ use crate::{
     layer::{Applied, LayerError, Limits, Root, Whiteouts},
     registry::{self, Login, Pull},
     rootfs,
-    sessions::ExportError,
+    sessions::{ExportError, patiently},
     store::StoredBuild,
 };
 
 /// An image has come within it, or does not come.
-const PULL_LIMIT: std::time::Duration = std::time::Duration::from_hours(1);
+const PULL_LIMIT: Duration = Duration::from_hours(1);
 /// Pieces of a session's layer that wait to be written.
 const PIECES: usize = 4;
 /// Of zstd: what a session has changed is unpacked more often than packed.
@@ -178,6 +179,7 @@ impl Builder {
         // Room for all: those that come do not wait for those that are unpacked.
         let (arrived, mut arrivals) = mpsc::channel(image.layers().max(1));
         let limit = making.limits.bytes;
+        let since = Instant::now();
         let fetch = async {
             let fetched = pull.layers(image, limit, arrived);
             let late = |_| {
@@ -188,7 +190,8 @@ impl Builder {
                 )
             };
             let fetched = tokio::time::timeout(PULL_LIMIT, fetched).await;
-            Ok(fetched.map_err(late)??)
+            fetched.map_err(late)??;
+            Ok(since.elapsed())
         };
         let unpacked = Arc::clone(image);
         let unpack = self.logged(&stored.build.build_id, move |lines| {
@@ -196,7 +199,13 @@ impl Builder {
                 arrivals.blocking_recv().ok_or(LayerError::Cancelled)
             })
         });
-        let (made, ()) = tokio::try_join!(unpack, fetch)?;
+        let (made, fetched) = tokio::try_join!(unpack, fetch)?;
+        let line = format!(
+            "all layers had come after {:.2} s, and were unpacked after {:.2} s",
+            fetched.as_secs_f64(),
+            since.elapsed().as_secs_f64()
+        );
+        self.store.log(&stored.build.build_id, &line).await?;
         Ok(Made {
             source_image: pulled.source_image(),
             ..made
@@ -205,23 +214,27 @@ impl Builder {
 
     /// The credentials a build has for a registry.
     fn login(&self, stored: &StoredBuild, registry: &str) -> Result<Option<Login>, BuildError> {
-        let Some(sealed) = &stored.secrets else {
-            return Ok(None);
-        };
-        let opened = self.sealer.open(&stored.build.build_id, sealed);
-        let opened = opened.map_err(|error| failed("CREDENTIALS_UNREADABLE", error.to_string()))?;
-        let secrets = BuildTemplateRequest::decode(&*opened).map_err(|_| {
-            failed(
-                "CREDENTIALS_UNREADABLE",
-                "the build's credentials do not parse",
-            )
-        })?;
-        let mut logins = secrets.registry_logins.into_iter();
+        let mut logins = self.opened(stored)?.registry_logins.into_iter();
         let login = logins.find(|login| registry::registry_of(&login.registry) == registry);
         Ok(login.map(|login| Login {
             username: login.username,
             password: login.password,
         }))
+    }
+
+    /// What was taken out of a build's request, since nobody else may read it.
+    pub(super) fn opened(&self, stored: &StoredBuild) -> Result<BuildTemplateRequest, BuildError> {
+        let Some(sealed) = &stored.secrets else {
+            return Ok(BuildTemplateRequest::default());
+        };
+        let opened = self.sealer.open(&stored.build.build_id, sealed);
+        let opened = opened.map_err(|error| failed("CREDENTIALS_UNREADABLE", error.to_string()))?;
+        BuildTemplateRequest::decode(&*opened).map_err(|_| {
+            failed(
+                "CREDENTIALS_UNREADABLE",
+                "the build's credentials do not parse",
+            )
+        })
     }
 
     /// Takes what was changed in a session, and puts it upon its template.
@@ -237,24 +250,29 @@ impl Builder {
             .map_err(|error| failed("SESSION_UNKNOWN", error.to_string()))?;
         let line = format!("taking what was changed in session {session}");
         self.store.log(id, &line).await?;
-        let mut parts = self.sessions.export(&team, &session).await?;
-        let base = match parts
-            .message()
-            .await
-            .map_err(ExportError::from)?
-            .and_then(|answer| answer.part)
-        {
-            Some(Part::Template(template)) => self.layers_of(&template).await?,
-            _ => {
-                return Err(failed(
-                    "EXPORT_FAILED",
-                    "the node does not say of what template",
-                ));
-            }
+        let take = || async {
+            let mut parts = self.sessions.export(&team, &session).await?;
+            let base = match parts
+                .message()
+                .await
+                .map_err(ExportError::from)?
+                .and_then(|answer| answer.part)
+            {
+                Some(Part::Template(template)) => self.layers_of(&template).await?,
+                _ => {
+                    return Err(failed(
+                        "EXPORT_FAILED",
+                        "the node does not say of what template",
+                    ));
+                }
+            };
+            has_room(&base.layers)?;
+            let change = self.take_change(id, parts, &making).await?;
+            Ok((base, change))
         };
-        has_room(&base.layers)?;
+        let (base, change) = patiently(is_worth_another_try, take).await?;
         let mut layers = base.layers;
-        layers.push(self.take_change(id, parts, &making).await?);
+        layers.push(change);
         let defaults = Defaults {
             env: base.env.into_iter().collect(),
             user: base.default_user,

@@ -12,12 +12,15 @@ use tonic::{Code, Status};
 
 use super::{
     BuildError, Builder, failed,
+    lost::{Room, is_room},
     steps::{Lines, Said},
 };
 use crate::{image::Defaults, start, store::StoredBuild};
 
 /// Booting and storing, beyond what the command may take.
 const AROUND: Duration = Duration::from_mins(5);
+/// All tries, and waiting for room.
+const TRIES_LIMIT: Duration = Duration::from_hours(1);
 /// A node that goes away may come back, or is one of several.
 const TRIES: u32 = 12;
 const TRY_AGAIN: Duration = Duration::from_secs(5);
@@ -52,6 +55,11 @@ pub(super) fn start_command(
     Ok(start)
 }
 
+fn late(limit: Duration) -> BuildError {
+    let message = format!("no node has made the snapshot within {} s", limit.as_secs());
+    failed("SNAPSHOT_FAILED", message)
+}
+
 impl Builder {
     /// Has a node make the snapshot for the template's own size, and logs what its start command says.
     pub(super) async fn snapshot(
@@ -68,13 +76,9 @@ impl Builder {
         let timeout = timeout.and_then(|it| Duration::try_from(it.timeout?).ok());
         let limit = timeout.unwrap_or(start::LONGEST) + AROUND;
         let team = &stored.template_team;
-        let made = self.snapshot_somewhere(id, team, spec);
-        let made = tokio::time::timeout(limit, made).await;
-        let late = |_| {
-            let message = format!("no node has made the snapshot within {} s", limit.as_secs());
-            failed("SNAPSHOT_FAILED", message)
-        };
-        made.map_err(late)??;
+        let made = self.snapshot_somewhere(id, team, spec, limit);
+        let made = tokio::time::timeout(TRIES_LIMIT, made).await;
+        made.map_err(|_| late(TRIES_LIMIT))??;
         self.store
             .log(id, "it is ready, and its snapshot is taken")
             .await?;
@@ -86,24 +90,25 @@ impl Builder {
         id: &str,
         team: &str,
         spec: &Template,
+        limit: Duration,
     ) -> Result<(), BuildError> {
         let mut said = Said::default();
         // Nodes that have failed, to be asked last.
         let mut failures = HashMap::new();
+        let mut room = Room::default();
+        let mut tries = 0;
         loop {
-            let status = match self
-                .snapshot_once(id, team, spec, &mut failures, &mut said)
-                .await?
-            {
+            let made = self.snapshot_once(id, team, spec, &mut failures, &mut said);
+            let made = tokio::time::timeout(limit, made).await;
+            let status = match made.map_err(|_| late(limit))?? {
                 Ok(()) => return Ok(()),
                 Err(status) => status,
             };
-            if status.code() == Code::ResourceExhausted {
-                // There is room when others are done; the caller has a limit.
-                tokio::time::sleep(TRY_AGAIN).await;
+            if is_room(&status) {
+                self.wait_for_room(id, &mut room, &status).await?;
                 continue;
             }
-            let tries: u32 = failures.values().sum();
+            tries += 1;
             let is_final = matches!(
                 status.code(),
                 Code::FailedPrecondition | Code::InvalidArgument | Code::Unimplemented
@@ -113,6 +118,9 @@ impl Builder {
                 return Err(failed(reason, status.message()));
             }
             tracing::warn!(build_id = id, %status, "a node did not make a snapshot");
+            let why = status.message();
+            let line = format!("a node did not make the snapshot, which is tried again: {why}");
+            self.store.log(id, &line).await?;
             tokio::time::sleep(TRY_AGAIN).await;
         }
     }

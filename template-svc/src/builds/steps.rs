@@ -8,7 +8,8 @@
 //! ```
 //! After each `RUN` the whole of what was changed since the session's start is taken as one layer, so what a step removes of an earlier one is
 //! gone. What a step has come to is remembered under its key: all that it depends on. The next build begins after the last step whose key is
-//! known. Keys are of one team: what another team's step has made is not to be had by writing the same instruction.
+//! known. Keys are of one team: what another team's step has made is not to be had by writing the same instruction. A session that is lost is
+//! replaced ([`super::lost`]), and what was kept last is what the next one begins with.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -19,7 +20,7 @@ use std::{
 
 use proto::{
     envd::v1::{Backpressure, MakeDirectoryRequest, SignalTarget},
-    session::v1::{CreateSessionRequest, Resources},
+    session::v1::{CreateSessionRequest, Resources, Session},
     template::v1::{Artifact, Layer, Template},
 };
 use sdk::{Command, Event, Exit, Sandbox};
@@ -28,11 +29,13 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
+use tonic::Status;
 
 use super::{
     BuildError, Builder, blocking,
     copy::missing,
     failed, io_failed,
+    lost::{Losses, Refused, Room, is_worth_another_try, not_started, not_unpacked, refused},
     make::{Made, Making, has_layers, has_room},
     team_of,
 };
@@ -42,7 +45,9 @@ use crate::{
     dockerfile::{Action, Copy, Dockerfile, DockerfileError, Source, State, Step},
     image::{Defaults, MOST_LAYERS},
     names::{self, TemplateRef},
-    sessions::{SandboxFiles, Sessions, UnpackError},
+    sessions::{
+        End, ExportError, Folders, PATIENCE, SandboxFiles, Sessions, is_unanswered, patiently,
+    },
     store::{Store, StoreError, StoredBuild},
 };
 
@@ -53,6 +58,10 @@ const STEP_LIMIT: Duration = Duration::from_mins(30);
 const STEPS_LIMIT: Duration = Duration::from_hours(2);
 /// After a step's deadline, until its end is known.
 const GRACE: Duration = Duration::from_mins(1);
+/// How often the registry is asked whether a build's session still runs. A watch would begin with all sessions of the team.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How long it may take the registry to know of an end that is noticed here.
+const SETTLE: Duration = Duration::from_secs(20);
 /// What steps say beyond it is left out of the log.
 const MOST_SAID: usize = 8 << 20;
 const LONGEST_LINE: usize = 4096;
@@ -66,16 +75,20 @@ const PIECES: usize = 16;
 const MOST_ORIGINS: usize = 64;
 /// `SIGKILL`
 const KILL: i32 = 9;
+/// Why envd does not start a program.
+const OF_STEP: [&str; 7] = [
+    "USER_UNKNOWN",
+    "CWD_NOT_FOUND",
+    "CWD_PERMISSION_DENIED",
+    "PROGRAM_NOT_FOUND",
+    "PROGRAM_NOT_EXECUTABLE",
+    "INVALID_ARGUMENT",
+    "NO_RESOURCES",
+];
 
 impl From<DockerfileError> for BuildError {
     fn from(error: DockerfileError) -> Self {
         failed("DOCKERFILE_INVALID", error.to_string())
-    }
-}
-
-impl From<sdk::Error> for BuildError {
-    fn from(error: sdk::Error) -> Self {
-        failed("SANDBOX_FAILED", error.to_string())
     }
 }
 
@@ -121,6 +134,9 @@ pub(super) struct Building {
     origins: HashMap<String, Origin>,
     /// Sessions so far.
     sessions: u32,
+    /// Of these, the ones that were lost.
+    losses: Losses,
+    said: Said,
 }
 
 impl Building {
@@ -135,6 +151,30 @@ impl Building {
         };
         self.origins.insert(name, origin.clone());
         Ok(origin)
+    }
+}
+
+/// How far the steps of a stage are.
+struct Progress {
+    /// What the session begins with, and how many steps have come to that.
+    layers: Vec<Layer>,
+    done: usize,
+    /// The same of what was kept since.
+    kept: Option<(Vec<Layer>, usize)>,
+    /// The step that is done now.
+    at: usize,
+    said: Said,
+}
+
+impl Progress {
+    /// Another session begins with what was kept last. Upon the most layers there may be nothing can be laid.
+    fn begin_again(&mut self) {
+        if let Some((layers, done)) = self.kept.take()
+            && layers.len() < MOST_LAYERS
+        {
+            (self.layers, self.done) = (layers, done);
+        }
+        self.at = self.done;
     }
 }
 
@@ -176,6 +216,8 @@ impl Builder {
             deadline: Instant::now() + STEPS_LIMIT,
             origins: HashMap::new(),
             sessions: 0,
+            losses: Losses::default(),
+            said: Said::default(),
         };
         let stages = needed(&building.dockerfile, last, &building.given)?;
         let deadline = building.deadline;
@@ -196,8 +238,11 @@ impl Builder {
         };
         defaults.check_env()?;
         let name = last_name(&layers, &state.user);
-        let known = self.store.hidden(&stored.team, &name).await?;
-        let mut packed = known.and_then(|known| known.rootfs);
+        let mut packed = None;
+        if !stored.request.no_cache {
+            let known = self.store.hidden(&stored.team, &name).await?;
+            packed = known.and_then(|known| known.rootfs);
+        }
         packed = packed.filter(|packed| self.is_kept(packed));
         if packed.is_none() {
             self.store.log(id, "packing the root filesystem").await?;
@@ -408,7 +453,12 @@ impl Builder {
         let id = &stored.build.build_id;
         let mut layers = base.layers.clone();
         let mut done = 0;
-        for number in (1..=planned.len()).rev() {
+        let looked_up = if stored.request.no_cache {
+            0
+        } else {
+            planned.len()
+        };
+        for number in (1..=looked_up).rev() {
             let Some(plan) = planned.get(number - 1) else {
                 continue;
             };
@@ -424,36 +474,110 @@ impl Builder {
         let lines = known.iter().map(|plan| format!("{}: known", plan.step));
         let lines: Vec<String> = lines.collect();
         self.store.log_all(id, &lines).await?;
-        let rest = planned.get(done..).unwrap_or_default();
-        if rest.is_empty() {
+        if done == planned.len() {
             return Ok(layers);
         }
         has_room(&layers)?;
-        let team = team_of(stored)?;
-        self.stop_leftovers(&team, id).await?;
-        let template = self.packed(stored, &layers, making).await?;
-        building.sessions += 1;
-        let running = self
-            .start(stored, &team, &template, building.sessions)
-            .await?;
-        let mut said = Said::default();
-        let mut change = None;
-        for number in 1..=rest.len() {
-            let Some(plan) = rest.get(number - 1) else {
-                continue;
+        if let Err(error) = self.stop_leftovers(&team_of(stored)?, id).await {
+            // Whoever ends the build tries again.
+            tracing::warn!(build_id = id, %error, "sessions of an earlier builder are left for now");
+        }
+        let mut progress = Progress {
+            layers,
+            done,
+            kept: None,
+            at: done,
+            // Of all stages together.
+            said: std::mem::take(&mut building.said),
+        };
+        loop {
+            let done = self.session(building, planned, &mut progress, making);
+            let lost = Box::pin(done).await?;
+            // It may have been lost after all was kept.
+            if let Some((layers, _)) = progress.kept.take_if(|(_, done)| *done == planned.len()) {
+                building.said = progress.said;
+                return Ok(layers);
+            }
+            let Some((end, began)) = lost else {
+                return Err(failed("BUILD_FAILED", "steps ended with nothing kept"));
             };
+            let step = planned.get(progress.at).map_or("", |plan| &plan.step);
+            let line = format!("{step}: the session was lost: {end}");
+            self.store.log(id, &line).await?;
+            building.losses.count(began.then_some(step), &end)?;
+            progress.begin_again();
+            let next = planned.get(progress.done).map_or("", |plan| &plan.step);
+            let line = format!("another session goes on with {next}");
+            self.store.log(id, &line).await?;
+        }
+    }
+
+    /// Does what steps it can in a session of its own; why that was lost, if it was, and whether it had begun.
+    async fn session(
+        &self,
+        building: &mut Building,
+        planned: &[Planned],
+        progress: &mut Progress,
+        making: &Making,
+    ) -> Result<Option<(End, bool)>, BuildError> {
+        let stored = Arc::clone(&building.stored);
+        let team = team_of(&stored)?;
+        let template = self.packed(&stored, &progress.layers, making).await?;
+        building.sessions += 1;
+        let started = self
+            .start(&stored, &team, &template, building.sessions)
+            .await;
+        let running = match started {
+            Err(BuildError::Sandbox { end, .. }) => return Ok(Some((end, false))),
+            started => started?,
+        };
+        let done = tokio::select! {
+            biased;
+            done = self.steps_in(&running, building, planned, progress, making) => done,
+            // Streams tell it sooner, but not if their host has gone without a word.
+            end = running.ended() => return Ok(Some((end, true))),
+        };
+        match done {
+            Err(BuildError::Sandbox { end, .. }) => {
+                // The registry has the true reason, if it comes to know of it.
+                let ended = tokio::time::timeout(SETTLE, running.ended()).await;
+                Ok(Some((ended.unwrap_or(end), true)))
+            }
+            done => {
+                done?;
+                running.stop().await;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Does the steps that are to be done, and keeps what they come to.
+    async fn steps_in(
+        &self,
+        running: &Running,
+        building: &Building,
+        planned: &[Planned],
+        progress: &mut Progress,
+        making: &Making,
+    ) -> Result<(), BuildError> {
+        let stored = &*building.stored;
+        let id = &stored.build.build_id;
+        let done = progress.done;
+        for (number, plan) in planned.iter().enumerate().skip(done) {
+            progress.at = number;
             self.store.log(id, &plan.step).await?;
             let since = Instant::now();
-            let is_run = self.act(building, &running, plan, &mut said).await?;
+            let said = &mut progress.said;
+            let is_run = self.act(building, running, plan, said).await?;
             // What only folders and copies have come to is taken with what comes next.
-            if is_run || number == rest.len() {
-                let changed = self.change_of(id, &team, &running, making).await?;
-                let mut all = layers.clone();
-                all.push(changed.clone());
+            if is_run || number + 1 == planned.len() {
+                let changed = self.change_of(id, running, making).await?;
+                let mut all = progress.layers.clone();
+                all.push(changed);
                 self.store
                     .remember_step(&stored.team, &plan.key, &all)
                     .await?;
-                change = Some(changed);
+                progress.kept = Some((all, number + 1));
             }
             let line = format!(
                 "line {}: done in {:.1} s",
@@ -462,9 +586,7 @@ impl Builder {
             );
             self.store.log(id, &line).await?;
         }
-        running.stop().await;
-        layers.extend(change);
-        Ok(layers)
+        Ok(())
     }
 
     /// What a step has come to before, if all of it is still here.
@@ -552,33 +674,53 @@ impl Builder {
             request_id: format!("build-{id}-{}-{number}", stored.attempts),
             ..CreateSessionRequest::default()
         };
-        // Whatever becomes of this build meanwhile, what was made is ended.
+        let mut room = Room::default();
+        loop {
+            let (mut running, session) = match self.create(team, request.clone()).await? {
+                Ok(created) => created,
+                Err(status) => {
+                    match refused(&status) {
+                        Refused::Room => self.wait_for_room(id, &mut room, &status).await?,
+                        Refused::Unanswered => self.wait_for_answer(id, &mut room, &status).await?,
+                        Refused::Lost => {
+                            let end = not_started(&status);
+                            return Err(BuildError::Sandbox { end, is_gone: true });
+                        }
+                        Refused::Final => return Err(ExportError::from(status).into()),
+                    }
+                    continue;
+                }
+            };
+            let (sandbox, files) = self.sessions.sandbox(&session).await?;
+            (running.sandbox, running.files) = (Some(sandbox), Some(files));
+            return Ok(running);
+        }
+    }
+
+    /// Creates a session. Whatever becomes of this build meanwhile, what was made is ended.
+    async fn create(
+        &self,
+        team: &TeamId,
+        request: CreateSessionRequest,
+    ) -> Result<Result<(Running, Session), Status>, BuildError> {
         let (tell, told) = oneshot::channel();
         let (sessions, owner) = (self.sessions.clone(), team.clone());
         tokio::spawn(async move {
-            let created = sessions.create(&owner, request).await;
-            if let Err(Ok(session)) = tell.send(created) {
-                drop(Running {
+            let created = sessions.create(&owner, request).await.map(|session| {
+                let running = Running {
+                    id: SessionId::parse(&session.session_id).ok(),
                     sessions,
                     team: owner,
-                    id: SessionId::parse(&session.session_id).ok(),
                     sandbox: None,
                     files: None,
-                });
-            }
+                };
+                (running, session)
+            });
+            // If nobody hears it, it is dropped here, which ends it.
+            drop(tell.send(created));
         });
         let gone = |_| failed("SANDBOX_FAILED", "its session was not made");
-        let session = told.await.map_err(gone)??;
-        let mut running = Running {
-            sessions: self.sessions.clone(),
-            team: team.clone(),
-            id: SessionId::parse(&session.session_id).ok(),
-            sandbox: None,
-            files: None,
-        };
-        let (sandbox, files) = self.sessions.sandbox(&session).await?;
-        (running.sandbox, running.files) = (Some(sandbox), Some(files));
-        Ok(running)
+        told.await.map_err(gone)
     }
 
     /// Does it; says whether a program has run.
@@ -591,8 +733,11 @@ impl Builder {
     ) -> Result<bool, BuildError> {
         let id = &building.stored.build.build_id;
         let sandbox = running.sandbox()?;
-        let argv = match &plan.action {
-            Action::Run { argv } => argv.clone(),
+        let (argv, lent) = match &plan.action {
+            Action::Run { argv, secrets } => {
+                let lent = self.lend(building, running, &plan.step, secrets).await?;
+                (argv.clone(), lent)
+            }
             // By envd: the image may have no mkdir.
             Action::MakeFolder(path) => {
                 running.make_folder(path).await?;
@@ -606,8 +751,15 @@ impl Builder {
             }
         };
         let command = Command {
+            // In a session each is started once, however often it is asked for.
+            process_id: Some(format!("build-line-{}", plan.line)),
             cwd: plan.state.cwd.clone(),
-            env: plan.state.visible().into_iter().collect(),
+            env: plan
+                .state
+                .visible()
+                .into_iter()
+                .chain(lent.env.iter().cloned())
+                .collect(),
             user: if plan.state.user.is_empty() {
                 "root".to_owned()
             } else {
@@ -620,7 +772,10 @@ impl Builder {
         let (tell, mut told) = mpsc::channel(PIECES);
         // Waits undisturbed: the stream is taken up again when it breaks.
         let run = async move {
-            let mut process = sandbox.start(command).await?;
+            let start = || sandbox.start(command.clone());
+            let started = patiently(sdk::Error::is_interruption, start).await;
+            let mut process = started.map_err(|error| not_begun(&plan.step, error))?;
+            process.set_patience(PATIENCE);
             loop {
                 let (is_stderr, bytes) = match process.next().await? {
                     Some(Event::Stdout(bytes)) => (false, bytes),
@@ -628,7 +783,9 @@ impl Builder {
                     Some(Event::Started { .. }) => continue,
                     Some(Event::Exited(exit)) => {
                         // Nothing of it is to run on into the next step; if it has ended already, so much the better.
-                        let _ = process.remote().signal_to(KILL, SignalTarget::All).await;
+                        let remote = process.remote();
+                        let kill = || remote.signal_to(KILL, SignalTarget::All);
+                        let _ = patiently(sdk::Error::is_interruption, kill).await;
                         return Ok::<_, BuildError>(exit);
                     }
                     None => return Err(failed("SANDBOX_FAILED", "a step ended unheard")),
@@ -639,7 +796,7 @@ impl Builder {
                 }
             }
         };
-        let log = async {
+        let log = async move {
             let mut lines = Lines::default();
             loop {
                 // What was said is not held back until more is.
@@ -654,10 +811,15 @@ impl Builder {
             lines.store(&self.store, id).await?;
             Ok(())
         };
-        let process = async { tokio::try_join!(log, run).map(|((), exit)| exit) };
+        // What was said before it was lost is in the log, too.
+        let process = async {
+            let (logged, ended): (Result<(), BuildError>, _) = tokio::join!(log, run);
+            logged.and(ended)
+        };
         let ended = tokio::time::timeout(STEP_LIMIT + GRACE, process).await;
         let ended = ended.map_err(|_| timed_out(&plan.step))?;
         sound(&plan.step, &ended?)?;
+        self.take_back(building, running, &plan.step, lent).await?;
         Ok(true)
     }
 
@@ -665,14 +827,16 @@ impl Builder {
     async fn change_of(
         &self,
         id: &str,
-        team: &TeamId,
         running: &Running,
         making: &Making,
     ) -> Result<Layer, BuildError> {
         let session = running.id.as_ref();
         let session = session.ok_or_else(|| failed("SANDBOX_FAILED", "a session without an ID"))?;
-        let parts = self.sessions.export(team, session).await?;
-        self.take_change(id, parts, making).await
+        let take = || async {
+            let parts = self.sessions.export(&running.team, session).await?;
+            self.take_change(id, parts, making).await
+        };
+        patiently(is_worth_another_try, take).await
     }
 }
 
@@ -692,19 +856,55 @@ impl Running {
         sandbox.ok_or_else(|| failed("SANDBOX_FAILED", "a session that cannot be reached"))
     }
 
-    /// Unpacks a tarball in a folder of the session's.
+    /// Unpacks a tarball in a folder of the session's; folders that are there keep what they have.
     pub(super) async fn unpack(
         &self,
         step: &str,
         folder: &str,
         tarball: File,
     ) -> Result<(), BuildError> {
+        self.unpack_as(step, folder, tarball, Folders::Keep).await
+    }
+
+    /// The same; folders that are there get owner, permissions and time of the tarball's.
+    pub(super) async fn restore(
+        &self,
+        step: &str,
+        folder: &str,
+        tarball: File,
+    ) -> Result<(), BuildError> {
+        self.unpack_as(step, folder, tarball, Folders::Change).await
+    }
+
+    async fn unpack_as(
+        &self,
+        step: &str,
+        folder: &str,
+        tarball: File,
+        folders: Folders,
+    ) -> Result<(), BuildError> {
         let files = self.files.as_ref();
         let files =
             files.ok_or_else(|| failed("SANDBOX_FAILED", "a session that cannot be reached"))?;
-        let unpacked = files.unpack(folder, tarball).await;
-        let why = |error: UnpackError| failed(error.reason(), format!("{step}: {error}"));
-        unpacked.map_err(why)
+        let unpacked = files.unpack(folder, tarball, folders).await;
+        unpacked.map_err(|error| not_unpacked(step, &error))
+    }
+
+    /// Comes when the registry says that it does not run any more; why.
+    async fn ended(&self) -> End {
+        loop {
+            if let Some(id) = &self.id {
+                match self.sessions.end_of(&self.team, id).await {
+                    Ok(Some(end)) => return end,
+                    Ok(None) => {}
+                    // It is asked again for as long as the build waits.
+                    Err(status) => {
+                        tracing::debug!(session_id = id.short(), %status, "nobody says what became of a build's session");
+                    }
+                }
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 
     async fn make_folder(&self, path: &str) -> Result<(), BuildError> {
@@ -713,8 +913,12 @@ impl Running {
             user: "root".to_owned(),
             ..MakeDirectoryRequest::default()
         };
-        let made = self.sandbox()?.filesystem().make_directory(request).await;
-        match made {
+        let sandbox = self.sandbox()?;
+        let make = || {
+            let request = request.clone();
+            async move { sandbox.filesystem().make_directory(request).await }
+        };
+        match patiently(is_unanswered, make).await {
             // It was there.
             Err(status) if status.code() == tonic::Code::AlreadyExists => Ok(()),
             made => {
@@ -843,6 +1047,17 @@ fn timed_out(step: &str) -> BuildError {
     )
 }
 
+/// Why a step's program does not run: what makes no sense in the sandbox is the step's fault, all else is the sandbox's.
+fn not_begun(step: &str, error: sdk::Error) -> BuildError {
+    let reason = error.reason().unwrap_or_default();
+    match error {
+        sdk::Error::Status(status) if OF_STEP.contains(&reason.as_str()) => {
+            failed("STEP_FAILED", format!("{step}: {}", status.message()))
+        }
+        error => error.into(),
+    }
+}
+
 /// Whether a step's program has ended well.
 fn sound(step: &str, exit: &Exit) -> Result<(), BuildError> {
     let Exit(ended) = exit;
@@ -935,7 +1150,12 @@ fn next_key(before: &[u8; 32], action: &Action, state: &State, from: Option<[u8;
         hasher.update(text.as_bytes());
     };
     match action {
-        Action::Run { argv } => {
+        Action::Run { argv, secrets } => {
+            // Which, and where, but no values: they may change from build to build.
+            for secret in secrets {
+                add("secret");
+                add(&format!("{secret:?}"));
+            }
             add("run");
             for word in argv {
                 add(word);
@@ -1110,6 +1330,7 @@ mod tests {
     fn a_key_is_of_all_a_step_depends_on() {
         let action = |text: &str| Action::Run {
             argv: vec!["sh".into(), text.into()],
+            secrets: Vec::new(),
         };
         let state = State::new(vec![("A".into(), "1".into())], "/", "");
         let before = first_key(&[]);
@@ -1132,6 +1353,16 @@ mod tests {
         changed.args.insert("B".into(), "2".into());
         others.push(next_key(&before, &action("x"), &changed));
         others.push(next_key(&before, &Action::MakeFolder("x".into()), &changed));
+        let text = "FROM a\nRUN --mount=type=secret,id=a x\nRUN --mount=type=secret,id=a,env=A x\n";
+        let lending = Dockerfile::parse(text).unwrap();
+        for step in &lending.stages[0].steps {
+            let mut state = State::new(vec![("A".into(), "1".into())], "/", "");
+            let followed = lending.follow(step, &mut state, &BTreeMap::new());
+            let (action, _) = followed.unwrap();
+            others.push(next_key(&before, &action.unwrap(), &state));
+        }
+        let distinct: BTreeSet<_> = others.iter().collect();
+        assert_eq!(distinct.len(), others.len());
         assert!(others.iter().all(|other| *other != key));
     }
 }

@@ -365,11 +365,12 @@ pub fn take_here_documents(
         if keyword != "run" {
             continue;
         }
+        let (flags, command) = split_flags(&command);
         let is_script = ends.len() == 1 && is_here_document(command.trim());
         let here = match documents.as_slice() {
             [(_, body)] if is_script => Here::Script(body.clone()),
             documents => {
-                let mut whole = command;
+                let mut whole = command.to_owned();
                 for (end, body) in documents {
                     whole.push('\n');
                     whole.push_str(body);
@@ -385,10 +386,21 @@ pub fn take_here_documents(
             line.clear();
         }
         if let Some(line) = kept.get_mut(first) {
-            "RUN here-document".clone_into(line);
+            *line = format!("RUN {flags}here-document");
         }
     }
     Ok((kept.join("\n"), found))
+}
+
+/// What a command begins with that is not its own, with the blanks after it.
+fn split_flags(command: &str) -> (&str, &str) {
+    let mut rest = command.trim_start();
+    while rest.starts_with("--") {
+        let end = rest.find(char::is_whitespace).unwrap_or(rest.len());
+        rest = rest.get(end..).unwrap_or_default().trim_start();
+    }
+    let command = command.trim_start();
+    command.split_at(command.len() - rest.len())
 }
 
 /// Whether a command is but one.

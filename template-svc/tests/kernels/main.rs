@@ -1,0 +1,9 @@
+//! Guests boot what is imported: a kernel and its modules are looked at before, whatever is said of them, and what cannot be booted is refused with
+//! what it lacks.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod made;
+
+mod images;
+mod modules;
+mod service;
