@@ -4,6 +4,7 @@ pub(crate) mod checkpoint;
 pub(crate) mod cp;
 pub(crate) mod exec;
 pub(crate) mod files;
+pub(crate) mod kernel;
 pub(crate) mod key;
 pub(crate) mod logs;
 pub(crate) mod node;

@@ -74,6 +74,9 @@ enum Command {
     /// Templates
     #[command(subcommand)]
     Template(commands::template::Command),
+    /// Kernels that templates can be built with (operators)
+    #[command(subcommand)]
+    Kernel(commands::kernel::Command),
     /// Nodes (operators)
     #[command(subcommand)]
     Node(commands::node::Command),
@@ -144,6 +147,7 @@ async fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Logs(options) => commands::logs::run(&context, &options).await?,
         Command::Top(options) => commands::top::run(&context, &options).await?,
         Command::Template(command) => commands::template::run(&context, command).await?,
+        Command::Kernel(command) => commands::kernel::run(&context, command).await?,
         Command::Node(command) => commands::node::run(&context, command).await?,
         Command::Serve { service, arguments } => serve::run(&service, arguments).await?,
         Command::Completions { shell } => {

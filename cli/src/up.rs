@@ -83,6 +83,9 @@ pub(crate) struct Options {
     /// Virtual CPUs for guests; default: 16 for each of the machine's.
     #[arg(long)]
     vcpus: Option<u32>,
+    /// Room on each node for what it has fetched of templates, and for its snapshots of them; default: half of the state's file system.
+    #[arg(long, value_parser = parse_bytes)]
+    cache: Option<u64>,
     /// Nodes, all on this machine.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     nodes: u32,

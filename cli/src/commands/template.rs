@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::IsTerminal as _,
+    os::unix::ffi::OsStringExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -12,17 +13,19 @@ use bytes::Bytes;
 use clap::Subcommand;
 use indicatif::ProgressBar;
 use proto::template::v1::{
-    Artifact, BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse,
+    Artifact, BuildSecret, BuildSource, BuildState, BuildTemplateRequest, BuildTemplateResponse,
     CancelBuildRequest, GetBuildRequest, GetBuildResponse, GetTemplateRequest, ImageArchive,
-    ListTemplatesRequest, PortProbe, Readiness, RegistryLogin, StartCommand,
+    ListTemplatesRequest, PortProbe, Readiness, RegistryLogin, StartCommand, StoredSnapshot,
     StreamBuildLogsRequest, Template, UploadSourceRequest, UploadSourceResponse,
     build_source::Source, readiness::Probe, template_service_client::TemplateServiceClient,
 };
 use sdk::BuildContext;
 use service_kit::{
     config::{parse_bytes, parse_duration},
+    errors::reason_of,
     mesh::MeshChannel,
 };
+use template_svc::dockerfile::LARGEST;
 use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
@@ -42,6 +45,8 @@ const IN_FLIGHT: usize = 4;
 /// A log that is not to be had is waited for.
 const PATIENCE: Duration = Duration::from_mins(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
+/// As template-svc takes them.
+const LARGEST_SECRET: u64 = 500 << 10;
 const PASSWORD: &str = "SANDMESH_REGISTRY_PASSWORD";
 
 #[derive(Debug, Subcommand)]
@@ -84,6 +89,13 @@ pub(crate) struct Build {
     /// A value for one of the Dockerfile's ARGs; no place for secrets.
     #[arg(long = "build-arg", value_name = "NAME=VALUE", value_parser = argument, conflicts_with_all = ["rootfs", "image_archive", "image", "from_session"])]
     arguments: Vec<(String, String)>,
+    /// A secret that steps of the Dockerfile ask for (RUN --mount=type=secret,id=ID), in a file or a variable; it comes to be in no layer. With an ID alone it is the
+    /// variable of that name, or else the file.
+    #[arg(long = "secret", value_name = "id=ID[,src=FILE|,env=VARIABLE]", value_parser = secret_source, conflicts_with_all = ["rootfs", "image_archive", "image", "from_session"])]
+    secrets: Vec<SecretSource>,
+    /// Do every step of the Dockerfile anew, also those that were done before.
+    #[arg(long, conflicts_with_all = ["rootfs", "image_archive", "image", "from_session"])]
+    no_cache: bool,
     /// Registry whose user is named, as names of images have it: host or host:port. Default: the image's.
     #[arg(long, requires = "registry_user", value_name = "REGISTRY")]
     registry: Option<String>,
@@ -123,6 +135,22 @@ pub(crate) struct Build {
     /// Default writable disk of its sessions.
     #[arg(long, value_parser = parse_bytes, default_value = "4GiB")]
     disk: u64,
+    /// The kernel of its sessions, by the name an operator gave it. Default: the deployment's.
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    kernel: String,
+    /// What its kernel is told after the node's own words: mitigations=off
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    kernel_arguments: String,
     /// For every team (operators).
     #[arg(long)]
     shared: bool,
@@ -169,16 +197,29 @@ pub(crate) async fn run(context: &Context, command: Command) -> anyhow::Result<(
             Ok(())
         }
         Command::Inspect { template } => {
-            let request = GetTemplateRequest { template };
+            let mut request = GetTemplateRequest {
+                template,
+                with_snapshots: true,
+            };
             let mut client = context.client()?.templates();
-            let answer = client.get_template(request).await.map_err(said)?;
-            let template = answer.into_inner().template;
-            let template = template.context("the template was not answered")?;
+            let mut answer = client.get_template(request.clone()).await;
+            // All else is known without the store.
+            if let Err(status) = &answer
+                && reason_of(status).is_some_and(|reason| reason == "STORE_FAILED")
+            {
+                eprintln!("without its snapshots: {}", status.message());
+                request.with_snapshots = false;
+                answer = client.get_template(request).await;
+            }
+            let answer = answer.map_err(said)?.into_inner();
             output::print(
                 context.format(),
-                "sandmesh.template.v1.Template",
-                template,
-                inspect,
+                "sandmesh.template.v1.GetTemplateResponse",
+                answer,
+                |answer| {
+                    inspect(answer.template.unwrap_or_default());
+                    snapshots(&answer.snapshots);
+                },
             )?;
             Ok(())
         }
@@ -206,6 +247,8 @@ impl Build {
             folder,
             file,
             arguments,
+            secrets: sources,
+            no_cache,
             registry,
             registry_user,
             registry_password_file,
@@ -219,6 +262,8 @@ impl Build {
             memory,
             vcpus,
             disk,
+            kernel,
+            kernel_arguments,
             shared,
         } = self;
         let (name, tags) = match tag.split_once(':') {
@@ -251,6 +296,10 @@ impl Build {
             }
             None => Vec::new(),
         };
+        let mut secrets = Vec::new();
+        for source in sources {
+            secrets.push(source.read().await?);
+        }
         let probe = ready_port
             .map(Probe::Port)
             .or(ready_command.map(Probe::Command))
@@ -279,17 +328,15 @@ impl Build {
             default_disk_bytes: disk,
             shared,
             registry_logins,
+            secrets,
             build_args: arguments.into_iter().collect(),
+            no_cache,
+            kernel,
+            kernel_arguments,
             ..BuildTemplateRequest::default()
         };
         if shared {
-            let channel: MeshChannel = context.operator("template")?;
-            let caller = operator_of("operators")?;
-            let as_operator = move |mut request: Request<()>| {
-                caller.apply(request.metadata_mut());
-                Ok(request)
-            };
-            let client = TemplateServiceClient::new(InterceptedService::new(channel, as_operator));
+            let client = TemplateServiceClient::new(as_operator(context)?);
             build(client, from, request).await
         } else {
             build(context.client()?.templates(), from, request).await
@@ -323,6 +370,8 @@ fn inspect(template: Template) {
         source_image,
         layers,
         start,
+        kernel_arguments,
+        kernel_name,
     } = template;
     let line = |name: &str, value: String| {
         if !value.is_empty() {
@@ -337,7 +386,13 @@ fn inspect(template: Template) {
     line("root", part(&rootfs));
     line("kernel", part(&kernel));
     line("modules", part(&modules));
-    line("", kernel_version);
+    let kernel = if kernel_name == kernel_version {
+        kernel_version
+    } else {
+        [kernel_name, kernel_version].join(" ")
+    };
+    line("", kernel.trim().to_owned());
+    line("  told", kernel_arguments);
     line(
         "envd",
         format!("{envd_version} when it was built; nodes give their own"),
@@ -374,11 +429,120 @@ fn inspect(template: Template) {
     }
 }
 
+/// What nodes have made of a template for each other.
+fn snapshots(snapshots: &[StoredSnapshot]) {
+    if snapshots.is_empty() {
+        return;
+    }
+    let rows = snapshots.iter().map(|snapshot| {
+        let memory = output::bytes(snapshot.memory_bytes);
+        let disk = output::bytes(snapshot.disk_bytes);
+        vec![
+            format!("{} vCPUs, {memory}, {disk}", snapshot.vcpus),
+            snapshot.vmm.clone(),
+            snapshot.cpu.clone(),
+            snapshot.envd.clone(),
+            output::bytes(snapshot.stored_bytes),
+            output::time(snapshot.use_time),
+        ]
+    });
+    println!();
+    output::table(
+        &["snapshot", "vmm", "cpu", "envd", "stored", "used"],
+        rows.collect(),
+    );
+}
+
 fn argument(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("must be NAME=VALUE".into()),
     }
+}
+
+/// Where a secret is to be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct SecretSource {
+    id: String,
+    place: SecretPlace,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum SecretPlace {
+    File(PathBuf),
+    Variable(String),
+    /// As with docker: the variable of the ID's name if it is set, else the file.
+    Either,
+}
+
+/// In the words of `docker build --secret`.
+fn secret_source(text: &str) -> Result<SecretSource, String> {
+    let (mut id, mut kind, mut file, mut variable) = (None, None, None, None);
+    for field in text.split(',') {
+        let (name, value) = field.split_once('=').unwrap_or((field, ""));
+        let to = match name {
+            "id" => &mut id,
+            "type" => &mut kind,
+            "src" | "source" => &mut file,
+            "env" => &mut variable,
+            _ => return Err(format!("{name:?} is not known: id, src, env and type are")),
+        };
+        if value.is_empty() || to.is_some() {
+            return Err(format!("expected {name}=VALUE, once"));
+        }
+        *to = Some(value.to_owned());
+    }
+    let id = id.ok_or("expected id=ID")?;
+    let place = match (kind.as_deref(), file, variable) {
+        (None | Some("file"), Some(file), None) => SecretPlace::File(file.into()),
+        // What type=env has as its source is a variable.
+        (None | Some("env"), None, Some(variable)) | (Some("env"), Some(variable), None) => {
+            SecretPlace::Variable(variable)
+        }
+        (None, None, None) => SecretPlace::Either,
+        (Some("file"), None, None) => SecretPlace::File(id.clone().into()),
+        (Some("env"), None, None) => SecretPlace::Variable(id.clone()),
+        (Some(kind), ..) if !matches!(kind, "file" | "env") => {
+            return Err(format!("type={kind} is not known: file and env are"));
+        }
+        _ => return Err("expected src=FILE or env=VARIABLE, not both".into()),
+    };
+    Ok(SecretSource { id, place })
+}
+
+impl SecretSource {
+    async fn read(self) -> anyhow::Result<BuildSecret> {
+        let Self { id, place } = self;
+        let value = match place {
+            SecretPlace::File(file) => secret_file(&file).await?,
+            SecretPlace::Variable(name) => {
+                let value = std::env::var_os(&name);
+                let value = value.with_context(|| format!("the variable {name} is not set"))?;
+                value.into_vec()
+            }
+            SecretPlace::Either => match std::env::var_os(&id) {
+                Some(value) => value.into_vec(),
+                None => secret_file(Path::new(&id)).await?,
+            },
+        };
+        if value.len() as u64 > LARGEST_SECRET {
+            bail!("the secret {id} is more than {LARGEST_SECRET} bytes");
+        }
+        Ok(BuildSecret { id, value })
+    }
+}
+
+/// As much of a file as may be sent, and a byte of what is more.
+async fn secret_file(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let shown = || path.display().to_string();
+    let file = File::open(path).await.with_context(shown)?;
+    let mut value = Vec::new();
+    let mut beginning = file.take(LARGEST_SECRET + 1);
+    beginning
+        .read_to_end(&mut value)
+        .await
+        .with_context(shown)?;
+    Ok(value)
 }
 
 fn port_probe(text: &str) -> Result<PortProbe, String> {
@@ -393,8 +557,19 @@ fn port_probe(text: &str) -> Result<PortProbe, String> {
     })
 }
 
+/// A channel to template-svc as an operator.
+pub(crate) fn as_operator(context: &Context) -> anyhow::Result<impl Transport + use<>> {
+    let channel: MeshChannel = context.operator("template")?;
+    let caller = operator_of("operators")?;
+    let as_operator = move |mut request: Request<()>| {
+        caller.apply(request.metadata_mut());
+        Ok(request)
+    };
+    Ok(InterceptedService::new(channel, as_operator))
+}
+
 /// What a client speaks by, as a team or as an operator.
-trait Transport:
+pub(crate) trait Transport:
     GrpcService<
         tonic::body::Body,
         Error: Into<StdError>,
@@ -438,8 +613,18 @@ async fn dockerfile(file: Option<PathBuf>, folder: Option<PathBuf>) -> anyhow::R
             "say what to build from: DIR, --file, --image, --image-archive, --rootfs or --from-session"
         ),
     };
-    let text = tokio::fs::read_to_string(&file).await;
-    let text = text.with_context(|| file.display().to_string())?;
+    let shown = file.display().to_string();
+    let mut text = Vec::new();
+    let read = async {
+        let file = File::open(&file).await?;
+        // What is larger is not sent to be told so.
+        file.take(LARGEST as u64 + 1).read_to_end(&mut text).await
+    };
+    read.await.with_context(|| shown.clone())?;
+    if text.len() > LARGEST {
+        bail!("{shown}: line 1, column 1: a Dockerfile is at most {LARGEST} bytes");
+    }
+    let text = String::from_utf8(text).context(shown)?;
     let Some(folder) = folder else {
         return Ok(From::Dockerfile(text, None));
     };
@@ -616,7 +801,7 @@ fn progress_bar(total: u64) -> ProgressBar {
 }
 
 /// Sends a file, and has its digest.
-async fn upload<T: Transport>(
+pub(crate) async fn upload<T: Transport>(
     client: &mut TemplateServiceClient<T>,
     file: &Path,
 ) -> anyhow::Result<String> {
@@ -658,4 +843,61 @@ async fn upload<T: Transport>(
     fed?;
     let UploadSourceResponse { source } = answer.map_err(said)?.into_inner();
     Ok(source.context("the upload was not answered")?.digest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_are_named_as_with_docker() {
+        let source = |text: &str| secret_source(text).map(|it| (it.id, it.place));
+        let a = |place| Ok(("a".to_owned(), place));
+        let file = |path: &str| a(SecretPlace::File(path.into()));
+        let variable = |name: &str| a(SecretPlace::Variable(name.into()));
+        assert_eq!(source("id=a,src=x/y=z"), file("x/y=z"));
+        assert_eq!(source("type=file,id=a,source=x"), file("x"));
+        assert_eq!(source("id=a,env=TOKEN"), variable("TOKEN"));
+        assert_eq!(source("type=env,src=TOKEN,id=a"), variable("TOKEN"));
+        assert_eq!(source("type=env,id=a"), variable("a"));
+        assert_eq!(source("type=file,id=a"), file("a"));
+        assert_eq!(source("id=a"), a(SecretPlace::Either));
+        for (text, said) in [
+            ("", "is not known"),
+            ("a", "is not known"),
+            ("src=x", "id=ID"),
+            ("id=", "id=VALUE"),
+            ("id=a,id=b", "once"),
+            ("id=a,src", "src=VALUE"),
+            ("id=a,src=x,env=Y", "not both"),
+            ("id=a,type=file,env=Y", "not both"),
+            ("id=a,type=vault", "type=vault"),
+            ("id=a,value=hidden", "is not known"),
+        ] {
+            let wrong = source(text).unwrap_err();
+            assert!(wrong.contains(said), "{text}: {wrong}");
+        }
+    }
+
+    #[tokio::test]
+    async fn secrets_are_read_as_they_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        std::fs::write(&path, b"\xff\n").unwrap();
+        let read = |place| {
+            let id = "no-variable-of-that-name".to_owned();
+            SecretSource { id, place }.read()
+        };
+        let secret = read(SecretPlace::File(path.clone())).await.unwrap();
+        assert_eq!(secret.value, b"\xff\n");
+        let missing = read(SecretPlace::Either).await.unwrap_err();
+        assert!(missing.to_string().contains("no-variable-of-that-name"));
+        let unset = read(SecretPlace::Variable("NO_SUCH_VARIABLE".into())).await;
+        assert!(unset.unwrap_err().to_string().contains("is not set"));
+        std::fs::write(&path, vec![b'x'; 500 << 10]).unwrap();
+        assert!(read(SecretPlace::File(path.clone())).await.is_ok());
+        std::fs::write(&path, vec![b'x'; (500 << 10) + 1]).unwrap();
+        let large = read(SecretPlace::File(path)).await.unwrap_err();
+        assert!(large.to_string().contains("512000"), "{large}");
+    }
 }

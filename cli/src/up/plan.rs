@@ -271,6 +271,9 @@ impl Plan {
             if let Some(vcpus) = options.vcpus {
                 arguments.push(flag("vcpus", &vcpus.to_string()));
             }
+            if let Some(cache) = options.cache {
+                arguments.push(flag("cache", &format!("{cache}B")));
+            }
             let flags: Vec<&[String; 2]> = arguments.iter().collect();
             add(
                 vec!["--stop-sessions-on-exit".into()],
