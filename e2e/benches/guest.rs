@@ -26,7 +26,7 @@ use proto::{
     session::v1::Resources,
 };
 use sdk::{Command, Event, NewSession, Sandbox};
-use service_kit::config::tools_folder;
+use service_kit::{config::tools_folder, kernel_arguments::KernelArguments};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -256,6 +256,7 @@ impl Raw {
             },
             kernel: vmlinux,
             initrd: images.initrd(&kernel.join("modules.cpio")).unwrap(),
+            arguments: KernelArguments::default(),
         };
         let mut vm = qemu.unwrap().boot(spec).await.unwrap();
         let link = vm.connect(Instant::now() + BOOT_LIMIT).await.unwrap();

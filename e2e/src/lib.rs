@@ -2,13 +2,14 @@
 //! free ports, so that any number of meshes run side by side.
 //!
 //! [`Mesh`] is one deployment, started with the `sandmesh` program under test and taken down when dropped; [`leaks`] is what may not
-//! differ before and after; [`guest`] is the server that tests run inside; [`Collector`] takes traces, [`Screen`] is a terminal with a person at it.
+//! differ before and after; [`guest`] is the server that tests run inside; [`images`] makes images; [`Collector`] takes traces, [`Screen`] is a terminal with a person at it.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot be set up has failed
 
 pub mod bench;
 mod collector;
 pub mod guest;
 pub mod http;
+pub mod images;
 pub mod leaks;
 mod mesh;
 mod screen;

@@ -289,14 +289,22 @@ impl Mesh {
             .expect("the session has a folder")
     }
 
-    /// The PID of a session's VMM: it works in the session's folder.
+    /// The PID of a session's VMM.
     pub fn vmm(&self, session: &Session) -> nix::unistd::Pid {
-        let folder = self.session_folder(session).canonicalize().unwrap();
+        self.find_vmm(session).expect("the session has a VMM")
+    }
+
+    /// The same of a session that may just end, or begin: it works in the session's folder.
+    pub fn find_vmm(&self, session: &Session) -> Option<nix::unistd::Pid> {
+        let state = self.state().canonicalize().unwrap();
+        let is_its = |cwd: PathBuf| {
+            cwd.starts_with(&state) && cwd.iter().any(|name| name == session.session_id.as_str())
+        };
         let found = procfs::process::all_processes()
             .unwrap()
             .flatten()
-            .find(|process| process.cwd().is_ok_and(|cwd| cwd.starts_with(&folder)));
-        nix::unistd::Pid::from_raw(found.expect("the session has a VMM").pid)
+            .find(|process| process.cwd().is_ok_and(is_its));
+        Some(nix::unistd::Pid::from_raw(found?.pid))
     }
 
     /// Kills a session's VMM.

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use e2e::{Mesh, guest, how_many, http, small};
+use e2e::{Mesh, guest, how_many, http, small, wait_for};
 use nix::sys::signal::{Signal, kill};
 use proto::session::v1::{PortReadiness, Resources, Session, SessionState};
 use sdk::{Command, NewFork, NewSession, Sandbox};
@@ -493,9 +493,19 @@ async fn a_new_envd_reaches_what_starts_and_what_has_another_is_told() {
     let old = format!("{}*", before[&runs.session_id]);
     assert_eq!(after[&runs.session_id], old);
     assert_eq!(after[&sleeps.session_id], old);
-    assert_ne!(after[&new.session_id], before[&runs.session_id]);
-    assert!(!after[&new.session_id].contains('*'));
-    for session in [&runs, &sleeps, &new] {
+    // It does not wait for a boot, unless that was there first.
+    let is_old = after[&new.session_id] == old;
+    assert!(is_old || !after[&new.session_id].contains('*'));
+    let renewed = "a template's snapshot has this envd now";
+    wait_for(renewed, Duration::from_mins(2), || {
+        let log = fs::read_to_string(mesh.state().join("logs/node.log"));
+        log.unwrap().contains(renewed)
+    });
+    let newest = mesh.session().await;
+    let after = envds(&mesh);
+    assert_ne!(after[&newest.session_id], before[&runs.session_id]);
+    assert!(!after[&newest.session_id].contains('*'));
+    for session in [&runs, &sleeps, &new, &newest] {
         let sandbox = client.sandbox(session).unwrap();
         assert_eq!(output(&sandbox, "echo here").await, "here");
     }

@@ -282,6 +282,7 @@ async fn a_session_that_moved(mesh: &Mesh, session: &Session) {
     let moved = mesh.client().get(id.as_str()).await.unwrap();
     let get = GetTemplateRequest {
         template: "base".into(),
+        ..GetTemplateRequest::default()
     };
     let template = mesh
         .client()

@@ -4,12 +4,15 @@
 use std::{
     fs,
     path::Path,
-    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use e2e::{Mesh, http, small, wait_for};
+use e2e::{
+    Mesh, http,
+    images::{image, run},
+    small, wait_for,
+};
 use proto::{
     session::v1::ListSessionsRequest,
     template::v1::{
@@ -20,50 +23,6 @@ use sdk::NewSession;
 use service_kit::config::tools_folder;
 use testbed::Registry;
 use tonic::Code;
-
-fn run(program: &str, arguments: &[&str], folder: &Path) {
-    let output = Command::new(program)
-        .args(arguments)
-        .current_dir(folder)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap_or_else(|error| panic!("{program}: {error} (./deploy/install test)"));
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-/// Two layers by `umoci`: a Debian, and what was changed in it.
-fn image(folder: &Path) {
-    let umoci = |arguments: &[&str]| run("umoci", arguments, folder);
-    umoci(&["init", "--layout", "image"]);
-    umoci(&["new", "--image", "image:v1"]);
-    umoci(&["unpack", "--image", "image:v1", "bundle"]);
-    let base = tools_folder().join("base-rootfs.tar");
-    let base = base.to_str().unwrap();
-    run("tar", &["-C", "bundle/rootfs", "-xf", base], folder);
-    umoci(&[
-        "repack",
-        "--refresh-bundle",
-        "--image",
-        "image:v1",
-        "bundle",
-    ]);
-    let root = folder.join("bundle/rootfs");
-    fs::remove_file(root.join("etc/issue")).unwrap();
-    fs::write(root.join("srv/hello"), "from the second layer").unwrap();
-    umoci(&["repack", "--image", "image:v1", "bundle"]);
-    umoci(&[
-        "config",
-        "--image",
-        "image:v1",
-        "--config.env=GREETING=good morning",
-        "--config.env=OVER=image",
-        "--config.user=4242",
-    ]);
-}
 
 fn build(mesh: &Mesh, archive: &Path, more: &[&str]) -> std::process::Output {
     let archive = archive.to_str().unwrap();
@@ -152,6 +111,7 @@ async fn an_image_becomes_a_template() {
     for name in ["app", "pulled"] {
         let request = GetTemplateRequest {
             template: name.into(),
+            ..GetTemplateRequest::default()
         };
         let template = client.get_template(request).await.unwrap().into_inner();
         let template = template.template.unwrap();
@@ -286,6 +246,7 @@ async fn a_session_becomes_a_template() {
     );
     let request = GetTemplateRequest {
         template: "changed@2".into(),
+        ..GetTemplateRequest::default()
     };
     let answer = mesh.client().templates().get_template(request).await;
     let template = answer.unwrap().into_inner().template.unwrap();
@@ -407,6 +368,7 @@ async fn a_dockerfile_becomes_a_template() {
     for version in 1..=3 {
         let request = GetTemplateRequest {
             template: format!("made@{version}"),
+            ..GetTemplateRequest::default()
         };
         let answer = client.get_template(request).await.unwrap();
         made.push(answer.into_inner().template.unwrap());
@@ -817,33 +779,75 @@ async fn a_start_command_runs_in_every_session() {
 async fn a_node_needs_the_store_alone() {
     let store = tempfile::tempdir().unwrap();
     let folder = store.path().to_str().unwrap();
-    let mesh = Mesh::start(&["--store", folder]);
+    let mesh = Mesh::start(&["--store", folder, "--nodes", "2"]);
+    let drain = |node: &str, more: &[&str]| {
+        let drained = mesh.run(&[&["node", "drain", node], more].concat());
+        assert!(drained.status.success(), "{drained:?}");
+    };
+    let nodes = mesh.run(&["node", "list", "-o", "json"]).stdout;
+    let nodes: serde_json::Value = serde_json::from_slice(&nodes).unwrap();
+    let [first, second] = [0, 1].map(|at| nodes["nodes"][at]["nodeId"].as_str().unwrap());
+    drain(second, &[]);
     let artifacts = mesh.state().join("templates/artifacts");
     for file in fs::read_dir(&artifacts).unwrap() {
         fs::remove_file(file.unwrap().path()).unwrap();
     }
+    let size = walk(store.path());
     let since = Instant::now();
     let session = mesh.session().await;
     let sandbox = mesh.client().sandbox(&session).unwrap();
     let output = sandbox.run(["cat", "/etc/hostname"]).await.unwrap();
     assert_eq!(output.exit.code(), 0);
+    let booted = since.elapsed();
     let log = mesh.log();
     assert_eq!(
         log.matches("artifact fetched from the store").count(),
         3,
         "{log}"
     );
-    let size = walk(store.path());
-    println!(
-        "the store holds {size} bytes; first command after {:?}",
-        since.elapsed()
+    println!("the store holds {size} bytes; first command after {booted:?}");
+
+    let told = "a template's snapshot is in the store";
+    wait_for(told, Duration::from_mins(2), || mesh.log().contains(told));
+    let with_snapshot = walk(store.path());
+    // What a node has booted another one restores.
+    drain(second, &["--undo"]);
+    drain(first, &[]);
+    let since = Instant::now();
+    let session = mesh.session().await;
+    assert_eq!(session.node_id, second);
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    let output = sandbox.run(["cat", "/etc/hostname"]).await.unwrap();
+    assert_eq!(output.exit.code(), 0);
+    let restored = since.elapsed();
+    let log = mesh.log();
+    assert!(
+        log.contains("a template's snapshot is fetched from the store"),
+        "{log}"
     );
+    let fetched = log
+        .lines()
+        .filter(|line| line.contains("fetched from the store"));
+    for line in fetched {
+        println!("{line}");
+    }
+    println!(
+        "the snapshot added {} bytes to the store; the first command on a second node after {restored:?}",
+        with_snapshot - size
+    );
+    let told = mesh.run(&["template", "inspect", "base"]);
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    let vmm = nodes["nodes"][0]["vmmVersion"].as_str().unwrap();
+    assert!(told.contains("SNAPSHOT") && told.contains(vmm), "{told}");
+
     // A node whose store has lost a part says so, and of which template.
     let chunks = store.path().join("chunks");
     fs::remove_dir_all(&chunks).unwrap();
-    let other = mesh.state().join("node/artifacts");
-    for file in fs::read_dir(&other).unwrap() {
-        fs::remove_file(file.unwrap().path()).unwrap();
+    for node in ["node", "node-2"] {
+        let other = mesh.state().join(node).join("artifacts");
+        for file in fs::read_dir(&other).unwrap() {
+            fs::remove_file(file.unwrap().path()).unwrap();
+        }
     }
     let failed = mesh.client().create(small()).await.unwrap_err();
     assert!(

@@ -1,0 +1,475 @@
+//! Dockerfiles and build contexts whose makers mean harm: each ends with a true reason or does what it says, and neither the host nor the next
+//! build has anything of it. Hostile layers are in `template-svc/tests/layers/hostile.rs`, hostile registries in `template-svc/tests/registry.rs`.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    io::{self, ErrorKind, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
+    os::{fd::AsRawFd as _, unix::fs::symlink},
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use e2e::{Mesh, leaks, sandmesh, small, wait_for};
+use nix::{ifaddrs::getifaddrs, mount};
+use proto::session::v1::{ListSessionsRequest, Session};
+use sdk::NewSession;
+use tempfile::TempDir;
+
+/// In seconds: no build of these takes longer, however it ends.
+const LIMIT: &str = "200";
+/// Where many clouds tell a machine its credentials.
+const METADATA: &str = "169.254.169.254:80";
+/// Of a build's log at most, with what it says itself.
+const LARGEST_LOG: usize = 9 << 20;
+/// Says which doors take a connection, and leaves a word at all of them.
+const KNOCK: &str = "#!/usr/bin/python3
+import concurrent.futures, socket
+doors = 'DOORS'.split()
+def knock(door):
+    host, port = door.rsplit(':', 1)
+    try:
+        socket.socket(type=socket.SOCK_DGRAM).sendto(b'hello', (host, PORT))
+    except OSError:
+        pass
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+        return door
+    except OSError:
+        return None
+with concurrent.futures.ThreadPoolExecutor(32) as threads:
+    opened = list(filter(None, threads.map(knock, doors)))
+print(len(doors), 'doors, opened:', opened)
+raise SystemExit(7)
+";
+/// A line without an end, then many.
+const LOUD: &str =
+    r#"head -c 10485760 /dev/zero | tr '\0' x && (yes "$(printf %099d 0)" | head -c 20000000)"#;
+
+/// What is to be left alone.
+struct Host {
+    folder: TempDir,
+    secret: String,
+    tcp: TcpListener,
+    udp: UdpSocket,
+}
+
+impl Host {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let secret = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap();
+        let secret = secret.trim().to_owned();
+        fs::write(folder.path().join("secret"), &secret).unwrap();
+        let passwd = format!("someone:x:4242:4242:{secret}:/:/bin/sh\n");
+        fs::write(folder.path().join("passwd"), passwd).unwrap();
+        let tcp = TcpListener::bind("0.0.0.0:0").unwrap();
+        let udp = UdpSocket::bind("0.0.0.0:0").unwrap();
+        tcp.set_nonblocking(true).unwrap();
+        udp.set_nonblocking(true).unwrap();
+        Self {
+            folder,
+            secret,
+            tcp,
+            udp,
+        }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// All places where this host, or a part of the mesh, may be reached from a guest.
+    fn doors(&self, mesh: &Mesh) -> Vec<String> {
+        let node = mesh.state().join("node").to_string_lossy().into_owned();
+        let first = leaks::block_of(&node).unwrap() * 64;
+        let is_own = |link: &str| match link.strip_prefix("smh") {
+            Some(number) => (first..first + 64).contains(&number.parse::<u32>().unwrap()),
+            None => link != "lo",
+        };
+        let links = getifaddrs().unwrap();
+        let addresses = links.filter(|link| is_own(&link.interface_name));
+        let mut addresses: Vec<Ipv4Addr> = addresses
+            .filter_map(|link| Some(link.address?.as_sockaddr_in()?.ip()))
+            .collect();
+        // The guest's end of its link to the node, whatever that is, and the node's.
+        addresses.extend([[169, 254, 100, 1], [169, 254, 100, 2]].map(Ipv4Addr::from));
+        let addresses_of = mesh.parts().into_iter().map(|part| part.address);
+        let mut ports: Vec<u16> = addresses_of
+            .filter_map(|address| Some(address.parse::<SocketAddr>().ok()?.port()))
+            .collect();
+        ports.push(self.tcp.local_addr().unwrap().port());
+        let doors = addresses
+            .iter()
+            .flat_map(|address| ports.iter().map(move |port| format!("{address}:{port}")));
+        doors.chain([METADATA.to_owned()]).collect()
+    }
+
+    fn is_unharmed(&self) {
+        let names = fs::read_dir(self.folder.path()).unwrap();
+        let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["passwd", "secret"]);
+        let secret = fs::read_to_string(self.path("secret")).unwrap();
+        assert_eq!(secret, self.secret);
+        let called = self.tcp.accept().unwrap_err();
+        assert_eq!(called.kind(), ErrorKind::WouldBlock);
+        let told = self.udp.recv(&mut [0; 16]).unwrap_err();
+        assert_eq!(told.kind(), ErrorKind::WouldBlock);
+    }
+}
+
+/// An object store that can be full.
+struct SmallStore(File);
+
+impl SmallStore {
+    fn mount() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (kind, flags) = (Some("tmpfs"), mount::MsFlags::empty());
+        mount::mount(kind, folder.path(), kind, flags, Some("size=512m")).unwrap();
+        let mounted = File::open(folder.path());
+        mount::umount2(folder.path(), mount::MntFlags::MNT_DETACH).unwrap();
+        Self(mounted.unwrap())
+    }
+
+    /// It has no other name, so that it goes with this test, however that ends.
+    fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd()).into()
+    }
+
+    /// Takes all the room there is.
+    fn fill(&self) -> PathBuf {
+        let path = self.path().join("filler");
+        let filled = io::copy(&mut io::repeat(0), &mut File::create(&path).unwrap());
+        assert_eq!(filled.unwrap_err().kind(), ErrorKind::StorageFull);
+        path
+    }
+}
+
+/// Who builds.
+struct Builder<'a> {
+    mesh: &'a Mesh,
+    host: &'a Host,
+    context: TempDir,
+}
+
+impl Builder<'_> {
+    fn at(&self, name: &str) -> PathBuf {
+        self.context.path().join(name)
+    }
+
+    /// Whether it was built, and what was said.
+    fn build(&self, text: &str) -> (bool, String) {
+        fs::write(self.at("Dockerfile"), text).unwrap();
+        let since = Instant::now();
+        let built = Command::new("timeout")
+            .arg(LIMIT)
+            .arg(sandmesh())
+            .args(["template", "build", "-t", "hostile"])
+            .args(["--memory", "128MiB", "--disk", "256MiB"])
+            .arg(self.context.path())
+            .env("SANDMESH_STATE", self.mesh.state())
+            .env_remove("SANDMESH_ENDPOINT")
+            .env_remove("SANDMESH_API_KEY")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&built.stderr).into_owned();
+        let end = said.lines().last().unwrap_or_default();
+        println!("{:.1} s: {end}", since.elapsed().as_secs_f64());
+        assert_ne!(built.status.code(), Some(124), "has not ended: {end}");
+        assert!(said.len() < LARGEST_LOG, "{} bytes", said.len());
+        assert!(!said.contains(&self.host.secret), "{end}");
+        self.host.is_unharmed();
+        (built.status.success(), said)
+    }
+
+    /// The last step ends with 7 when all is well: nothing is packed then that nobody wants.
+    fn ended(&self, text: &str) -> String {
+        self.failed(text, "ended with code 7 (STEP_FAILED)")
+    }
+
+    fn failed(&self, text: &str, why: &str) -> String {
+        let (is_built, said) = self.build(text);
+        assert!(!is_built && said.contains(why), "{why:?}: {said}");
+        said
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_dockerfile_harms_the_host_or_the_next_build() {
+    let store = SmallStore::mount();
+    let host = Host::new();
+    let mesh = Mesh::start(&["--store", store.path().to_str().unwrap()]);
+    let before = mesh.parts();
+    let builder = Builder {
+        mesh: &mesh,
+        host: &host,
+        context: tempfile::tempdir().unwrap(),
+    };
+    fs::write(builder.at(".dockerignore"), "Dockerfile\n").unwrap();
+    fs::write(builder.at("payload"), "payload").unwrap();
+
+    told_at_once(&builder);
+    links_lead_nowhere(&builder);
+    nobody_is_reached(&builder);
+    nothing_outlives_its_step(&builder);
+    what_is_too_much_is_told(&builder);
+    databases_of_users_are_no_traps(&builder);
+    a_root_without_anything(&builder);
+    a_full_store_is_told(&builder, &store);
+
+    // The last one was built as if nothing had been.
+    let new = NewSession {
+        template: "hostile".into(),
+        ..small()
+    };
+    let session = mesh.client().create(new).await.unwrap();
+    let sandbox = mesh.client().sandbox(&session).unwrap();
+    let output = sandbox.run(["cat", "/srv/payload"]).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "payload");
+    let left = async {
+        loop {
+            let request = ListSessionsRequest::default();
+            let listed = mesh.client().sessions().list_sessions(request).await;
+            let listed = listed.unwrap().into_inner().sessions;
+            let is_ours = |one: &Session| one.session_id == session.session_id;
+            if listed.iter().all(is_ours) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let left = tokio::time::timeout(Duration::from_secs(20), left).await;
+    left.expect("no session of a build is left");
+    let work = mesh.state().join("templates/work");
+    wait_for("nothing is left behind", Duration::from_secs(20), || {
+        fs::read_dir(&work).unwrap().count() == 0
+    });
+    let pids = |parts: &[e2e::Part]| {
+        let pids = parts.iter().map(|part| (part.name.clone(), part.pid));
+        pids.collect::<Vec<_>>()
+    };
+    let after = mesh.parts();
+    assert_eq!(pids(&before), pids(&after), "{}", mesh.log());
+    assert!(after.iter().all(|part| part.healthy));
+    for log in fs::read_dir(mesh.state().join("logs")).unwrap() {
+        let log = fs::read(log.unwrap().path()).unwrap();
+        assert!(!String::from_utf8_lossy(&log).contains(&host.secret));
+    }
+}
+
+/// Dockerfiles that no guest is started for.
+fn told_at_once(builder: &Builder<'_>) {
+    let instructions = format!("FROM base\n{}", "RUN true\n".repeat(10_000));
+    let nested = format!("{}{}", "${A:-".repeat(5000), "}".repeat(5000));
+    let nested = format!("FROM base\nRUN true\n  ENV B={nested}\n");
+    let doubled = format!(
+        "FROM base\nENV A=0123456789\n{}",
+        "ENV A=$A$A\n".repeat(100)
+    );
+    let endless = format!("FROM base\nRUN true\nRUN <<EOF\n{}", "x\n".repeat(100_000));
+    let large = format!("FROM base\nRUN <<EOF\n{}EOF\n", "x\n".repeat(500_000));
+    let huge = format!("FROM base\nRUN <<EOF\n{}EOF\n", "x\n".repeat(6_000_000));
+    for (text, why) in [
+        (instructions, "line 1001, column 1: it has more than 1000"),
+        (nested, "line 3, column 3: variables in each other"),
+        (doubled, "line 15, column 1: "),
+        (endless, "line 3, column 1: expected a line \"EOF\""),
+        (large, "line 1, column 1: a Dockerfile is at most"),
+        (huge, "line 1, column 1: a Dockerfile is at most"),
+    ] {
+        builder.failed(&text, why);
+    }
+}
+
+/// Links of the context, of a stage, and in the place of what files are copied to.
+fn links_lead_nowhere(builder: &Builder<'_>) {
+    let (host, folder) = (builder.host, builder.host.folder.path());
+    let secret = host.path("secret");
+    let up = format!("{}{}", "../".repeat(30), secret.trim_start_matches('/'));
+    symlink(&secret, builder.at("absolute")).unwrap();
+    symlink(&up, builder.at("upwards")).unwrap();
+    symlink(folder, builder.at("folder")).unwrap();
+    // They do lead there, for whoever follows them.
+    for name in ["absolute", "upwards", "folder/secret"] {
+        assert_eq!(fs::read_to_string(builder.at(name)).unwrap(), host.secret);
+    }
+    // The second entry goes through the first.
+    let mut archive = tar::Builder::new(File::create(builder.at("archive.tar")).unwrap());
+    let header = |kind: tar::EntryType, size: u64| {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_size(size);
+        header
+    };
+    let mut link = header(tar::EntryType::Symlink, 0);
+    archive.append_link(&mut link, "way", folder).unwrap();
+    let mut file = header(tar::EntryType::Regular, 4);
+    let made = &b"made"[..];
+    archive.append_data(&mut file, "way/made", made).unwrap();
+    archive.into_inner().unwrap().flush().unwrap();
+
+    let folder = folder.to_str().unwrap();
+    let sibling = format!("../{}/secret", folder.rsplit('/').next().unwrap());
+    for source in ["absolute", "upwards", "folder/secret", &sibling] {
+        let copy = format!("FROM base\nCOPY {source} /srv/\n");
+        builder.failed(&copy, "(COPY_SOURCE_MISSING)");
+    }
+    let unpacked = builder.failed("FROM base\nADD archive.tar /srv/\n", "(STEP_FAILED)");
+    assert!(unpacked.contains("line 2: ADD archive.tar"), "{unpacked}");
+
+    // What may be copied is, links as links, and all that is written is written in the guest. A pattern may mean nothing. The secret is looked
+    // for without being said. Both stages say more than is kept, which is told once.
+    let (one, two) = host.secret.split_at(10);
+    let said = builder.ended(&format!(
+        "FROM base AS made\n\
+         RUN mkdir /out && cd /out && ln -s {secret} absolute && ln -s {up} upwards && ln -s / root && ln -s {folder} folder && {LOUD}\n\
+         FROM base\n\
+         COPY . /srv/context/\n\
+         COPY absolut[e] upward[s] folder/secre[t] /srv/nothing/\n\
+         COPY --from=made /out/absolut[e] /out/upward[s] /out/folder/secre[t] /srv/nothing/\n\
+         COPY --from=made /out /srv/out/\n\
+         COPY --from=made /out/root/etc/passwd /srv/passwd\n\
+         RUN rm -rf /opt && mkdir -p {folder} && ln -s {folder} /opt && ln -s {folder}/new /srv/new && ln -s {folder} /srv/work\n\
+         COPY payload /opt/\n\
+         COPY payload /srv/new\n\
+         COPY <<made /srv/work/\n\
+         text\n\
+         made\n\
+         WORKDIR /srv/work/inner\n\
+         RUN cmp /srv/passwd /etc/passwd && cmp {folder}/payload /srv/context/payload && test -e {folder}/made && test -d {folder}/inner\n\
+         RUN cd /srv && readlink context/absolute context/upwards context/folder out/absolute > links && test ! -e nothing\n\
+         RUN <<EOF\n\
+         set -e\n\
+         printf '%s\\n' {secret} {up} {folder} {secret} | cmp - /srv/links\n\
+         if grep -rs '{one}''{two}' /srv /opt/ /etc /tmp {folder}; then exit 1; fi\n\
+         {LOUD}\n\
+         exit 7\n\
+         EOF\n"
+    ));
+    assert_eq!(said.matches("is left out").count(), 1);
+
+    // Whose user is whose is looked up in the root that was made, not here.
+    let user = format!(
+        "FROM base\nRUN ln -sf {} /etc/passwd\nUSER someone\n",
+        host.path("passwd")
+    );
+    builder.failed(&user, "its user \"someone\" is not in its /etc/passwd");
+}
+
+/// Neither this host by any of its addresses, nor parts of the mesh, nor the cloud's metadata.
+fn nobody_is_reached(builder: &Builder<'_>) {
+    let doors = builder.host.doors(builder.mesh);
+    let port = builder.host.udp.local_addr().unwrap().port();
+    let knock = KNOCK
+        .replace("DOORS", &doors.join(" "))
+        .replace("PORT", &port.to_string());
+    let said = builder.ended(&format!("FROM base\nRUN <<EOF\n{knock}EOF\n"));
+    let expected = format!("{} doors, opened: []", doors.len());
+    assert!(said.contains(&expected), "{said}");
+}
+
+/// Processes that a step leaves behind, whatever they do to stay.
+fn nothing_outlives_its_step(builder: &Builder<'_>) {
+    let tick = "while :; do echo tick >> /var/ticks; sleep 0.1; done";
+    let said = builder.ended(&format!(
+        "FROM base\n\
+         RUN <<EOF\n\
+         #!/bin/bash\n\
+         setsid nohup bash -c '{tick}' > /dev/null 2>&1 &\n\
+         # Holds the step's output.\n\
+         setsid bash -c 'trap \"\" HUP INT TERM; {tick}' &\n\
+         (setsid bash -c '({tick}) & exit' &)\n\
+         # Is never the same process for long.\n\
+         setsid bash -c 'next() {{ echo tick >> /var/ticks; sleep 0.05; next & }}; next' &\n\
+         until [ -s /var/ticks ]; do sleep 0.1; done\n\
+         EOF\n\
+         RUN before=$(wc -c < /var/ticks) && sleep 2 && test $before = $(wc -c < /var/ticks) && echo nothing ticks && exit 7\n"
+    ));
+    assert!(said.contains("nothing ticks"), "{said}");
+    // A fork bomb is of its guest; whether the step's shell sees the end of it is the guest kernel's choice.
+    let (_, said) = builder.build(
+        "FROM base\n\
+         RUN [\"bash\", \"-c\", \"bomb() { bomb | bomb & }; bomb; sleep 3; echo after the bomb\"]\n\
+         RUN ! pgrep -x bash && echo the next step && exit 7\n",
+    );
+    let is_gone = said.contains("ended with code 7") && said.contains("the next step");
+    // Or the guest does not answer any more.
+    let reasons = ["(STEP_OUT_OF_MEMORY)", "(STEP_CRASHED_GUEST)"];
+    let is_told =
+        said.contains("line 2: RUN") && reasons.iter().any(|reason| said.contains(reason));
+    assert!(is_gone || is_told, "{said}");
+}
+
+/// Disk, memory, output, arguments.
+fn what_is_too_much_is_told(builder: &Builder<'_>) {
+    let said = builder.failed(
+        "FROM base\nRUN dd if=/dev/zero of=/large bs=1M\n",
+        "line 2: RUN dd if=/dev/zero of=/large bs=1M: ended with code 1 (STEP_FAILED)",
+    );
+    assert!(said.contains("No space left on device"), "{said}");
+    // Taken without a byte being written, so that there is none to fetch.
+    let filled = "FROM base\nRUN <<EOF\n\
+                  n=0\n\
+                  for size in 64M 8M 1M 64K 4K; do while fallocate -l $size /taken.$n 2> /dev/null; do n=$((n + 1)); done; done\n\
+                  EOF\n\
+                  COPY large /srv/\n";
+    fs::write(builder.at("large"), vec![b'x'; 4 << 20]).unwrap();
+    let said = builder.failed(filled, "line 6: COPY large /srv/: ");
+    assert!(said.contains("No space left on device"), "{said}");
+    fs::remove_file(builder.at("large")).unwrap();
+    let memory = "FROM base\nRUN tail /dev/zero\n";
+    builder.failed(memory, "(STEP_OUT_OF_MEMORY)");
+    // More than the kernel gives a program to read.
+    let mut script = "FROM base\nRUN <<EOF\n".to_owned();
+    for number in 0..20_000 {
+        writeln!(script, "# {number}").unwrap();
+    }
+    let said = builder.failed(&format!("{script}EOF\n"), "line 2: RUN here-document: ");
+    assert!(said.contains("(STEP_FAILED)"), "{said}");
+}
+
+/// What says who is who is no file, or has no end.
+fn databases_of_users_are_no_traps(builder: &Builder<'_>) {
+    let text = "FROM base\nRUN rm /etc/passwd /etc/group && mkfifo /etc/passwd && ln -s /dev/zero /etc/group\n";
+    let said = builder.failed(
+        &format!("{text}RUN id -u\nCOPY --chown=someone payload /srv/\n"),
+        "line 4: COPY --chown=someone payload /srv/: there is no user \"someone\"",
+    );
+    assert!(said.contains("line 3: done"), "{said}");
+    builder.failed(
+        "FROM base\nUSER someone\nRUN id -u\n",
+        "line 3: RUN id -u: no user someone (STEP_FAILED)",
+    );
+}
+
+fn a_full_store_is_told(builder: &Builder<'_>, store: &SmallStore) {
+    let noise = "FROM base\nCOPY payload /srv/\nRUN head -c 4000000 /dev/urandom > /srv/noise\n";
+    let filler = store.fill();
+    builder.failed(noise, "(STORE_FULL)");
+    fs::remove_file(filler).unwrap();
+    let (is_built, said) = builder.build(noise);
+    assert!(is_built, "{said}");
+}
+
+/// A step that removes all there is.
+fn a_root_without_anything(builder: &Builder<'_>) {
+    let removed =
+        "FROM base\nRUN rm -rf --no-preserve-root / 2> /dev/null; echo so much for that\n";
+    let said = builder.failed(
+        &format!("{removed}COPY payload /payload\nRUN true\n"),
+        "line 4: RUN true: ",
+    );
+    assert!(
+        said.contains("so much for that") && said.contains("(STEP_FAILED)"),
+        "{said}"
+    );
+    builder.failed(removed, "it holds no root filesystem");
+}
