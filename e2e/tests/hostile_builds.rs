@@ -461,8 +461,7 @@ fn a_full_store_is_told(builder: &Builder<'_>, store: &SmallStore) {
 
 /// A step that removes all there is.
 fn a_root_without_anything(builder: &Builder<'_>) {
-    let removed =
-        "FROM base\nRUN rm -rf --no-preserve-root / 2> /dev/null; echo so much for that\n";
+    let removed = "FROM base\nRUN rm -rf --one-file-system --no-preserve-root / 2> /dev/null; echo so much for that\n";
     let said = builder.failed(
         &format!("{removed}COPY payload /payload\nRUN true\n"),
         "line 4: RUN true: ",
