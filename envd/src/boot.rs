@@ -17,8 +17,9 @@ use nix::{
     mount::{MsFlags, mount},
     unistd::{chdir, chroot},
 };
+use rustix::fs::FileType;
 
-use crate::{Failure, freezer::free_memory, logs};
+use crate::{Failure, devices::Device, freezer::free_memory, logs};
 
 const MODULES: &str = "/modules";
 /// The hierarchy is envd's to divide.
@@ -122,6 +123,11 @@ fn names(folder: &str) -> Vec<String> {
 
 /// By its serial number; Firecracker makes those up, but of the two disks one is read-only.
 fn block_device(serial: &str, read_only: &str) -> Option<PathBuf> {
+    let path = Path::new("/dev").join(block_name(serial, read_only)?);
+    path.exists().then_some(path)
+}
+
+fn block_name(serial: &str, read_only: &str) -> Option<String> {
     let disks = names("/sys/block");
     let reads = |name: &str, field: &str, wanted: &str| {
         fs::read_to_string(format!("/sys/block/{name}/{field}"))
@@ -132,13 +138,27 @@ fn block_device(serial: &str, read_only: &str) -> Option<PathBuf> {
         disks
             .iter()
             .find(|name| name.starts_with("vd") && reads(name, "ro", read_only))
-    })?;
-    Some(Path::new("/dev").join(name)).filter(|path| path.exists())
+    });
+    name.cloned()
 }
 
-/// The session's own disk.
-pub(crate) fn scratch_device() -> Option<PathBuf> {
-    block_device("scratch", "0")
+const SCRATCH: (&str, &str) = ("scratch", "0");
+
+fn scratch_device() -> Option<PathBuf> {
+    block_device(SCRATCH.0, SCRATCH.1)
+}
+
+/// The session's own disk, whatever is left in `/dev`.
+pub(crate) fn scratch_disk() -> io::Result<Device> {
+    let gone = || io::Error::new(io::ErrorKind::NotFound, "no writable disk");
+    let name = block_name(SCRATCH.0, SCRATCH.1).ok_or_else(gone)?;
+    let numbers = fs::read_to_string(format!("/sys/block/{name}/dev"))?;
+    let parsed = numbers.trim().split_once(':').and_then(|(major, minor)| {
+        let [major, minor] = [major.parse().ok()?, minor.parse().ok()?];
+        Some((major, minor))
+    });
+    let (major, minor) = parsed.ok_or_else(gone)?;
+    Device::new(FileType::BlockDevice, major, minor)
 }
 
 fn link_device() -> Option<LinkDevice> {

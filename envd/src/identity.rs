@@ -1,7 +1,7 @@
 //! Whose guest this is, and the one call that makes it somebody's and opens its gate.
 //!
 //! Every step must succeed, in this order, or the guest stays closed and its processes frozen: entropy first, so that nothing random is
-//! made before it; processes last, so that none sees a guest that is still another's.
+//! made before it; processes last, so that none sees a guest that is still another's. Only files that programs may look at are written as well as can be.
 //!
 //! envd itself makes nothing random that leaves it: span IDs and epochs are the node's, process IDs count. What the seeds of its hash
 //! tables decide (the order of buckets, which ready branch of a select goes first) may be the same in two guests. Processes that carry a
@@ -11,8 +11,8 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
-    io,
-    os::fd::AsRawFd as _,
+    io::{self, Read, Seek as _, Write as _},
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::Path,
     sync::{Mutex, PoisonError},
 };
@@ -28,7 +28,9 @@ use tonic::{Code, Status};
 
 use crate::{
     connections,
+    devices::Device,
     errors::{invalid, refuse},
+    files,
     freezer::Freezer,
     gate::{Gate, Stand},
     group::Group,
@@ -52,6 +54,8 @@ pub(crate) struct Guest {
     pub(crate) owns_system: bool,
     /// Held while the guest becomes somebody's or gets ready for a snapshot.
     pub(crate) changing: tokio::sync::Mutex<()>,
+    /// The kernel's generator of a system of our own.
+    random: Option<File>,
     identity: Mutex<Option<Identity>>,
     /// What was set last.
     network: tokio::sync::Mutex<Option<GuestNetwork>>,
@@ -105,6 +109,7 @@ impl Guest {
             freezer,
             owns_system,
             changing: tokio::sync::Mutex::default(),
+            random: owns_system.then(random).transpose()?,
             identity: Mutex::new(word.identity),
             network: tokio::sync::Mutex::new(word.network),
             keeper,
@@ -214,6 +219,13 @@ impl Guest {
             };
         }
         check(&request)?;
+        // Whoever has been in it may have removed its user since: processes are told when they are to begin.
+        let is_new = self
+            .identity()
+            .is_none_or(|identity| identity.default_user != request.default_user);
+        if is_new && users::find(&request.default_user).is_none() {
+            return Err(invalid("default_user", "there is no such user"));
+        }
         let failed = |step: &'static str| {
             move |error: String| {
                 refuse(
@@ -223,8 +235,8 @@ impl Guest {
                 )
             }
         };
-        if self.owns_system {
-            seed(&request.entropy).map_err(failed("entropy"))?;
+        if let Some(random) = &self.random {
+            seed(random, &request.entropy).map_err(failed("entropy"))?;
             set_clock(request.time.unwrap_or_default()).map_err(failed("clock"))?;
             set_names(&request.hostname, &request.machine_id).map_err(failed("names"))?;
             if request.reset_connections {
@@ -279,9 +291,6 @@ fn check(request: &ConfigureRequest) -> Result<(), Status> {
     if let Some(problem) = problem_of_env(&request.env) {
         return Err(invalid("env", problem));
     }
-    if users::find(&request.default_user).is_none() {
-        return Err(invalid("default_user", "there is no such user"));
-    }
     Ok(())
 }
 
@@ -316,12 +325,13 @@ nix::ioctl_write_ptr_bad!(
 );
 nix::ioctl_none!(reseed, b'R', 0x07);
 
+/// Opened once: a file system of its own is not taken down in an instant.
+fn random() -> io::Result<File> {
+    Device::random()?.open()
+}
+
 /// Credits the bytes to the kernel's pool and reseeds its generator from it, so that the first random byte read is ours alone.
-fn seed(entropy: &[u8]) -> Result<(), String> {
-    let random = File::options()
-        .write(true)
-        .open("/dev/random")
-        .map_err(|error| error.to_string())?;
+fn seed(random: &File, entropy: &[u8]) -> Result<(), String> {
     let mut info = PoolInfo {
         entropy_bits: 0,
         size: 0,
@@ -350,7 +360,7 @@ fn set_clock(time: prost_types::Timestamp) -> Result<(), String> {
     .map_err(|error| error.to_string())
 }
 
-/// Host name and machine ID, in the kernel and in the files that say them.
+/// Host name and machine ID, in the kernel and, where there is a place for them, in the files that say them.
 pub(crate) fn set_names(name: &str, machine_id: &[u8]) -> Result<(), String> {
     sethostname(name).map_err(|error| error.to_string())?;
     let machine_id: String = machine_id
@@ -363,33 +373,71 @@ pub(crate) fn set_names(name: &str, machine_id: &[u8]) -> Result<(), String> {
         ("/etc/machine-id", format!("{machine_id}\n")),
     ];
     for (path, text) in files {
-        write_new(path, &text)?;
+        write_or_tell(path, &text);
     }
     Ok(())
 }
 
-/// Writes a small file, unless it says that already: a session that resumes touches no disk for it. Its folder stays as old as it was: a layer that is
-/// made of a session is to be the same whenever that began.
-pub(crate) fn write_new(path: impl AsRef<Path>, text: &str) -> Result<(), String> {
+/// Writes a file that programs may look at. Root of the guest may have left no place for it, or no room: that is in its logs, and no reason to stay closed.
+pub(crate) fn write_or_tell(path: &str, text: &str) {
+    if let Err(error) = write_new(path, text) {
+        logs::warn(format_args!("{path} is not written: {error}"));
+    }
+}
+
+/// Writes a small file, unless it says that already: a session that resumes touches no disk for it. What a link leads to is written, as images have them. Whoever made the
+/// template says what is there: a link to nothing, a pipe or a device gives way to the file. Its folder stays as old as it was: a layer that is made of a
+/// session is to be the same whenever that began.
+fn write_new(path: impl AsRef<Path>, text: &str) -> io::Result<()> {
     let path = path.as_ref();
-    let write = || {
-        match fs::read_to_string(path) {
-            Ok(there) if there == text => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // What it is instead is overwritten.
-            _ => return fs::write(path, text),
-        }
-        let folder = File::open(path.parent().unwrap_or(Path::new("/")))?;
-        let before = folder.metadata()?.modified()?;
-        fs::write(path, text)?;
-        folder.set_modified(before)
-    };
-    write().map_err(|error: io::Error| format!("{}: {error}", path.display()))
+    if files::open(path).is_ok() {
+        return overwrite(path, text);
+    }
+    let folder = File::options()
+        .read(true)
+        .custom_flags(nix::libc::O_DIRECTORY)
+        .open(path.parent().unwrap_or(Path::new("/")))?;
+    let before = folder.metadata()?.modified()?;
+    if path.symlink_metadata().is_ok() {
+        fs::remove_file(path)?;
+    }
+    let mut made = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(path)?;
+    folder.set_modified(before)?;
+    made.write_all(text.as_bytes())
+}
+
+/// A regular file, as one looks when it is opened.
+fn overwrite(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("is no file"));
+    }
+    let mut there = Vec::new();
+    Read::by_ref(&mut file)
+        .take(text.len() as u64 + 1)
+        .read_to_end(&mut there)?;
+    if there == text.as_bytes() {
+        return Ok(());
+    }
+    file.set_len(0)?;
+    file.rewind()?;
+    file.write_all(text.as_bytes())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, SystemTime};
+    use std::{
+        os::unix::fs::symlink,
+        time::{Duration, SystemTime},
+    };
 
     use super::*;
 
@@ -407,5 +455,35 @@ mod tests {
             assert_eq!(modified, then, "{text}");
         }
         assert!(write_new(folder.path().join("none/file"), "").is_err());
+    }
+
+    #[test]
+    fn a_template_says_not_where_it_goes_and_how_long_it_takes() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        nix::unistd::mkfifo(&at("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::write(at("led to"), "a longer text than that").unwrap();
+        for (name, target) in [
+            ("endless", "/dev/zero"),
+            ("dangling", "/run/nothing/resolv.conf"),
+            ("round", "round"),
+            ("link", "led to"),
+        ] {
+            symlink(target, at(name)).unwrap();
+        }
+        for name in ["fifo", "endless", "dangling", "round", "link"] {
+            for text in ["one", "two"] {
+                write_new(at(name), text).unwrap();
+                assert_eq!(fs::read_to_string(at(name)).unwrap(), text, "{name}");
+            }
+            let is_file = fs::symlink_metadata(at(name)).unwrap().is_file();
+            assert_eq!(is_file, name != "link", "{name}");
+        }
+        assert_eq!(fs::read_to_string(at("led to")).unwrap(), "two");
+        fs::create_dir(at("folder")).unwrap();
+        nix::unistd::mkfifo(&at("in the way"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for name in ["folder", "in the way/file"] {
+            assert!(write_new(at(name), "one").is_err(), "{name}");
+        }
     }
 }

@@ -28,6 +28,7 @@ pub mod api;
 mod boot;
 mod connections;
 mod descriptors;
+mod devices;
 mod errors;
 mod files;
 mod freezer;

@@ -14,7 +14,7 @@ use rtnetlink::{
     },
 };
 
-use crate::identity::write_new;
+use crate::identity::write_or_tell;
 
 const RESOLV: &str = "/etc/resolv.conf";
 /// In every network namespace (Linux, include/net/flow.h, `LOOPBACK_IFINDEX`).
@@ -34,7 +34,7 @@ pub(crate) async fn set(network: &GuestNetwork) -> Result<(), String> {
         .fold(String::new(), |lines, server| {
             format!("{lines}nameserver {server}\n")
         });
-    write_new(RESOLV, &resolv)?;
+    write_or_tell(RESOLV, &resolv);
     let (connection, handle, _) = rtnetlink::new_connection().map_err(text)?;
     let connection = tokio::spawn(connection);
     let outcome = set_links(&handle, network).await;
@@ -44,7 +44,7 @@ pub(crate) async fn set(network: &GuestNetwork) -> Result<(), String> {
 
 /// Does what needs no address, so that only that is left to do when there is one.
 pub(crate) async fn warm() -> Result<(), String> {
-    write_new(RESOLV, "")?;
+    write_or_tell(RESOLV, "");
     let (connection, handle, _) = rtnetlink::new_connection().map_err(text)?;
     let connection = tokio::spawn(connection);
     let outcome = async {

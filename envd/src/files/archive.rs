@@ -157,6 +157,33 @@ pub(super) fn header_of(stat: &FileStat) -> Header {
     header
 }
 
+/// The name of an entry that says the next one's link.
+const LONG_LINK: &[u8] = b"././@LongLink";
+
+/// A symbolic link whose target stays as it is, byte by byte: as a path "/" would become "//", and "./a" or "a//b" something else, too.
+pub(super) fn append_symlink<W: Write>(
+    tar: &mut tar::Builder<W>,
+    header: &mut Header,
+    path: &Path,
+    target: &OsStr,
+) -> io::Result<()> {
+    header.set_entry_type(EntryType::Symlink);
+    let target = target.as_bytes();
+    if header.set_link_name_literal(target).is_err() {
+        // Too long for a header: GNU tar has an entry for it, which comes before (tar.info, "Extensions").
+        let mut long = Header::new_gnu();
+        if let Some(name) = long.as_mut_bytes().get_mut(..LONG_LINK.len()) {
+            name.copy_from_slice(LONG_LINK);
+        }
+        long.set_entry_type(EntryType::GNULongLink);
+        long.set_mode(0o644);
+        long.set_size(target.len() as u64 + 1);
+        long.set_cksum();
+        tar.append(&long, target.chain(&[0][..]))?;
+    }
+    tar.append_data(header, path, io::empty())
+}
+
 impl<W: Write> Sink for tar::Builder<W> {
     const HAS_HARD_LINKS: bool = true;
 
@@ -174,10 +201,7 @@ impl<W: Write> Sink for tar::Builder<W> {
             }
             Item::Folder => bare(&mut header, EntryType::Directory),
             Item::Fifo => bare(&mut header, EntryType::Fifo),
-            Item::Symlink(target) => {
-                header.set_entry_type(EntryType::Symlink);
-                self.append_link(&mut header, path, Path::new(&target))
-            }
+            Item::Symlink(target) => append_symlink(self, &mut header, path, &target),
             Item::HardLink(original) => {
                 header.set_entry_type(EntryType::Link);
                 self.append_link(&mut header, path, original)

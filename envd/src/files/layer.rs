@@ -58,10 +58,9 @@ pub(crate) fn export(to: impl Write) -> io::Result<()> {
 
 /// The writable disk, mounted once more where nobody else sees it.
 fn disk() -> io::Result<OwnedFd> {
-    let device = boot::scratch_device()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no writable disk"))?;
+    let device = boot::scratch_disk()?;
     let context = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(&context, "source", device.as_os_str().as_bytes())?;
+    fsconfig_set_string(&context, "source", device.path().as_os_str().as_bytes())?;
     fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOATIME;
     Ok(fsmount(
@@ -168,8 +167,7 @@ impl<W: Write> Packing<W> {
             SFlag::S_IFLNK => {
                 let target = folder.link_target(name)?;
                 let mut header = header_of(stat, EntryType::Symlink);
-                let target = Path::new(&target);
-                self.sink.append_link(&mut header, path, target)?;
+                archive::append_symlink(&mut self.sink, &mut header, path, &target)?;
             }
             SFlag::S_IFIFO => self.bare(header_of(stat, EntryType::Fifo), path)?,
             SFlag::S_IFCHR | SFlag::S_IFBLK => {
@@ -375,6 +373,14 @@ mod tests {
         entries.collect()
     }
 
+    /// Each is to stay as it is.
+    fn targets() -> [String; 7] {
+        let short = ["/nowhere", "/", "./a//b/", "..", "/a/../b/."].map(String::from);
+        let [one, two, three, four, five] = short;
+        let (six, seven) = ("../x".repeat(30), "a/./".repeat(30));
+        [one, two, three, four, five, six, seven]
+    }
+
     #[test]
     fn what_was_made_changed_and_removed() {
         let long = "n".repeat(200);
@@ -388,7 +394,9 @@ mod tests {
             fs::create_dir(root.join(&long)).unwrap();
             fs::write(root.join(&long).join(&long), "deep").unwrap();
             fs::hard_link(root.join("changed"), root.join("twice")).unwrap();
-            symlink("/nowhere", root.join("link")).unwrap();
+            for (number, target) in targets().iter().enumerate() {
+                symlink(target, root.join(format!("link {number}"))).unwrap();
+            }
             mknod(
                 &root.join("null"),
                 SFlag::S_IFCHR,
@@ -413,7 +421,9 @@ mod tests {
         is("anew/.wh..wh..opq", EntryType::Regular, "");
         is("changed", EntryType::Regular, "new");
         is("twice", EntryType::Link, "changed");
-        is("link", EntryType::Symlink, "/nowhere");
+        for (number, target) in targets().iter().enumerate() {
+            is(&format!("link {number}"), EntryType::Symlink, target);
+        }
         is("null", EntryType::Char, "");
         is("etc/hostnames", EntryType::Regular, "more");
         is(&format!("{long}/{long}"), EntryType::Regular, "deep");
