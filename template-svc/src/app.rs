@@ -22,12 +22,13 @@ use crate::{
     builds::{self, Builder, Kernel},
     collect::{Collected, collect},
     config::Config,
-    context::ContextFiles,
     kernel::Importer,
+    quota::{IN_USE, Quota},
     registry::{Patience, Registries},
     secrets::Sealer,
     sessions::Sessions,
     store::{Store, StoreError},
+    uploads::Uploads,
 };
 
 const MIGRATION_RETRY: Duration = Duration::from_millis(500);
@@ -69,8 +70,7 @@ pub struct App {
     token: MeshToken,
     store: Store,
     artifacts: Artifacts,
-    uploads: Artifacts,
-    contexts: ContextFiles,
+    uploads: Uploads,
     blobs: Blobs,
     work: PathBuf,
     kernel: Kernel,
@@ -89,8 +89,9 @@ impl App {
             source,
         };
         let artifacts = Artifacts::open(config.state.join("artifacts")).map_err(state)?;
-        let uploads = Artifacts::open(config.state.join("uploads")).map_err(state)?;
-        let contexts = ContextFiles::open(config.state.join("contexts")).map_err(state)?;
+        let uploads = config.state.join("uploads");
+        let uploads = Uploads::open(uploads, config.max_upload, config.uploads_per_team);
+        let uploads = uploads.map_err(state)?;
         let address = match &config.store {
             Some(address) => address.clone(),
             None => std::path::absolute(config.state.join("store"))
@@ -116,7 +117,6 @@ impl App {
             store,
             artifacts,
             uploads,
-            contexts,
             blobs,
             work,
             kernel,
@@ -139,7 +139,6 @@ impl App {
             store,
             artifacts,
             uploads,
-            contexts,
             blobs,
             work,
             kernel,
@@ -161,12 +160,13 @@ impl App {
             tokio::time::sleep(MIGRATION_RETRY).await;
         }
         let wake = Arc::new(Notify::new());
+        let quota = Quota::new(store.clone(), config.storage_per_team, IN_USE);
         let own = [kernel.kernel.clone(), kernel.modules.clone()];
         let builder = Builder {
             store: store.clone(),
             artifacts: artifacts.clone(),
             uploads: uploads.clone(),
-            contexts: contexts.clone(),
+            quota: quota.clone(),
             blobs: blobs.clone(),
             work: work.clone(),
             kernel,
@@ -182,7 +182,6 @@ impl App {
         background.spawn(builder.run(shutdown.clone()));
         background.spawn(sweep(
             uploads.clone(),
-            contexts.clone(),
             artifacts.clone(),
             work,
             store.clone(),
@@ -201,13 +200,7 @@ impl App {
         };
         let kernels = KernelServiceServer::new(KernelApi::new(store.clone(), importer));
         let templates = TemplateServiceServer::new(TemplateApi::new(
-            store,
-            blobs,
-            sealer,
-            uploads,
-            contexts,
-            config.max_upload,
-            wake,
+            store, blobs, sealer, uploads, quota, wake,
         ))
         .max_decoding_message_size(8 << 20);
         let routes = Routes::new(templates)
@@ -261,8 +254,7 @@ async fn collect_often(
 }
 
 async fn sweep(
-    uploads: Artifacts,
-    contexts: ContextFiles,
+    uploads: Uploads,
     artifacts: Artifacts,
     work: PathBuf,
     store: Store,
@@ -277,11 +269,9 @@ async fn sweep(
         if let Err(error) = builds::sweep(&work, &store).await {
             tracing::warn!(%error, "what builds left behind is not removed");
         }
-        let (uploads, contexts) = (uploads.clone(), contexts.clone());
-        let artifacts = artifacts.clone();
+        let (uploads, artifacts) = (uploads.clone(), artifacts.clone());
         let swept = move || {
             artifacts.sweep_unfinished(UPLOADS_KEPT)?;
-            contexts.sweep(UPLOADS_KEPT)?;
             uploads.sweep(UPLOADS_KEPT)
         };
         match tokio::task::spawn_blocking(swept).await {

@@ -16,6 +16,8 @@ use proto::template::v1::Artifact;
 /// Begins the names of files that are being written.
 const UNFINISHED: &str = ".incoming-";
 const COPY_BUFFER: usize = 1 << 20;
+/// What a file takes of a disk, however small it is: ext4 has an inode for so many bytes (mke2fs.conf(5), `inode_ratio`).
+pub const LEAST_TAKEN: u64 = 16 << 10;
 
 /// A folder of artifacts.
 #[derive(Debug, Clone)]
@@ -132,6 +134,20 @@ impl Artifacts {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed,
         }
+    }
+
+    /// Bytes of the files here, half-written ones, too; a small one takes [`LEAST_TAKEN`].
+    pub fn taken(&self) -> io::Result<u64> {
+        let mut taken = 0;
+        for entry in fs::read_dir(&self.folder)? {
+            match entry?.metadata() {
+                Ok(metadata) => taken += metadata.len().max(LEAST_TAKEN),
+                // Removed, or finished under its name, meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(taken)
     }
 
     /// Removes uploads and half-written files older than `age`.

@@ -20,14 +20,16 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     artifact::{ArtifactDigest, Artifacts},
-    context::{ContextError, ContextFiles},
+    context::ContextError,
     image::ImageError,
     layer::{LayerError, Limits},
+    quota::{Quota, QuotaError},
     registry::{Registries, RegistryError},
     rootfs::RootfsError,
     secrets::Sealer,
     sessions::{End, Sessions},
     store::{Store, StoreError, StoredBuild},
+    uploads::Uploads,
 };
 
 mod copy;
@@ -89,10 +91,10 @@ pub struct Builder {
     pub store: Store,
     /// Finished files.
     pub artifacts: Artifacts,
-    /// Uploaded sources.
-    pub uploads: Artifacts,
-    /// Uploaded files of build contexts.
-    pub contexts: ContextFiles,
+    /// What was uploaded to build from.
+    pub uploads: Uploads,
+    /// How much of a team is kept.
+    pub quota: Quota,
     /// From where nodes fetch what templates are made of.
     pub blobs: Blobs,
     /// Where it unpacks.
@@ -165,6 +167,15 @@ impl From<BlobError> for BuildError {
 impl From<ContextError> for BuildError {
     fn from(error: ContextError) -> Self {
         failed(error.reason(), error.to_string())
+    }
+}
+
+impl From<QuotaError> for BuildError {
+    fn from(error: QuotaError) -> Self {
+        match error {
+            QuotaError::Store(error) => Self::Store(error),
+            full @ QuotaError::Full { .. } => failed(QuotaError::FULL, full.to_string()),
+        }
     }
 }
 
@@ -470,6 +481,8 @@ impl Builder {
         let id = &stored.build.build_id;
         let source = stored.request.source.as_ref();
         let source = source.and_then(|source| source.source.clone());
+        // There was room when it was asked for.
+        self.quota.has_room(&stored.template_team).await?;
         let kernel = self.kernel_of(stored).await?;
         // Whoever still works in it when the build is given up has it, too, and removes it last.
         let work = tempfile::Builder::new()
@@ -524,6 +537,8 @@ impl Builder {
             kernel_arguments: stored.request.kernel_arguments.clone(),
             ..self.spec(stored)
         };
+        let team = &stored.template_team;
+        self.quota.make_room(team, spec.clone()).await?;
         self.hand_out(id, &spec).await?;
         if spec.start.is_some() {
             self.snapshot(stored, &spec).await?;

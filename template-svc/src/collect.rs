@@ -69,10 +69,9 @@ pub async fn collect(
     })
 }
 
-/// The digests of what a template, or a step, is made of.
-pub(crate) fn digests_of(template: Template) -> impl Iterator<Item = String> {
+/// What a template, or a step, is made of.
+pub(crate) fn parts_of(template: Template) -> impl Iterator<Item = Artifact> {
     let layers = template.layers.into_iter().filter_map(|layer| layer.blob);
     let parts = [template.rootfs, template.kernel, template.modules];
-    let parts = parts.into_iter().flatten().chain(layers);
-    parts.map(|artifact| artifact.digest)
+    parts.into_iter().flatten().chain(layers)
 }

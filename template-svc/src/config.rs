@@ -54,6 +54,12 @@ pub struct Config {
     /// Largest upload.
     #[arg(long, env = "SANDMESH_TEMPLATE_MAX_UPLOAD", value_parser = parse_bytes, default_value = "8GiB")]
     pub max_upload: u64,
+    /// All that a team has uploaded in the last day.
+    #[arg(long, env = "SANDMESH_TEMPLATE_UPLOADS_PER_TEAM", value_parser = parse_bytes, default_value = "64GiB")]
+    pub uploads_per_team: u64,
+    /// All that a team's templates are made of, packed. What its builds have remembered fills what versions leave of it.
+    #[arg(long, env = "SANDMESH_TEMPLATE_STORAGE_PER_TEAM", value_parser = parse_bytes, default_value = "256GiB")]
+    pub storage_per_team: u64,
     /// Largest root filesystem after unpacking.
     #[arg(long, env = "SANDMESH_TEMPLATE_MAX_ROOTFS", value_parser = parse_bytes, default_value = "32GiB")]
     pub max_rootfs: u64,

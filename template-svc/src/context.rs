@@ -11,7 +11,6 @@ use std::{
         fs::{DirBuilderExt as _, OpenOptionsExt as _, symlink},
     },
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use prost::{
@@ -20,7 +19,6 @@ use prost::{
 };
 use proto::template::v1::{Artifact, BuildContext, ContextEntry, context_entry::Kind};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
-use service_kit::ids::TeamId;
 
 use crate::artifact::{ArtifactDigest, Artifacts};
 
@@ -32,36 +30,6 @@ pub const LARGEST_MANIFEST: u64 = 64 << 20;
 const DEEPEST: usize = 128;
 const LONGEST: usize = 4095;
 const PIECE: usize = 256 << 10;
-
-/// The files of contexts, each team's apart: whether a file is here says something of whoever has uploaded it.
-#[derive(Debug, Clone)]
-pub struct ContextFiles {
-    folder: PathBuf,
-}
-
-impl ContextFiles {
-    /// Makes the folder if it is missing.
-    pub fn open(folder: PathBuf) -> io::Result<Self> {
-        fs::create_dir_all(&folder)?;
-        Ok(Self { folder })
-    }
-
-    /// Those of a team.
-    pub fn of(&self, team: &TeamId) -> io::Result<Artifacts> {
-        Artifacts::open(self.folder.join(team.as_str()))
-    }
-
-    /// Removes files that nobody has uploaded or asked for since `age`.
-    pub fn sweep(&self, age: Duration) -> io::Result<()> {
-        let mut swept = Ok(());
-        for team in fs::read_dir(&self.folder)? {
-            // What is wrong with one team's is no matter of others'.
-            let one = Artifacts::open(team?.path()).and_then(|files| files.sweep(age));
-            swept = swept.and(one);
-        }
-        swept
-    }
-}
 
 /// A context that cannot be built with.
 #[derive(Debug, thiserror::Error)]

@@ -15,12 +15,14 @@ pub mod image;
 pub mod kernel;
 pub mod layer;
 pub mod names;
+pub mod quota;
 pub mod registry;
 pub mod rootfs;
 pub mod secrets;
 mod sessions;
 mod start;
 pub mod store;
+pub mod uploads;
 
 pub use app::{App, AppError};
 pub use config::Config;

@@ -12,7 +12,7 @@ use service_kit::database;
 use sqlx::{FromRow, PgPool};
 
 use crate::{
-    collect::digests_of,
+    collect::parts_of,
     names::{TemplateRef, Which},
 };
 
@@ -60,6 +60,39 @@ fn presentable(message: &str) -> String {
         }
     };
     message.chars().take(LONGEST_LINE).map(shown).collect()
+}
+
+/// What a build has remembered of a step, or kept as a hidden template.
+#[derive(Debug, Clone)]
+pub struct Remembered {
+    /// To forget it.
+    pub id: RememberedId,
+    /// When it was last of use: microseconds since 1970.
+    pub use_time: i64,
+    /// What it is made of; of a step there are only layers.
+    pub template: Template,
+}
+
+#[derive(FromRow)]
+struct RememberedRow {
+    key: Option<Vec<u8>>,
+    name: Option<String>,
+    use_time: i64,
+    layers: Vec<u8>,
+}
+
+/// Which it is, of a team.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RememberedId {
+    /// The key of a step.
+    Step(Vec<u8>),
+    /// The name of a hidden template.
+    Hidden(String),
+}
+
+/// A stored spec, or the layers of a step.
+fn decoded(spec: &[u8]) -> Result<Template, StoreError> {
+    Template::decode(spec).map_err(|_| StoreError::Malformed("a template".to_owned()))
 }
 
 /// As on the wire.
@@ -362,6 +395,85 @@ impl Store {
         Ok(steps.rows_affected() + kept.rows_affected())
     }
 
+    /// Shows what a team's versions are made of; without what builds have kept.
+    pub async fn each_version(
+        &self,
+        team: &str,
+        mut see: impl FnMut(Template),
+    ) -> Result<(), StoreError> {
+        let sql = "select spec from template_versions where team = $1 and name not like 'build/%'";
+        let mut rows = sqlx::query_as::<_, (Vec<u8>,)>(sql)
+            .bind(team)
+            .fetch(&self.pool);
+        while let Some((spec,)) = rows.try_next().await? {
+            see(decoded(&spec)?);
+        }
+        Ok(())
+    }
+
+    /// Shows what a team's builds have remembered, and kept; what was of use last comes first.
+    pub async fn each_remembered(
+        &self,
+        team: &str,
+        mut see: impl FnMut(Remembered),
+    ) -> Result<(), StoreError> {
+        let sql = "select key, null as name, use_time, layers from build_steps where team = $1 union all \
+             select null, name, create_time, spec from template_versions where team = $1 and name like 'build/%' order by use_time desc";
+        let mut rows = sqlx::query_as::<_, RememberedRow>(sql)
+            .bind(team)
+            .fetch(&self.pool);
+        while let Some(RememberedRow {
+            key,
+            name,
+            use_time,
+            layers,
+        }) = rows.try_next().await?
+        {
+            let id = match (key, name) {
+                (Some(key), _) => RememberedId::Step(key),
+                (None, name) => RememberedId::Hidden(name.unwrap_or_default()),
+            };
+            let template = decoded(&layers)?;
+            see(Remembered {
+                id,
+                use_time,
+                template,
+            });
+        }
+        Ok(())
+    }
+
+    /// Forgets those of what a team's builds have remembered that were of no use since then (microseconds since 1970).
+    pub async fn forget_these(
+        &self,
+        team: &str,
+        ids: Vec<RememberedId>,
+        before: i64,
+    ) -> Result<(), StoreError> {
+        let (mut keys, mut names) = (Vec::new(), Vec::new());
+        for id in ids {
+            match id {
+                RememberedId::Step(key) => keys.push(key),
+                RememberedId::Hidden(name) => names.push(name),
+            }
+        }
+        sqlx::query("delete from build_steps where team = $1 and key = any($2) and use_time < $3")
+            .bind(team)
+            .bind(keys)
+            .bind(before)
+            .execute(&self.pool)
+            .await?;
+        sqlx::query(
+            "delete from template_versions where team = $1 and name = any($2) and name like 'build/%' and create_time < $3",
+        )
+        .bind(team)
+        .bind(names)
+        .bind(before)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
     /// The digests of all that versions are made of, of what is remembered, and of kernels.
     pub async fn digests(&self) -> Result<HashSet<String>, StoreError> {
         let mut digests = HashSet::new();
@@ -369,10 +481,9 @@ impl Store {
         let sql = "select spec from template_versions union all select layers from build_steps";
         let mut rows = sqlx::query_as::<_, (Vec<u8>,)>(sql).fetch(&self.pool);
         while let Some((spec,)) = rows.try_next().await? {
-            let template = Template::decode(&*spec);
-            // Whatever it names must not go.
-            let template = template.map_err(|_| StoreError::Malformed("a template".to_owned()))?;
-            digests.extend(digests_of(template));
+            // Whatever it names must not go: one that does not parse ends this.
+            let template = decoded(&spec)?;
+            digests.extend(parts_of(template).map(|part| part.digest));
         }
         for kernel in self.kernels().await? {
             let parts = [kernel.kernel, kernel.modules].into_iter().flatten();
@@ -537,6 +648,21 @@ impl Store {
             .fetch_one(&self.pool)
             .await?;
         row.try_into()
+    }
+
+    /// The build a team has asked for with this request ID.
+    pub async fn requested(
+        &self,
+        team: &str,
+        request_id: &str,
+    ) -> Result<Option<StoredBuild>, StoreError> {
+        let sql = format!("select {BUILD_COLUMNS} from builds where team = $1 and request_id = $2");
+        let row = sqlx::query_as::<_, BuildRow>(sqlx::AssertSqlSafe(sql))
+            .bind(team)
+            .bind(request_id)
+            .fetch_optional(&self.pool)
+            .await?;
+        row.map(StoredBuild::try_from).transpose()
     }
 
     /// One build.

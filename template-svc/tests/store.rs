@@ -186,3 +186,25 @@ async fn a_build_is_its_last_builders() {
     assert!(!renew(second.attempts).await);
     assert_eq!(store.unfinished("team").await.unwrap(), 0);
 }
+
+#[tokio::test]
+async fn a_build_is_known_by_its_request() {
+    let postgres = Postgres::with(Durability::None).unwrap();
+    let store = store(&postgres).await;
+    let request = BuildTemplateRequest {
+        name: "app".into(),
+        request_id: "r1".into(),
+        ..BuildTemplateRequest::default()
+    };
+    for id in ["b2", "b3"] {
+        let inserted = store.insert_build(id, "team", "team", &request, None);
+        assert_eq!(inserted.await.unwrap().build.build_id, "b2");
+    }
+    let found = async |team, request_id| {
+        let found = store.requested(team, request_id).await.unwrap();
+        found.map(|found| found.build.build_id)
+    };
+    assert_eq!(found("team", "r1").await.as_deref(), Some("b2"));
+    assert_eq!(found("team", "r2").await, None);
+    assert_eq!(found("other", "r1").await, None);
+}

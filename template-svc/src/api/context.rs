@@ -1,9 +1,6 @@
 //! Files of build contexts, as they are uploaded.
 
-use std::{
-    io::{self, Write as _},
-    time::SystemTime,
-};
+use std::{io, time::SystemTime};
 
 use proto::template::v1::{
     FindMissingFilesRequest, FindMissingFilesResponse, UploadFilesRequest, UploadFilesResponse,
@@ -11,18 +8,16 @@ use proto::template::v1::{
 use service_kit::{errors::Failure, ids::TeamId};
 use tonic::{Status, Streaming};
 
-use super::template::{disk_error, next, too_large};
+use super::template::{disk_error, next, upload_refused};
 use crate::{
-    artifact::{ArtifactDigest, Incoming},
-    context::ContextFiles,
+    artifact::{ArtifactDigest, Artifacts, Incoming},
+    uploads::{Room, UploadError, Uploads},
 };
 
 /// Digests of one question.
 const MOST_ASKED: usize = 10_000;
 /// Of one upload: a context, and what says what is in it.
 const MOST_FILES: u64 = 100_001;
-/// A small file takes a block.
-const LEAST_TAKEN: u64 = 4096;
 
 fn digest(field: &'static str, text: &str) -> Result<ArtifactDigest, Status> {
     let rule = "must be 64 hexadecimal characters, each";
@@ -31,7 +26,7 @@ fn digest(field: &'static str, text: &str) -> Result<ArtifactDigest, Status> {
 
 /// Which of those files a team has not uploaded; the others are as if they were uploaded now.
 pub(super) async fn find_missing(
-    contexts: &ContextFiles,
+    uploads: &Uploads,
     team: &TeamId,
     request: FindMissingFilesRequest,
 ) -> Result<FindMissingFilesResponse, Status> {
@@ -41,7 +36,7 @@ pub(super) async fn find_missing(
     }
     let asked = request.digests.iter().map(|text| digest("digests", text));
     let asked = asked.collect::<Result<Vec<_>, _>>()?;
-    let files = contexts.of(team).map_err(disk_error)?;
+    let files = uploads.of(team).map_err(disk_error)?;
     let look = move || -> io::Result<_> {
         let mut digests = Vec::new();
         for digest in asked {
@@ -59,36 +54,40 @@ pub(super) async fn find_missing(
     Ok(FindMissingFilesResponse { digests })
 }
 
+/// Where a team's upload goes, and how much of it.
+pub(super) async fn begin(uploads: &Uploads, team: &TeamId) -> Result<(Artifacts, Room), Status> {
+    let (uploads, team) = (uploads.clone(), team.clone());
+    let begin = move || Ok((uploads.of(&team)?, uploads.room(&team)?));
+    let begun = tokio::task::spawn_blocking(begin).await;
+    let begun = begun.map_err(|error| UploadError::Disk(io::Error::other(error)));
+    begun.flatten().map_err(upload_refused)
+}
+
 /// Keeps files as they come.
 pub(super) async fn upload(
-    contexts: &ContextFiles,
+    uploads: &Uploads,
     team: &TeamId,
     mut stream: Streaming<UploadFilesRequest>,
-    most: u64,
 ) -> Result<UploadFilesResponse, Status> {
-    let files = contexts.of(team).map_err(disk_error)?;
+    let (files, mut room) = begin(uploads, team).await?;
     let mut answer = UploadFilesResponse::default();
-    // Of the disk, as far as it can be known.
-    let mut taken = 0;
     let mut begun: Option<(ArtifactDigest, Incoming)> = None;
     while let Some(part) = next(&mut stream).await? {
         if !part.digest.is_empty() {
             let named = digest("digest", &part.digest)?;
-            let incoming = files.begin().map_err(disk_error)?;
+            let incoming = room.begin(&files).map_err(upload_refused)?;
             keep(begun.replace((named, incoming)), &mut answer)?;
-            taken += LEAST_TAKEN;
         }
         let Some((_, incoming)) = &mut begun else {
             let rule = "must be set in the first message";
             return Err(Failure::field_invalid("digest", rule).into());
         };
         answer.size_bytes += part.data.len() as u64;
-        taken += part.data.len() as u64;
-        if taken > most || answer.files > MOST_FILES {
-            return Err(too_large(most));
+        if answer.files > MOST_FILES {
+            let rule = format!("must be at most {MOST_FILES} files");
+            return Err(Failure::field_invalid("digest", rule).into());
         }
-        // Page-cache writes of at most 1 MiB: not worth a thread.
-        incoming.write_all(&part.data).map_err(disk_error)?;
+        room.write(incoming, &part.data).map_err(upload_refused)?;
     }
     keep(begun, &mut answer)?;
     Ok(answer)

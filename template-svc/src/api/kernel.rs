@@ -40,9 +40,10 @@ impl KernelApi {
     }
 }
 
-fn operator<T>(request: &Request<T>) -> Result<(), Status> {
-    if Caller::of(request)?.operator {
-        return Ok(());
+fn operator<T>(request: &Request<T>) -> Result<Caller, Status> {
+    let caller = Caller::of(request)?;
+    if caller.operator {
+        return Ok(caller);
     }
     Err(Failure::new(
         Code::PermissionDenied,
@@ -77,7 +78,7 @@ impl KernelService for KernelApi {
         &self,
         request: Request<ImportKernelRequest>,
     ) -> Result<Response<ImportKernelResponse>, Status> {
-        operator(&request)?;
+        let caller = operator(&request)?;
         let ImportKernelRequest {
             name,
             kernel,
@@ -98,7 +99,7 @@ impl KernelService for KernelApi {
         let closed = |_| Status::internal("import");
         let _turn = self.importing.acquire().await.map_err(closed)?;
         let importer = self.importer.clone();
-        let import = move || importer.import(&kernel, &modules);
+        let import = move || importer.import(&caller.team, &kernel, &modules);
         let imported = tokio::task::spawn_blocking(import).await;
         let imported = imported
             .map_err(|_| Status::internal("import"))?

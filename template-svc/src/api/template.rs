@@ -1,6 +1,6 @@
 //! `sandmesh.template.v1.TemplateService`.
 
-use std::{collections::HashSet, io::Write as _, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::HashSet, pin::Pin, sync::Arc, time::Duration};
 
 use blobs::Blobs;
 use futures::Stream;
@@ -27,14 +27,14 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{context, kernel::kernel_unknown};
 use crate::{
-    artifact::{ArtifactDigest, Artifacts},
-    context::ContextFiles,
     dockerfile::{Dockerfile, is_secret_id},
     names::{self, TemplateRef, Which},
+    quota::{Quota, QuotaError},
     registry,
     secrets::Sealer,
     start,
     store::{Store, StoredBuild},
+    uploads::{UploadError, Uploads},
 };
 
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
@@ -64,9 +64,8 @@ pub struct TemplateApi {
     store: Store,
     blobs: Blobs,
     sealer: Sealer,
-    uploads: Artifacts,
-    contexts: ContextFiles,
-    max_upload: u64,
+    uploads: Uploads,
+    quota: Quota,
     wake: Arc<Notify>,
     uploading: Semaphore,
 }
@@ -77,9 +76,8 @@ impl TemplateApi {
         store: Store,
         blobs: Blobs,
         sealer: Sealer,
-        uploads: Artifacts,
-        contexts: ContextFiles,
-        max_upload: u64,
+        uploads: Uploads,
+        quota: Quota,
         wake: Arc<Notify>,
     ) -> Self {
         Self {
@@ -87,8 +85,7 @@ impl TemplateApi {
             blobs,
             sealer,
             uploads,
-            contexts,
-            max_upload,
+            quota,
             wake,
             uploading: Semaphore::new(UPLOADS_AT_ONCE),
         }
@@ -197,13 +194,14 @@ pub(super) async fn next<T>(stream: &mut Streaming<T>) -> Result<Option<T>, Stat
     })
 }
 
-pub(super) fn too_large(most: u64) -> Status {
-    Failure::new(
-        Code::InvalidArgument,
-        Reason::new("SOURCE_TOO_LARGE"),
-        format!("a source is at most {most} bytes"),
-    )
-    .into()
+pub(super) fn upload_refused(error: UploadError) -> Status {
+    let message = error.to_string();
+    let (code, reason) = match error {
+        UploadError::TooLarge(_) => (Code::InvalidArgument, "SOURCE_TOO_LARGE"),
+        UploadError::NoRoom(_) => (Code::ResourceExhausted, "TEAM_UPLOADS_FULL"),
+        UploadError::Disk(error) => return disk_error(error),
+    };
+    Failure::new(code, Reason::new(reason), message).into()
 }
 
 /// Takes what nobody else may read out of a request.
@@ -313,16 +311,14 @@ impl TemplateService for TemplateApi {
         &self,
         request: Request<Streaming<UploadSourceRequest>>,
     ) -> Result<Response<UploadSourceResponse>, Status> {
-        Caller::of(&request)?;
+        let caller = Caller::of(&request)?;
         let _place = self.place()?;
         let mut stream = request.into_inner();
-        let mut incoming = self.uploads.begin().map_err(disk_error)?;
+        let (files, mut room) = context::begin(&self.uploads, &caller.team).await?;
+        let mut incoming = room.begin(&files).map_err(upload_refused)?;
         while let Some(part) = next(&mut stream).await? {
-            if incoming.size() + part.data.len() as u64 > self.max_upload {
-                return Err(too_large(self.max_upload));
-            }
-            // Page-cache writes of at most 1 MiB: not worth a thread.
-            incoming.write_all(&part.data).map_err(disk_error)?;
+            let written = room.write(&mut incoming, &part.data);
+            written.map_err(upload_refused)?;
         }
         let source = tokio::task::spawn_blocking(move || incoming.finish())
             .await
@@ -338,7 +334,7 @@ impl TemplateService for TemplateApi {
         request: Request<FindMissingFilesRequest>,
     ) -> Result<Response<FindMissingFilesResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let found = context::find_missing(&self.contexts, &caller.team, request.into_inner());
+        let found = context::find_missing(&self.uploads, &caller.team, request.into_inner());
         Ok(Response::new(found.await?))
     }
 
@@ -348,8 +344,7 @@ impl TemplateService for TemplateApi {
     ) -> Result<Response<UploadFilesResponse>, Status> {
         let caller = Caller::of(&request)?;
         let _place = self.place()?;
-        let stream = request.into_inner();
-        let kept = context::upload(&self.contexts, &caller.team, stream, self.max_upload);
+        let kept = context::upload(&self.uploads, &caller.team, request.into_inner());
         Ok(Response::new(kept.await?))
     }
 
@@ -427,12 +422,13 @@ impl TemplateService for TemplateApi {
         {
             return Err(Failure::field_invalid(field, rule).into());
         }
+        let uploaded = |digest: &str| {
+            let found = self.uploads.find(&caller.team, digest);
+            let found = found.map_err(disk_error)?;
+            found.map(drop).ok_or_else(|| source_unknown(digest))
+        };
         if !request.context.is_empty() {
-            let files = self.contexts.of(&caller.team).map_err(disk_error)?;
-            let digest = ArtifactDigest::parse(&request.context);
-            if digest.and_then(|digest| files.find(&digest)).is_none() {
-                return Err(source_unknown(&request.context));
-            }
+            uploaded(&request.context)?;
         }
         match request
             .source
@@ -441,14 +437,7 @@ impl TemplateService for TemplateApi {
         {
             Some(
                 Source::RootfsTarball(digest) | Source::ImageArchive(ImageArchive { digest, .. }),
-            ) => {
-                if ArtifactDigest::parse(digest)
-                    .and_then(|digest| self.uploads.find(&digest))
-                    .is_none()
-                {
-                    return Err(source_unknown(digest));
-                }
-            }
+            ) => uploaded(digest)?,
             Some(Source::OciImage(name)) => {
                 if let Err(error) = registry::parse_reference(name) {
                     return Err(
@@ -474,7 +463,15 @@ impl TemplateService for TemplateApi {
             }
             None => return Err(Failure::field_invalid("source", "is required").into()),
         }
-        if self.store.unfinished(caller.team.as_str()).await? >= MOST_UNFINISHED {
+        // Asked again, it is the same, whatever has become of it and of others since.
+        let (team, request_id) = (caller.team.as_str(), request.request_id.as_str());
+        if !request_id.is_empty()
+            && let Some(stored) = self.store.requested(team, request_id).await?
+        {
+            let build = Some(stored.build);
+            return Ok(Response::new(BuildTemplateResponse { build }));
+        }
+        if self.store.unfinished(team).await? >= MOST_UNFINISHED {
             return Err(Failure::new(
                 Code::ResourceExhausted,
                 Reason::new("TOO_MANY_BUILDS"),
@@ -488,6 +485,14 @@ impl TemplateService for TemplateApi {
         } else {
             caller.team.as_str()
         };
+        match self.quota.has_room(template_team).await {
+            Ok(()) => {}
+            Err(QuotaError::Store(error)) => return Err(error.into()),
+            Err(full @ QuotaError::Full { .. }) => {
+                let reason = Reason::new(QuotaError::FULL);
+                return Err(Failure::new(Code::ResourceExhausted, reason, full.to_string()).into());
+            }
+        }
         let id = uuid::Uuid::now_v7().to_string();
         let stored = self
             .store

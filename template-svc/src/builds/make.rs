@@ -99,13 +99,13 @@ impl Builder {
         let id = &stored.build.build_id;
         match source {
             Some(Source::RootfsTarball(digest)) => {
-                let tarball = self.uploaded(&digest)?;
+                let tarball = self.uploaded(stored, &digest)?;
                 self.store.log(id, "unpacking the root filesystem").await?;
                 self.logged(id, move |lines| making.tarball(&tarball, &digest, lines))
                     .await
             }
             Some(Source::ImageArchive(archive)) => {
-                let tarball = self.uploaded(&archive.digest)?;
+                let tarball = self.uploaded(stored, &archive.digest)?;
                 self.store.log(id, "unpacking the archive").await?;
                 let unpack = move |lines: &_| making.archive(&tarball, &archive.image, lines);
                 self.logged(id, unpack).await
@@ -117,15 +117,14 @@ impl Builder {
         }
     }
 
-    fn uploaded(&self, digest: &str) -> Result<PathBuf, BuildError> {
-        ArtifactDigest::parse(digest)
-            .and_then(|digest| self.uploads.find(&digest))
-            .ok_or_else(|| {
-                failed(
-                    "SOURCE_UNKNOWN",
-                    format!("no uploaded source {digest}; upload it again"),
-                )
-            })
+    fn uploaded(&self, stored: &StoredBuild, digest: &str) -> Result<PathBuf, BuildError> {
+        let found = self.uploads.find(&team_of(stored)?, digest);
+        found.map_err(io_failed)?.ok_or_else(|| {
+            failed(
+                "SOURCE_UNKNOWN",
+                format!("no uploaded source {digest}; upload it again"),
+            )
+        })
     }
 
     /// Fetches an image, and unpacks its layers as they come.
@@ -339,9 +338,7 @@ impl Builder {
         }
         let key = pulled.key();
         let made = self.pull_layers(stored, pulled, making).await?;
-        self.store
-            .remember_step(&stored.team, &key, &made.layers)
-            .await?;
+        self.remember(stored, &key, &made.layers).await?;
         Ok(made)
     }
 

@@ -197,7 +197,7 @@ impl Builder {
             stored.request.build_args.clone().into_iter().collect();
         let dockerfile = Arc::new(Dockerfile::parse(text)?);
         let last = dockerfile.stages.len().saturating_sub(1);
-        let files = self.contexts.of(&team_of(stored)?).map_err(io_failed)?;
+        let files = self.uploads.of(&team_of(stored)?).map_err(io_failed)?;
         let digest = stored.request.context.clone();
         let context = if digest.is_empty() {
             None
@@ -254,11 +254,7 @@ impl Builder {
                     making.pack()
                 })
                 .await?;
-            let spec = Template {
-                rootfs: Some(rootfs.clone()),
-                ..self.spec(stored)
-            };
-            self.store.keep_hidden(&stored.team, &name, &spec).await?;
+            self.keep_hidden(stored, &name, rootfs.clone()).await?;
             packed = Some(rootfs);
         }
         Ok(Made {
@@ -574,9 +570,7 @@ impl Builder {
                 let changed = self.change_of(id, running, making).await?;
                 let mut all = progress.layers.clone();
                 all.push(changed);
-                self.store
-                    .remember_step(&stored.team, &plan.key, &all)
-                    .await?;
+                self.remember(stored, &plan.key, &all).await?;
                 progress.kept = Some((all, number + 1));
             }
             let line = format!(
@@ -598,6 +592,36 @@ impl Builder {
         let known = self.store.known_step(&stored.team, &key).await?;
         let is_here = |layer: &Layer| layer.blob.as_ref().is_some_and(|blob| self.is_kept(blob));
         Ok(known.filter(|layers| layers.iter().all(is_here)))
+    }
+
+    /// Remembers what a step has come to, if there is room for it.
+    pub(super) async fn remember(
+        &self,
+        stored: &StoredBuild,
+        key: &[u8; 32],
+        layers: &[Layer],
+    ) -> Result<(), BuildError> {
+        let made_of = Template {
+            layers: layers.to_vec(),
+            ..Template::default()
+        };
+        self.quota.make_room(&stored.team, made_of).await?;
+        Ok(self.store.remember_step(&stored.team, key, layers).await?)
+    }
+
+    /// Keeps a root for builds to come, under a hidden name, if there is room for it.
+    async fn keep_hidden(
+        &self,
+        stored: &StoredBuild,
+        name: &str,
+        rootfs: Artifact,
+    ) -> Result<(), BuildError> {
+        let spec = Template {
+            rootfs: Some(rootfs),
+            ..self.spec(stored)
+        };
+        self.quota.make_room(&stored.team, spec.clone()).await?;
+        Ok(self.store.keep_hidden(&stored.team, name, &spec).await?)
     }
 
     /// Whether it is here, and stays for as long as a build may last.
@@ -636,11 +660,7 @@ impl Builder {
                     making.pack()
                 })
                 .await?;
-            let spec = Template {
-                rootfs: Some(rootfs),
-                ..self.spec(stored)
-            };
-            self.store.keep_hidden(&stored.team, &name, &spec).await?;
+            self.keep_hidden(stored, &name, rootfs).await?;
         }
         Ok(format!("{name}@1"))
     }

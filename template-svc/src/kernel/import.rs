@@ -3,9 +3,13 @@
 use std::{fs::File, io, time::SystemTime};
 
 use proto::template::v1::Artifact;
+use service_kit::ids::TeamId;
 
 use super::{KernelError, LARGEST_KERNEL, LARGEST_MODULES, archive, bounded, elf};
-use crate::artifact::{ArtifactDigest, Artifacts};
+use crate::{
+    artifact::{ArtifactDigest, Artifacts},
+    uploads::Uploads,
+};
 
 /// It was not imported.
 #[derive(Debug, thiserror::Error)]
@@ -36,47 +40,36 @@ pub struct Imported {
 #[derive(Debug, Clone)]
 pub struct Importer {
     /// Uploaded sources.
-    pub uploads: Artifacts,
+    pub uploads: Uploads,
     /// Where they are kept.
     pub artifacts: Artifacts,
 }
 
 impl Importer {
-    /// Looks at what lies under these digests, and keeps it. Blocking.
-    pub fn import(&self, kernel: &str, modules: &str) -> Result<Imported, ImportError> {
-        let (kernel, bytes) = self.uploaded(kernel, "the kernel", LARGEST_KERNEL)?;
+    /// Looks at what a team has uploaded under these digests, and keeps it. Blocking.
+    pub fn import(
+        &self,
+        team: &TeamId,
+        kernel: &str,
+        modules: &str,
+    ) -> Result<Imported, ImportError> {
+        let uploads = self.uploads.of(team)?;
+        let (kernel, bytes) = uploaded(&uploads, kernel, "the kernel", LARGEST_KERNEL)?;
         let release = elf::release(&bytes)?;
         drop(bytes);
-        let (modules, bytes) = self.uploaded(modules, "the archive of modules", LARGEST_MODULES)?;
+        let what = "the archive of modules";
+        let (modules, bytes) = uploaded(&uploads, modules, what, LARGEST_MODULES)?;
         archive::check(&bytes, &release)?;
         Ok(Imported {
-            kernel: self.keep(&kernel)?,
-            modules: self.keep(&modules)?,
+            kernel: self.keep(&uploads, &kernel)?,
+            modules: self.keep(&uploads, &modules)?,
             release,
         })
     }
 
-    fn uploaded(
-        &self,
-        digest: &str,
-        what: &str,
-        most: u64,
-    ) -> Result<(ArtifactDigest, Vec<u8>), ImportError> {
-        let unknown = || ImportError::Unknown(digest.to_owned());
-        let parsed = ArtifactDigest::parse(digest).ok_or_else(unknown)?;
-        let path = self.uploads.find(&parsed).ok_or_else(unknown)?;
-        let file = File::open(path)?;
-        if file.metadata()?.len() > most {
-            let what = what.to_owned();
-            return Err(KernelError::TooLarge { what, most }.into());
-        }
-        let bytes = bounded(file, what, most)?;
-        Ok((parsed, bytes))
-    }
-
-    fn keep(&self, digest: &ArtifactDigest) -> Result<Artifact, ImportError> {
+    fn keep(&self, uploads: &Artifacts, digest: &ArtifactDigest) -> Result<Artifact, ImportError> {
         let unknown = || ImportError::Unknown(digest.as_str().to_owned());
-        let path = self.uploads.find(digest).ok_or_else(unknown)?;
+        let path = uploads.find(digest).ok_or_else(unknown)?;
         let artifact = self.artifacts.share(&path, digest)?;
         // It may have been there for long, and for nobody.
         if self.artifacts.touch(digest, SystemTime::now())? {
@@ -85,4 +78,22 @@ impl Importer {
             Err(unknown())
         }
     }
+}
+
+fn uploaded(
+    uploads: &Artifacts,
+    digest: &str,
+    what: &str,
+    most: u64,
+) -> Result<(ArtifactDigest, Vec<u8>), ImportError> {
+    let unknown = || ImportError::Unknown(digest.to_owned());
+    let parsed = ArtifactDigest::parse(digest).ok_or_else(unknown)?;
+    let path = uploads.find(&parsed).ok_or_else(unknown)?;
+    let file = File::open(path)?;
+    if file.metadata()?.len() > most {
+        let what = what.to_owned();
+        return Err(KernelError::TooLarge { what, most }.into());
+    }
+    let bytes = bounded(file, what, most)?;
+    Ok((parsed, bytes))
 }

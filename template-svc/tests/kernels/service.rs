@@ -15,10 +15,11 @@ use tempfile::TempDir;
 use template_svc::{
     api::{KernelApi, TemplateApi},
     artifact::{ArtifactDigest, Artifacts},
-    context::ContextFiles,
     kernel::Importer,
+    quota::Quota,
     secrets::Sealer,
     store::Store,
+    uploads::Uploads,
 };
 use testbed::{Durability, Postgres};
 use tokio::sync::Notify;
@@ -28,7 +29,7 @@ use crate::made::{self, RELEASE};
 
 struct World {
     store: Store,
-    uploads: Artifacts,
+    uploads: Uploads,
     artifacts: Artifacts,
     kernels: KernelApi,
     templates: TemplateApi,
@@ -42,7 +43,7 @@ impl World {
         let store = Store::new(&postgres.url(), 2).unwrap();
         store.migrate().await.unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let uploads = Artifacts::open(folder.path().join("uploads")).unwrap();
+        let uploads = Uploads::open(folder.path().join("uploads"), 1 << 20, 1 << 30).unwrap();
         let artifacts = Artifacts::open(folder.path().join("artifacts")).unwrap();
         let importer = Importer {
             uploads: uploads.clone(),
@@ -53,8 +54,7 @@ impl World {
             Blobs::open(&Address::of_folder(&folder.path().join("store")).unwrap()).unwrap(),
             Sealer::new(MeshToken::random()),
             uploads.clone(),
-            ContextFiles::open(folder.path().join("contexts")).unwrap(),
-            1 << 20,
+            Quota::new(store.clone(), 1 << 30, Duration::ZERO),
             Arc::new(Notify::new()),
         );
         Self {
@@ -69,7 +69,8 @@ impl World {
     }
 
     fn upload(&self, bytes: &[u8]) -> String {
-        self.uploads.ingest_from(bytes).unwrap().digest
+        let uploads = self.uploads.of(&team()).unwrap();
+        uploads.ingest_from(bytes).unwrap().digest
     }
 
     fn is_kept(&self, digest: &str) -> bool {
@@ -111,10 +112,14 @@ impl World {
     }
 }
 
+fn team() -> TeamId {
+    TeamId::parse("team").unwrap()
+}
+
 fn by<T>(message: T, operator: bool) -> Request<T> {
     let mut request = Request::new(message);
     let caller = Caller {
-        team: TeamId::parse("team").unwrap(),
+        team: team(),
         key_id: String::new(),
         operator,
     };
@@ -225,7 +230,7 @@ async fn what_guests_cannot_boot_is_refused() {
     };
     let like = || good.clone();
     let large = "f".repeat(64);
-    let file = File::create(world.folder.path().join("uploads").join(&large)).unwrap();
+    let file = File::create(world.folder.path().join("uploads/team").join(&large)).unwrap();
     file.set_len((256 << 20) + 1).unwrap();
     let cases = [
         (
