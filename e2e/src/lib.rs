@@ -2,11 +2,13 @@
 //! free ports, so that any number of meshes run side by side.
 //!
 //! [`Mesh`] is one deployment, started with the `sandmesh` program under test and taken down when dropped; [`leaks`] is what may not
-//! differ before and after; [`guest`] is the server that tests run inside; [`images`] makes images; [`Collector`] takes traces, [`Screen`] is a terminal with a person at it.
+//! differ before and after, [`builds`] what builds may not leave; [`guest`] is the server that tests run inside; [`images`] makes images; [`Collector`] takes traces, [`Screen`] is a terminal with a person at it.
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test that cannot be set up has failed
 
 pub mod bench;
+pub mod builds;
 mod collector;
+mod dice;
 pub mod guest;
 pub mod http;
 pub mod images;
@@ -15,6 +17,7 @@ mod mesh;
 mod screen;
 
 pub use collector::Collector;
+pub use dice::Dice;
 pub use mesh::{Mesh, Part, sandmesh, small, wait_for};
 pub use screen::Screen;
 

@@ -1,6 +1,7 @@
 //! One deployment.
 
 use std::{
+    ffi::OsStr,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
@@ -215,14 +216,19 @@ impl Mesh {
 
     /// Runs `sandmesh` against it.
     pub fn run(&self, arguments: &[&str]) -> Output {
-        Command::new(sandmesh())
-            .args(arguments)
+        let program = sandmesh();
+        self.command(program).args(arguments).output().unwrap()
+    }
+
+    /// A program to which `sandmesh` is one against it.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        command
             .env("SANDMESH_STATE", self.state())
             .env_remove("SANDMESH_ENDPOINT")
             .env_remove("SANDMESH_API_KEY")
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
+            .stdin(Stdio::null());
+        command
     }
 
     fn status(&self) -> Option<Status> {

@@ -7,18 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Mesh, how_many, leaks, wait_for};
+use e2e::{Dice, Mesh, builds, how_many};
 use nix::sys::signal::Signal;
-use proto::{
-    session::v1::{ListSessionsRequest, Session},
-    template::v1::{
-        BuildSource, BuildState, BuildTemplateRequest, CancelBuildRequest, GetBuildRequest,
-        GetTemplateRequest, StreamBuildLogsRequest, build_source::Source,
-    },
+use proto::template::v1::{
+    BuildSource, BuildState, BuildTemplateRequest, CancelBuildRequest, GetBuildRequest,
+    GetTemplateRequest, StreamBuildLogsRequest, build_source::Source,
 };
 
-/// The label of a build's sessions.
-const LABEL: &str = "sandmesh.dev/build";
 const BUILDS: u64 = 2;
 const KILLS: u64 = 3;
 /// Builds that are asked for at once; a team has two running.
@@ -27,7 +22,6 @@ const AT_ONCE: usize = 4;
 const PAUSE_MILLIS: usize = 8000;
 /// A build that is killed at may need another lease, and its steps anew.
 const BUILD_LIMIT: Duration = Duration::from_mins(10);
-const GONE_LIMIT: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Whatever is made has the time 0, so that it is the same whenever it is made.
@@ -40,27 +34,6 @@ COPY files/top /srv/app/top
 RUN mkdir -p /srv/app/many; cd /srv/app/many; for i in $(seq 1 100); do echo $i > $i; done; sleep 2; touch -d @0 /srv/app /srv/app/* /srv/app/many/* /srv
 RUN ln -s many /srv/app/link; touch -h -d @0 /srv/app/link; touch -d @0 /srv/app /srv
 ";
-
-/// A small generator whose seed is printed, so that a run can be had again (xorshift64*).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        usize::try_from(self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33).unwrap() % limit
-    }
-}
-
-/// Sessions of builds.
-async fn of_builds(mesh: &Mesh) -> Vec<Session> {
-    let mut sessions = mesh.client().sessions();
-    let listed = sessions.list_sessions(ListSessionsRequest::default()).await;
-    let listed = listed.map(|answer| answer.into_inner().sessions);
-    let is_of_build = |session: &Session| session.metadata.contains_key(LABEL);
-    listed.unwrap().into_iter().filter(is_of_build).collect()
-}
 
 fn context(folder: &Path, number: u64) {
     fs::create_dir_all(folder.join("files/deep")).unwrap();
@@ -97,33 +70,11 @@ async fn root(mesh: &Mesh, name: &str) -> String {
     template.rootfs.unwrap().digest
 }
 
-/// Nothing of builds is left: sessions, VMMs, folders.
-async fn leaves_nothing(mesh: &Mesh) {
-    let end = Instant::now() + GONE_LIMIT;
-    loop {
-        let left = of_builds(mesh).await;
-        if left.is_empty() {
-            break;
-        }
-        assert!(Instant::now() < end, "left behind: {left:?}");
-        tokio::time::sleep(LOOK_AGAIN).await;
-    }
-    let work = mesh.state().join("templates/work");
-    let sessions = mesh.state().join("node/s");
-    wait_for("nothing is left behind", GONE_LIMIT, || {
-        [&work, &sessions]
-            .iter()
-            .all(|folder| fs::read_dir(folder).unwrap().count() == 0)
-    });
-    let vmms = leaks::of_state(&sessions.to_string_lossy());
-    assert!(vmms.is_empty(), "{vmms:?}");
-}
-
 /// Kills one of the three things a build runs on, in turn; whether there was one.
 async fn kill(mesh: &Mesh, dice: &mut Dice, kind: u64) -> Option<String> {
     match kind % 3 {
         0 => {
-            let sessions = of_builds(mesh).await;
+            let sessions = builds::sessions(mesh).await;
             if sessions.is_empty() {
                 return None;
             }
@@ -148,14 +99,12 @@ async fn kill(mesh: &Mesh, dice: &mut Dice, kind: u64) -> Option<String> {
 /// `SANDMESH_E2E_SEED` has them.
 #[tokio::test(flavor = "multi_thread")]
 async fn builds_outlive_what_they_run_on() {
-    let builds = how_many("SANDMESH_E2E_BUILDS", BUILDS);
+    let count = how_many("SANDMESH_E2E_BUILDS", BUILDS);
     let kills = how_many("SANDMESH_E2E_KILLS", KILLS);
-    let seed = how_many("SANDMESH_E2E_SEED", u64::from(std::process::id()) + 1);
-    println!("seed {seed}");
-    let mut dice = Dice(seed);
+    let mut dice = Dice::of("SANDMESH_E2E_SEED");
     let mesh = Mesh::start(&["--separate"]);
     let folder = tempfile::tempdir().unwrap();
-    let folders: Vec<_> = (0..builds)
+    let folders: Vec<_> = (0..count)
         .map(|number| folder.path().join(number.to_string()))
         .collect();
     for (number, folder) in (0..).zip(&folders) {
@@ -211,10 +160,10 @@ async fn builds_outlive_what_they_run_on() {
         }
     });
     println!(
-        "{builds} builds in {:.1?}, {lost} sessions lost",
+        "{count} builds in {:.1?}, {lost} sessions lost",
         since.elapsed()
     );
-    leaves_nothing(&mesh).await;
+    builds::leave_nothing(&mesh).await;
     for (number, folder) in folders.iter().enumerate() {
         let (is_built, said) = build(&mesh, &format!("anew{number}"), folder, &["--no-cache"]);
         assert!(is_built, "anew{number}: {said}");
@@ -231,7 +180,7 @@ async fn builds_outlive_what_they_run_on() {
         assert!(is_built && said.contains(": known"), "{said}");
         assert!(!said.contains(": done in"), "{said}");
     }
-    leaves_nothing(&mesh).await;
+    builds::leave_nothing(&mesh).await;
 }
 
 /// Of a step that ends its own guest the build says so; it is not tried for ever.
@@ -249,7 +198,7 @@ async fn a_step_that_ends_its_guest_fails_its_build() {
     assert_eq!(said.matches("the session was lost").count(), 2, "{said}");
     // The step before it was done once.
     assert_eq!(said.matches("line 2: done in").count(), 1, "{said}");
-    leaves_nothing(&mesh).await;
+    builds::leave_nothing(&mesh).await;
 }
 
 /// A build that finds no room waits for it, can be cancelled meanwhile, and goes on when there is some.
@@ -321,5 +270,5 @@ async fn a_build_waits_for_room() {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     }
-    leaves_nothing(&mesh).await;
+    builds::leave_nothing(&mesh).await;
 }

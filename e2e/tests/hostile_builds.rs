@@ -5,16 +5,19 @@
 use std::{
     fmt::Write as _,
     fs::{self, File},
-    io::{ErrorKind, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     os::unix::fs::symlink,
-    path::PathBuf,
-    process::{Command, Stdio},
+    path::{Path, PathBuf},
+    process::Command,
     time::Instant,
 };
 
-use e2e::{Mesh, leaks, sandmesh};
-use nix::ifaddrs::getifaddrs;
+use e2e::{Mesh, builds, leaks, sandmesh};
+use nix::{
+    ifaddrs::getifaddrs,
+    mount::{MntFlags, MsFlags, umount2},
+};
 use tempfile::TempDir;
 
 /// In seconds: no build of these takes longer, however it ends.
@@ -27,6 +30,10 @@ const TIMED_OUT: i32 = 124;
 const METADATA: &str = "169.254.169.254:80";
 /// Of a build's log at most, with what it says itself.
 const LARGEST_LOG: usize = 9 << 20;
+/// Of the object store: with room for a small root and a kernel, and for much more; and what is in a file that has room in the second alone.
+const SMALL: &str = "size=128M";
+const WIDE: &str = "size=1G";
+const NOISE: u64 = 160 << 20;
 /// Says which doors take a connection, and leaves a word at all of them.
 const KNOCK: &str = "#!/usr/bin/python3
 import concurrent.futures, socket
@@ -147,16 +154,14 @@ impl Builder<'_> {
     fn build_for(&self, limit: &str, text: &str) -> (Option<i32>, String) {
         fs::write(self.at("Dockerfile"), text).unwrap();
         let since = Instant::now();
-        let built = Command::new("timeout")
+        let built = self
+            .mesh
+            .command("timeout")
             .args(["--signal=INT", limit])
             .arg(sandmesh())
             .args(["template", "build", "-t", "hostile"])
             .args(["--memory", "128MiB", "--disk", "256MiB"])
             .arg(self.context.path())
-            .env("SANDMESH_STATE", self.mesh.state())
-            .env_remove("SANDMESH_ENDPOINT")
-            .env_remove("SANDMESH_API_KEY")
-            .stdin(Stdio::null())
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&built.stderr).into_owned();
@@ -183,7 +188,10 @@ impl Builder<'_> {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_dockerfile_harms_the_host_or_the_next_build() {
     let host = Host::new();
-    let mesh = Mesh::start(&[]);
+    let store = SmallStore::new();
+    let mesh = Mesh::start(&["--store", store.folder.path().to_str().unwrap()]);
+    let pids = || mesh.parts().into_iter().map(|part| (part.name, part.pid));
+    let before: Vec<_> = pids().collect();
     let builder = Builder {
         mesh: &mesh,
         host: &host,
@@ -198,7 +206,95 @@ async fn no_dockerfile_harms_the_host_or_the_next_build() {
     nothing_outlives_its_step(&builder);
     what_is_too_much_is_told(&builder);
     databases_of_users_are_no_traps(&builder);
-    assert!(mesh.parts().iter().all(|part| part.healthy));
+    nothing_is_left_to_run(&builder);
+    what_has_no_room_is_nowhere(&builder, &store);
+
+    // Nobody was restarted, nothing is left, and nobody wrote down what is the host's.
+    let healthy = mesh.parts().iter().all(|part| part.healthy);
+    assert!(healthy && before.iter().cloned().eq(pids()), "{before:?}");
+    builds::leave_nothing(&mesh).await;
+    let files_with = |text: &str| {
+        let search = ["-rlF", "-D", "skip", "-e", text];
+        let found = Command::new("grep").args(search).arg(mesh.state()).output();
+        String::from_utf8(found.unwrap().stdout).unwrap()
+    };
+    assert_eq!(files_with(&host.secret), "");
+    // Where links of contexts lead is there.
+    assert_ne!(files_with(&host.path("secret")), "");
+}
+
+/// An object store that is soon full.
+struct SmallStore {
+    folder: TempDir,
+}
+
+impl SmallStore {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self::mount(folder.path(), SMALL, MsFlags::empty());
+        Self { folder }
+    }
+
+    fn mount(at: &Path, options: &str, flags: MsFlags) {
+        let kind = Some("tmpfs");
+        nix::mount::mount(kind, at, kind, flags, Some(options)).unwrap();
+    }
+
+    fn widen(&self) {
+        Self::mount(self.folder.path(), WIDE, MsFlags::MS_REMOUNT);
+    }
+}
+
+impl Drop for SmallStore {
+    fn drop(&mut self) {
+        if let Err(error) = umount2(self.folder.path(), MntFlags::MNT_DETACH) {
+            eprintln!("the small store stays: {error}");
+        }
+    }
+}
+
+/// A step that removes all there is, the programs and devices of its own guest as well.
+fn nothing_is_left_to_run(builder: &Builder<'_>) {
+    let remove = "rm -rf --no-preserve-root / 2> /dev/null";
+    builder.ended(&format!("FROM base\nRUN {remove}; exit 7\n"));
+    builder.failed(
+        &format!("FROM base\nRUN {remove} || true\n"),
+        "(SOURCE_INVALID)",
+    );
+}
+
+/// The object store is full: nothing half-made can be started, and once it has room the same is built.
+fn what_has_no_room_is_nowhere(builder: &Builder<'_>, store: &SmallStore) {
+    let path = builder.context.path().join("root.tar");
+    let mut tarball = tar::Builder::new(File::create(&path).unwrap());
+    let mut header = tar::Header::new_gnu();
+    header.set_mode(0o755);
+    header.set_size(0);
+    header.set_entry_type(tar::EntryType::Directory);
+    for name in ["bin/", "etc/", "usr/"] {
+        tarball.append_data(&mut header, name, &[][..]).unwrap();
+    }
+    header.set_entry_type(tar::EntryType::Regular);
+    header.set_size(NOISE);
+    let noise = File::open("/dev/urandom").unwrap().take(NOISE);
+    tarball
+        .append_data(&mut header, "usr/noise", noise)
+        .unwrap();
+    tarball.into_inner().unwrap().flush().unwrap();
+    let path = path.to_str().unwrap();
+    let build = || {
+        let built = ["template", "build", "-t", "large", "--rootfs", path];
+        let built = builder.mesh.run(&built);
+        let said = String::from_utf8_lossy(&built.stderr).into_owned();
+        (built.status.success(), said)
+    };
+    let is_there = || builder.mesh.run(&["template", "inspect", "large"]);
+    let (is_built, said) = build();
+    assert!(!is_built && said.contains("(STORE_FULL)"), "{said}");
+    assert!(!is_there().status.success());
+    store.widen();
+    let (is_built, said) = build();
+    assert!(is_built && is_there().status.success(), "{said}");
 }
 
 /// Dockerfiles that no guest is started for.

@@ -105,7 +105,7 @@ impl Building<'_> {
         fs::write(&file, text).unwrap();
         let path = self.folder.join("token");
         fs::write(&path, token).unwrap();
-        let mut command = Command::new(sandmesh());
+        let mut command = self.mesh.command(sandmesh());
         command
             .args(["template", "build", "-t", "made", "-f"])
             .arg(&file);
@@ -114,11 +114,7 @@ impl Building<'_> {
         }
         let built = command
             .current_dir(self.folder)
-            .env("SANDMESH_STATE", self.mesh.state())
             .env("WORD", word)
-            .env_remove("SANDMESH_ENDPOINT")
-            .env_remove("SANDMESH_API_KEY")
-            .stdin(Stdio::null())
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&built.stderr).into_owned();

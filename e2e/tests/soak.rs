@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Mesh, how_many, leaks, small};
+use e2e::{Dice, Mesh, how_many, leaks, small};
 use proto::session::v1::{Session, SessionState};
 use sdk::{Error, NewFork, Sandbox};
 
@@ -20,18 +20,6 @@ const MOST_SESSIONS: usize = 5;
 /// How long a call is tried again while a node comes back.
 const PATIENCE: Duration = Duration::from_mins(1);
 const AGAIN: Duration = Duration::from_millis(200);
-
-/// A small generator whose seed is printed, so that a run can be had again (xorshift64*).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        usize::try_from(self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33).unwrap() % limit
-    }
-}
 
 /// What must be true of a session.
 #[derive(Clone)]
@@ -78,9 +66,7 @@ async fn write(sandbox: &Sandbox, value: u64) {
 #[ignore = "minutes"]
 async fn two_hundred_operations_and_kills_leave_nothing_wrong() {
     let operations = how_many("SANDMESH_SOAK", OPERATIONS);
-    let seed = how_many("SANDMESH_SOAK_SEED", u64::from(std::process::id()) + 1);
-    println!("seed {seed}");
-    let mut dice = Dice(seed);
+    let mut dice = Dice::of("SANDMESH_SOAK_SEED");
     let mut mesh = Mesh::start_warm(&["--separate"], 1);
     let block = leaks::block_of(&mesh.state().join("node").to_string_lossy()).unwrap();
     let mut known: BTreeMap<String, Known> = BTreeMap::new();
