@@ -235,10 +235,11 @@ impl TemplateSnapshots {
         })
     }
 
-    /// What was made with another envd than this, used since then, and not made anew yet: how to do so. Blocking.
+    /// What was made with another envd than this, or by another VMM or CPU, used since then, and not made anew yet: how to do so. Blocking.
     pub fn outdated(
         &self,
         envd: &str,
+        maker: &Maker,
         since: SystemTime,
     ) -> io::Result<Vec<MakeTemplateSnapshotRequest>> {
         let mut outdated = Vec::new();
@@ -249,7 +250,7 @@ impl TemplateSnapshots {
             let (Some(origin), Ok(used)) = (Origin::read(&folder), used) else {
                 continue;
             };
-            if origin.envd == envd {
+            if origin.envd == envd && stored::is_made_by(&folder, maker) {
                 renewed.insert(origin.lineage);
             } else if used >= since {
                 outdated.push(origin);
@@ -489,12 +490,20 @@ mod tests {
         assert!(snapshots.others(&stranger).await.is_empty());
         let long_ago = SystemTime::UNIX_EPOCH;
         // There is one with that envd.
-        assert!(snapshots.outdated("b", long_ago).unwrap().is_empty());
-        let outdated = snapshots.outdated("c", long_ago).unwrap();
+        let outdated_for = |envd: &str, since| snapshots.outdated(envd, &maker(), since).unwrap();
+        assert!(outdated_for("b", long_ago).is_empty());
+        let outdated = outdated_for("c", long_ago);
         assert_eq!(outdated.len(), 2);
         assert_eq!(outdated[0].template.as_ref().unwrap().name, "t");
         let tomorrow = SystemTime::now() + std::time::Duration::from_hours(24);
-        assert!(snapshots.outdated("c", tomorrow).unwrap().is_empty());
+        assert!(outdated_for("c", tomorrow).is_empty());
+        // After an update of the VMM all are another's.
+        let update = Maker {
+            vmm: "another version".into(),
+            ..maker()
+        };
+        let outdated = snapshots.outdated("b", &update, long_ago);
+        assert_eq!(outdated.unwrap().len(), 2);
         snapshots.discard("2").await.unwrap();
         assert!(!snapshots.is_here("2"));
         assert!(snapshots.find("2", &maker()).await.unwrap().is_none());

@@ -98,12 +98,19 @@ pub fn publish(made: &Path, to: &Path, maker: &Maker) -> Result<(), StoredError>
     Ok(())
 }
 
+fn about(folder: &Path) -> Option<About> {
+    serde_json::from_slice(&fs::read(folder.join(ABOUT)).ok()?).ok()
+}
+
+/// Whether it says that it was made by this. Blocking.
+pub fn is_made_by(folder: &Path, maker: &Maker) -> bool {
+    about(folder).is_some_and(|about| about.format == FORMAT && &about.maker == maker)
+}
+
 /// Whether the folder can be loaded here, as far as can be told without reading its memory. Blocking.
 pub fn check(folder: &Path, here: &Maker) -> Result<(), StoredError> {
     let damaged = |what: &str| StoredError::Damaged(what.to_owned());
-    let text = fs::read(folder.join(ABOUT)).map_err(|_| damaged("it does not say what it is"))?;
-    let about: About =
-        serde_json::from_slice(&text).map_err(|_| damaged("it does not say what it is"))?;
+    let about = about(folder).ok_or_else(|| damaged("it does not say what it is"))?;
     if about.format != FORMAT || &about.maker != here {
         return Err(StoredError::Incompatible {
             made_by: about.maker.to_string(),

@@ -357,7 +357,7 @@ impl Workshop {
         self.makings.end_renewal(&key, renewed.is_ok());
     }
 
-    /// Makes those anew that are in use and have another envd than this node.
+    /// Makes those anew that are in use and have another envd than this node, or are another VMM's or CPU's.
     pub async fn renew_snapshots(self: Arc<Self>, shutdown: CancellationToken) {
         let Some(images) = &self.images else {
             return;
@@ -365,10 +365,10 @@ impl Workshop {
         let since = SystemTime::now() - IN_USE;
         let outdated = tokio::task::block_in_place(|| {
             // A week is a guess: what goes wrong with it is told, and nothing else.
-            self.snapshots.outdated(images.envd(), since)
+            self.snapshots.outdated(images.envd(), &self.maker, since)
         });
         let outdated = outdated.unwrap_or_else(|error| {
-            tracing::error!(%error, "snapshots with an earlier envd are not looked for");
+            tracing::error!(%error, "outdated snapshots are not looked for");
             Vec::new()
         });
         for MakeTemplateSnapshotRequest {
