@@ -101,6 +101,8 @@ async fn kill(mesh: &Mesh, dice: &mut Dice, kind: u64) -> Option<String> {
 async fn builds_outlive_what_they_run_on() {
     let count = how_many("SANDMESH_E2E_BUILDS", BUILDS);
     let kills = how_many("SANDMESH_E2E_KILLS", KILLS);
+    // More builds take longer, and the kills are to meet most of them.
+    let pause = PAUSE_MILLIS * usize::try_from(count.div_ceil(AT_ONCE as u64)).unwrap();
     let mut dice = Dice::of("SANDMESH_E2E_SEED");
     let mesh = Mesh::start(&["--separate"]);
     let folder = tempfile::tempdir().unwrap();
@@ -140,7 +142,7 @@ async fn builds_outlive_what_they_run_on() {
         let runtime = tokio::runtime::Handle::current();
         let (mut done, mut kind) = (0, 0);
         while done < kills && !is_over() {
-            let pause = Duration::from_millis(dice.below(PAUSE_MILLIS) as u64);
+            let pause = Duration::from_millis(dice.below(pause) as u64);
             let until = Instant::now() + pause;
             while Instant::now() < until && !is_over() {
                 std::thread::sleep(LOOK_AGAIN);

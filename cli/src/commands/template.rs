@@ -45,6 +45,8 @@ const IN_FLIGHT: usize = 4;
 /// A log that is not to be had is waited for.
 const PATIENCE: Duration = Duration::from_mins(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
+/// Whoever could be listened to for so long was there.
+const LISTENED: Duration = Duration::from_secs(2);
 /// As template-svc takes them.
 const LARGEST_SECRET: u64 = 500 << 10;
 const PASSWORD: &str = "SANDMESH_REGISTRY_PASSWORD";
@@ -704,11 +706,9 @@ async fn build<T: Transport>(
     request.source = Some(BuildSource {
         source: Some(source),
     });
-    let BuildTemplateResponse { build } = client
-        .build_template(request)
-        .await
-        .map_err(said)?
-        .into_inner();
+    // Asked again it is the same build.
+    request.request_id = format!("{:032x}", rand::random::<u128>());
+    let BuildTemplateResponse { build } = ask(&mut client, request).await?;
     let build_id = build.context("the build was not answered")?.build_id;
     let spinner = output::spinner("building");
     let mut follower = client.clone();
@@ -745,6 +745,24 @@ async fn build<T: Transport>(
     answer.template.context("the build made no template")
 }
 
+/// Asks for a build, again if nobody answers: a service may just start anew.
+async fn ask<T: Transport>(
+    client: &mut TemplateServiceClient<T>,
+    request: BuildTemplateRequest,
+) -> Result<BuildTemplateResponse, sdk::Error> {
+    let since = Instant::now();
+    loop {
+        let error = match client.build_template(request.clone()).await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => said(status),
+        };
+        if !error.is_interruption() || since.elapsed() > PATIENCE {
+            return Err(error);
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
 /// Shows a build's log until its end, over what breaks in between; how it ended.
 async fn follow<T: Transport>(
     client: &mut TemplateServiceClient<T>,
@@ -754,11 +772,13 @@ async fn follow<T: Transport>(
     let (mut seen, mut before) = (0, 0);
     let mut failing = None;
     loop {
+        let listening = Instant::now();
         let error = match follow_once(client, build_id, &mut seen, spinner).await {
             Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
-        if seen > before {
+        // A step may have nothing to say for long.
+        if seen > before || listening.elapsed() > LISTENED {
             (before, failing) = (seen, None);
         }
         // The build goes on without who watches it.
