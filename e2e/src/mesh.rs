@@ -216,11 +216,11 @@ impl Mesh {
 
     /// Runs `sandmesh` against it.
     pub fn run(&self, arguments: &[&str]) -> Output {
-        let program = sandmesh();
-        self.command(program).args(arguments).output().unwrap()
+        let mut command = self.command(sandmesh());
+        command.args(arguments).output().unwrap()
     }
 
-    /// A program to which `sandmesh` is one against it.
+    /// Any program, with an environment in which `sandmesh` speaks to it.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         command

@@ -267,15 +267,11 @@ fn nothing_is_left_to_run(builder: &Builder<'_>) {
 fn what_has_no_room_is_nowhere(builder: &Builder<'_>, store: &SmallStore) {
     let path = builder.context.path().join("root.tar");
     let mut tarball = tar::Builder::new(File::create(&path).unwrap());
-    let mut header = tar::Header::new_gnu();
-    header.set_mode(0o755);
-    header.set_size(0);
-    header.set_entry_type(tar::EntryType::Directory);
     for name in ["bin/", "etc/", "usr/"] {
+        let mut header = header(tar::EntryType::Directory, 0);
         tarball.append_data(&mut header, name, &[][..]).unwrap();
     }
-    header.set_entry_type(tar::EntryType::Regular);
-    header.set_size(NOISE);
+    let mut header = header(tar::EntryType::Regular, NOISE);
     let noise = File::open("/dev/urandom").unwrap().take(NOISE);
     tarball
         .append_data(&mut header, "usr/noise", noise)
@@ -295,6 +291,18 @@ fn what_has_no_room_is_nowhere(builder: &Builder<'_>, store: &SmallStore) {
     store.widen();
     let (is_built, said) = build();
     assert!(is_built && is_there().status.success(), "{said}");
+}
+
+/// Of an entry of a tarball.
+fn header(kind: tar::EntryType, size: u64) -> tar::Header {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(0o755);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_size(size);
+    header
 }
 
 /// Dockerfiles that no guest is started for.
@@ -335,16 +343,6 @@ fn links_lead_nowhere(builder: &Builder<'_>) {
     }
     // The second entry goes through the first.
     let mut archive = tar::Builder::new(File::create(builder.at("archive.tar")).unwrap());
-    let header = |kind: tar::EntryType, size: u64| {
-        let mut header = tar::Header::new_gnu();
-        header.set_entry_type(kind);
-        header.set_mode(0o644);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        header.set_size(size);
-        header
-    };
     let mut link = header(tar::EntryType::Symlink, 0);
     archive.append_link(&mut link, "way", folder).unwrap();
     let mut file = header(tar::EntryType::Regular, 4);

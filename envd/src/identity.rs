@@ -11,7 +11,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
-    io::{self, Read, Seek as _, Write as _},
+    io::{self, Read as _, Write as _},
     os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
     path::Path,
     sync::{Mutex, PoisonError},
@@ -390,8 +390,13 @@ pub(crate) fn write_or_tell(path: &str, text: &str) {
 /// session is to be the same whenever that began.
 fn write_new(path: impl AsRef<Path>, text: &str) -> io::Result<()> {
     let path = path.as_ref();
-    if files::open(path).is_ok() {
-        return overwrite(path, text);
+    if let Ok((there, _)) = files::open(path) {
+        let mut said = Vec::new();
+        there.take(text.len() as u64 + 1).read_to_end(&mut said)?;
+        if said == text.as_bytes() {
+            return Ok(());
+        }
+        return fs::write(path, text);
     }
     let folder = File::options()
         .read(true)
@@ -408,28 +413,6 @@ fn write_new(path: impl AsRef<Path>, text: &str) -> io::Result<()> {
         .open(path)?;
     folder.set_modified(before)?;
     made.write_all(text.as_bytes())
-}
-
-/// A regular file, as one looks when it is opened.
-fn overwrite(path: &Path, text: &str) -> io::Result<()> {
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(nix::libc::O_NONBLOCK)
-        .open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("is no file"));
-    }
-    let mut there = Vec::new();
-    Read::by_ref(&mut file)
-        .take(text.len() as u64 + 1)
-        .read_to_end(&mut there)?;
-    if there == text.as_bytes() {
-        return Ok(());
-    }
-    file.set_len(0)?;
-    file.rewind()?;
-    file.write_all(text.as_bytes())
 }
 
 #[cfg(test)]

@@ -60,12 +60,12 @@ struct Parts {
 impl Parts {
     /// Of a version, or of what one is about to be. Kernels are no team's.
     fn add(&mut self, template: Template) {
-        let (kernel, modules) = (None, None);
-        for part in parts_of(Template {
-            kernel,
-            modules,
+        let own = Template {
+            kernel: None,
+            modules: None,
             ..template
-        }) {
+        };
+        for part in parts_of(own) {
             if self.digests.insert(part.digest) {
                 self.bytes = self.bytes.saturating_add(part.size_bytes);
             }

@@ -13,9 +13,10 @@ use template_svc::{
     artifact::{ArtifactDigest, Artifacts},
     collect::{KEPT, REMEMBERED, collect},
     names::hidden,
-    store::Store,
 };
 use testbed::{Durability, Postgres};
+
+mod fresh;
 
 fn age(folder: &Path, by: Duration) {
     for entry in walkdir::WalkDir::new(folder) {
@@ -30,8 +31,7 @@ fn age(folder: &Path, by: Duration) {
 #[tokio::test]
 async fn what_nobody_needs_goes() {
     let postgres = Postgres::with(Durability::None).unwrap();
-    let store = Store::new(&postgres.url(), 2).unwrap();
-    store.migrate().await.unwrap();
+    let store = fresh::store(&postgres).await;
     let folder = tempfile::tempdir().unwrap();
     let artifacts = Artifacts::open(folder.path().join("artifacts")).unwrap();
     let address = Address::of_folder(&folder.path().join("store")).unwrap();

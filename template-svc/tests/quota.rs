@@ -11,6 +11,8 @@ use template_svc::{
 };
 use testbed::{Durability, Postgres};
 
+mod fresh;
+
 struct World {
     store: Store,
     _postgres: Postgres,
@@ -19,10 +21,8 @@ struct World {
 impl World {
     async fn new() -> Self {
         let postgres = Postgres::with(Durability::None).unwrap();
-        let store = Store::new(&postgres.url(), 2).unwrap();
-        store.migrate().await.unwrap();
         Self {
-            store,
+            store: fresh::store(&postgres).await,
             _postgres: postgres,
         }
     }

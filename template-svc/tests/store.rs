@@ -10,9 +10,10 @@ use template_svc::{
 };
 use testbed::{Durability, Postgres};
 
+mod fresh;
+
 async fn store(postgres: &Postgres) -> Store {
-    let store = Store::new(&postgres.url(), 2).unwrap();
-    store.migrate().await.unwrap();
+    let store = fresh::store(postgres).await;
     let request = BuildTemplateRequest {
         name: "app".into(),
         ..BuildTemplateRequest::default()

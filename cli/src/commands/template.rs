@@ -42,7 +42,7 @@ use crate::{
 
 const CHUNK: usize = 512 << 10;
 const IN_FLIGHT: usize = 4;
-/// A log that is not to be had is waited for.
+/// A service that does not answer is waited for.
 const PATIENCE: Duration = Duration::from_mins(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
 /// Whoever could be listened to for so long was there.

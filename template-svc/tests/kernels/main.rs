@@ -2,6 +2,8 @@
 //! what it lacks.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../fresh/mod.rs"]
+mod fresh;
 mod made;
 
 mod images;

@@ -25,7 +25,10 @@ use testbed::{Durability, Postgres};
 use tokio::sync::Notify;
 use tonic::{Code, Request, Status};
 
-use crate::made::{self, RELEASE};
+use crate::{
+    fresh,
+    made::{self, RELEASE},
+};
 
 struct World {
     store: Store,
@@ -40,8 +43,7 @@ struct World {
 impl World {
     async fn new() -> Self {
         let postgres = Postgres::with(Durability::None).unwrap();
-        let store = Store::new(&postgres.url(), 2).unwrap();
-        store.migrate().await.unwrap();
+        let store = fresh::store(&postgres).await;
         let folder = tempfile::tempdir().unwrap();
         let uploads = Uploads::open(folder.path().join("uploads"), 1 << 20, 1 << 30).unwrap();
         let artifacts = Artifacts::open(folder.path().join("artifacts")).unwrap();
